@@ -1,0 +1,22 @@
+"""CoSpaDi: make large language models smaller after training, by calibration-guided sparse dictionary learning.
+
+Importing this package registers its checkpoint format with transformers, so that
+`AutoModelForCausalLM.from_pretrained` loads what `compress` wrote.
+"""
+
+from cospadi.__about__ import __version__
+from cospadi.compress import Compressed, compress
+from cospadi.errors import CheckpointError, UserError
+from cospadi.linear import LowRankLinear, SparseDictionaryLinear
+from cospadi.recipe import Recipe
+
+__all__ = [
+    "CheckpointError",
+    "Compressed",
+    "LowRankLinear",
+    "Recipe",
+    "SparseDictionaryLinear",
+    "UserError",
+    "__version__",
+    "compress",
+]

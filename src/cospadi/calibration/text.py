@@ -1,0 +1,173 @@
+"""Calibration text -> token sequences: a local file, a hub data set read as a stream, or the built-in text."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cospadi.errors import UserError
+from cospadi.recipe import Recipe
+
+log = logging.getLogger("cospadi")
+
+DEFAULT_DATASET = "tiiuae/falcon-refinedweb"
+"""Public web text, the paper's calibration set; its text field is `content`."""
+
+BUILTIN = "builtin"
+SHUFFLE_BUFFER = 10_000
+LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+def token_sequences(tokenizer: Any, recipe: Recipe, positions: int) -> Tensor:
+    """Calibration sequences for a model.
+
+    Documents are drawn in an order set by the seed, tokenized, joined, and cut into full sequences.
+
+    Args:
+        tokenizer: the model's.
+        recipe: names the source, the number of sequences and their length.
+        positions: tokens the model can attend to.
+
+    Returns:
+        int64 (n, length) with n <= recipe.sequences; fewer, with a warning, where the text is short.
+
+    Raises:
+        UserError: no source, an empty one, a wrong field, or a length beyond the model's positions.
+    """
+    length = sequence_length(recipe.length, positions)
+    wanted = recipe.sequences * length
+    tokens: list[int] = []
+    documents = 0
+    for document in _documents(recipe, length):
+        documents += 1
+        tokens += tokenizer(document, verbose=False)["input_ids"]
+        if len(tokens) >= wanted:
+            break
+    source = recipe.calibration or DEFAULT_DATASET
+    count = min(len(tokens) // length, recipe.sequences)
+    if count == 0:
+        raise UserError(
+            f"calibration text {source} has {len(tokens)} tokens in {documents} documents, less than one sequence of "
+            f"{length}. Give more text or a smaller --length"
+        )
+    if count < recipe.sequences:
+        log.warning(
+            "calibration text %s gives %d sequences of %d tokens; %d were asked for", source, count, length, recipe.sequences
+        )
+    return torch.tensor(tokens[: count * length], dtype=torch.int64).view(count, length)
+
+
+def sequence_length(asked: int | None, positions: int) -> int:
+    """Tokens a sequence: what was asked, or min(1024, positions).
+
+    Raises:
+        UserError: more than the model has positions.
+    """
+    if asked is not None and asked > positions:
+        raise UserError(f"--length {asked} is more than the model's {positions} positions")
+    return asked or min(1024, positions)
+
+
+def _documents(recipe: Recipe, length: int) -> Iterator[str]:
+    """Non-empty texts of the source, shuffled by the seed."""
+    source = recipe.calibration
+    if source == BUILTIN:
+        return _passages("\n".join(_builtin_text()), recipe.seed, length)
+    if source is None:
+        return _hub_documents(DEFAULT_DATASET, recipe)
+    path = Path(source)
+    if path.suffix == ".txt" or (path.suffix in LOADERS and path.exists()):
+        if not path.is_file():
+            raise UserError(f"calibration file {path} does not exist")
+        if path.stat().st_size == 0:
+            raise UserError(f"calibration file {path} is empty")
+        return _passages(_read_text(path), recipe.seed, length) if path.suffix == ".txt" else _file_rows(path, recipe)
+    if path.exists() or path.suffix in LOADERS or source.startswith((".", "/", "~")):
+        reason = "is not a .txt, .jsonl or .parquet file" if path.exists() else "does not exist"
+        raise UserError(f"calibration file {path} {reason}")
+    return _hub_documents(source, recipe)
+
+
+def _builtin_text() -> list[str]:
+    from cospadi.demo import stdlib_documents
+
+    try:
+        return stdlib_documents("train")
+    except FileNotFoundError as error:
+        raise UserError(f"the built-in calibration text is not there: {error}") from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"calibration file {path} is not UTF-8 text") from None
+    if not text.strip():
+        raise UserError(f"calibration file {path} holds only white space")
+    return text
+
+
+def _passages(text: str, seed: int, length: int) -> Iterator[str]:
+    """A plain text has no documents: passages of some eight sequences (32 characters to a token's place), shuffled."""
+    size = 32 * length
+    passages = [text[start : start + size] for start in range(0, len(text), size)]
+    random.Random(seed).shuffle(passages)
+    yield from passages
+
+
+def _file_rows(path: Path, recipe: Recipe) -> Iterator[str]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        rows = load_dataset(LOADERS[path.suffix], data_files=str(path), split="train", streaming=True)
+        yield from _texts(rows.shuffle(seed=recipe.seed, buffer_size=SHUFFLE_BUFFER), str(path), recipe)
+    except UserError:
+        raise
+    except (DatasetGenerationError, ValueError, OSError, RuntimeError) as error:
+        raise UserError(f"calibration file {path} cannot be read as {path.suffix[1:]}: {_first_line(error)}") from None
+
+
+def _hub_documents(name: str, recipe: Recipe) -> Iterator[str]:
+    import huggingface_hub
+    from datasets import load_dataset
+
+    help_offline = "Give a local text with --calibration FILE, or use the built-in one with --calibration builtin"
+    try:
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            raise UserError(f"calibration data set {name} cannot be fetched: the hub is switched off. {help_offline}")
+        huggingface_hub.HfApi().dataset_info(name, timeout=15)  # one quick question before the patient loader
+        rows = load_dataset(name, recipe.calibration_config, split=recipe.calibration_split, streaming=True)
+        yield from _texts(rows.shuffle(seed=recipe.seed, buffer_size=SHUFFLE_BUFFER), name, recipe)
+    except UserError:
+        raise
+    except Exception as error:  # datasets and hub raise many kinds for network, access and naming trouble
+        raise UserError(f"calibration data set {name} cannot be read: {_first_line(error)}. {help_offline}") from None
+
+
+def _texts(rows: Iterable[dict[str, Any]], source: str, recipe: Recipe) -> Iterator[str]:
+    field = recipe.calibration_field
+    for row in rows:
+        if field is None:
+            field = next((name for name in ("text", "content") if name in row), None)
+        if field is None or field not in row:
+            wanted = f"field '{field}'" if field else "field 'text' or 'content'"
+            raise UserError(
+                f"calibration text {source} has no {wanted}; its fields are {', '.join(map(str, row))}. "
+                "Name one with --calibration-field"
+            )
+        if not isinstance(row[field], str):
+            raise UserError(f"field '{field}' of calibration text {source} holds {type(row[field]).__name__}, not text")
+        if row[field].strip():
+            yield row[field]
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")

@@ -1,0 +1,375 @@
+"""The on-disk format, version 1 (docs/format.md): names of tensors, checks on reading, the manifest, and writing.
+
+A checkpoint is a Hugging Face model folder. `config.json` describes the compressed projections, the safetensors files
+hold their factors beside every other tensor, and `cospadi.json`, the manifest, says where they came from and hashes
+the tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safetensors import SafetensorError, safe_open
+
+from cospadi import budget, packing
+from cospadi.errors import CheckpointError, UserError
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "cospadi"
+MANIFEST = "cospadi.json"
+
+DICTIONARY, SUPPORT, VALUES, LEFT, RIGHT, SENTINEL = "dictionary", "support", "values", "left", "right", "weight"
+
+
+class StoredProjection(BaseModel):
+    """What `config.json` says of one compressed projection; enough to build its layer.
+
+    Attributes:
+        layout: which tensors it has.
+        d1, d2: in and out features. k: atoms, or the rank.
+        nnz: nonzeros of S, and value_bits: bits each takes (both only in the sparse layout).
+        dictionary: the projection under whose name the dictionary (or left factor) is stored.
+        bias: whether the layer has one.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layout: Literal["sparse-dictionary", "low-rank"]
+    d1: int = Field(gt=0)
+    d2: int = Field(gt=0)
+    k: int = Field(gt=0)
+    nnz: int = Field(0, ge=0)
+    value_bits: Literal[14, 16] = 16
+    dictionary: str
+    bias: bool = False
+
+    @model_validator(mode="after")
+    def _possible(self) -> StoredProjection:
+        if self.nnz > self.k * self.d2:
+            raise ValueError(f"nnz {self.nnz} is more than k * d2 = {self.k * self.d2}")
+        return self
+
+    def tensors(self, name: str) -> dict[str, tuple[str, list[int]]]:
+        """Tensors stored under this projection's name: full name -> (safetensors dtype, shape); bias and sentinel
+        are not among them."""
+        shared = [self.k, self.d1]
+        if self.layout == "low-rank":
+            own = {RIGHT: ("BF16", [self.d2, self.k])}
+            first = {LEFT: ("BF16", shared)}
+        else:
+            nbytes = budget.value_stream_bytes(self.nnz, self.value_bits)
+            own = {
+                SUPPORT: ("U8", [self.d2, budget.support_row_bytes(self.k)]),
+                VALUES: ("BF16", [self.nnz]) if self.value_bits == 16 else ("U8", [nbytes]),
+            }
+            first = {DICTIONARY: ("BF16", shared)}
+        return {f"{name}.{part}": what for part, what in ((first | own) if self.dictionary == name else own).items()}
+
+
+def parse_projections(raw: Mapping[str, Any]) -> dict[str, StoredProjection]:
+    """The `projections` of `config.json`, checked on their own and against each other.
+
+    Raises:
+        CheckpointError: a malformed entry, or an owner of a dictionary that does not fit.
+    """
+    projections: dict[str, StoredProjection] = {}
+    for name, fields in raw.items():
+        try:
+            projections[name] = StoredProjection.model_validate(fields)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            field = ".".join(map(str, problem["loc"])) or "entry"
+            raise CheckpointError(
+                f"config.json: projection {name}: {field}: {problem['msg'].removeprefix('Value error, ')}"
+            ) from None
+    for name, entry in projections.items():
+        owner = projections.get(entry.dictionary)
+        same = owner is not None and (owner.layout, owner.d1, owner.k) == (entry.layout, entry.d1, entry.k)
+        if owner is None or not same or owner.dictionary != entry.dictionary:
+            raise CheckpointError(
+                f"config.json: projection {name} names {entry.dictionary} as the owner of its dictionary, "
+                "which has none that fits"
+            )
+    return projections
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[Any]:
+    """A safetensors file open for reading.
+
+    Raises:
+        CheckpointError: missing, truncated or malformed.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}. Copy or download it again") from None
+
+
+def check_files(files: Sequence[Path], projections: Mapping[str, StoredProjection]) -> set[str]:
+    """Check the compressed projections' tensors: presence, dtype, shape, popcount of masks, padding bits.
+
+    Returns:
+        The names of all tensors in the files.
+    Raises:
+        CheckpointError: names the file and the tensor.
+    """
+    expected = {
+        tensor: (name, what) for name, entry in projections.items() for tensor, what in entry.tensors(name).items()
+    }
+    present: set[str] = set()
+    for path in files:
+        with open_file(path) as file:
+            names = list(file.keys())
+            present.update(names)
+            for tensor in names:
+                if tensor not in expected:
+                    continue
+                name, (dtype, shape) = expected[tensor]
+                view = file.get_slice(tensor)
+                if view.get_dtype() != dtype or list(view.get_shape()) != shape:
+                    raise CheckpointError(
+                        f"{path}: tensor {tensor} is {view.get_dtype()} {list(view.get_shape())}, "
+                        f"config.json asks for {dtype} {shape}"
+                    )
+                _check_content(path, tensor, file.get_tensor(tensor), projections[name])
+    missing = [tensor for tensor in expected if tensor not in present]
+    if missing:
+        raise CheckpointError(f"{files[0].parent}: tensor {missing[0]} is in none of the checkpoint's files")
+    return present
+
+
+def _check_content(path: Path, tensor: str, value: torch.Tensor, entry: StoredProjection) -> None:
+    part = tensor.rpartition(".")[2]
+    if part == SUPPORT and entry.layout == "sparse-dictionary":
+        count = packing.popcount(value)
+        if count != entry.nnz:
+            raise CheckpointError(f"{path}: mask {tensor} has {count} bits set, config.json says {entry.nnz} nonzeros")
+        if packing.has_padding_bits(value, entry.k):
+            raise CheckpointError(f"{path}: mask {tensor} has bits set past atom {entry.k - 1}")
+    if part == VALUES and packing.unused_value_bits_set(value, entry.nnz, entry.value_bits):
+        raise CheckpointError(f"{path}: tensor {tensor} has bits set past its last value")
+
+
+def tensor_index(path: Path) -> dict[str, dict[str, Any]]:
+    """Header of a safetensors file: tensor name -> {dtype, shape, data_offsets}, offsets counted from the file's start.
+
+    Raises:
+        CheckpointError: malformed.
+    """
+    with open_file(path):  # validates the header against the file's size
+        pass
+    with path.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    header.pop("__metadata__", None)
+    for entry in header.values():
+        entry["data_offsets"] = [8 + size + offset for offset in entry["data_offsets"]]
+    return dict(sorted(header.items()))
+
+
+def tensor_bytes(folder: Path) -> int:
+    """Bytes of all tensors in a folder's safetensors files, by their headers."""
+    indices = (tensor_index(path) for path in weight_files(folder))
+    return sum(e["data_offsets"][1] - e["data_offsets"][0] for index in indices for e in index.values())
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def hash_files(folder: Path) -> dict[str, Any]:
+    """sha256 of every safetensors file in a folder and of every tensor's bytes in it."""
+    hashes: dict[str, Any] = {}
+    for path in weight_files(folder):
+        index = tensor_index(path)
+        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            view = memoryview(data)
+            tensors = {name: hashlib.sha256(view[slice(*entry["data_offsets"])]).hexdigest() for name, entry in index.items()}
+            whole = hashlib.sha256(view).hexdigest()
+            view.release()
+        hashes[path.name] = {"bytes": path.stat().st_size, "sha256": whole, "tensors": tensors}
+    return hashes
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: missing or malformed.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return value
+
+
+def read_config(folder: Path) -> dict[str, StoredProjection]:
+    """The compressed projections of a checkpoint folder, from its config.json.
+
+    Raises:
+        UserError: not a CoSpaDi checkpoint. CheckpointError: another version, or malformed.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder")
+    config = read_json(folder / "config.json").get("quantization_config") or {}
+    if config.get("quant_method") != QUANT_METHOD:
+        raise UserError(f"{folder} is not a CoSpaDi checkpoint: its config.json has no quantization_config of ours")
+    check_version(config.get("format_version"), "config.json")
+    return parse_projections(config.get("projections") or {})
+
+
+def check_version(version: object, file: str) -> None:
+    """Refuse a format version that is not ours."""
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file} says format version {version}; this cospadi reads version {FORMAT_VERSION}. Install a matching release"
+        )
+
+
+def read_manifest(folder: Path, projections: Mapping[str, StoredProjection]) -> dict[str, Any] | None:
+    """The manifest, or None where there is none.
+
+    Raises:
+        CheckpointError: a manifest that does not belong to this checkpoint.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    manifest = read_json(path)
+    check_version(manifest.get("format_version"), str(path))
+    if set(manifest.get("projections", {})) != set(projections):
+        raise CheckpointError(f"{path} lists other projections than config.json: it belongs to another checkpoint")
+    sizes = {file.name: file.stat().st_size for file in weight_files(folder)}
+    for name, entry in manifest.get("files", {}).items():
+        if name not in sizes:
+            raise CheckpointError(f"{path} lists {name}, which is not there")
+        if sizes[name] != entry["bytes"]:
+            raise CheckpointError(f"{folder / name} has {sizes[name]} bytes, {path.name} says {entry['bytes']}")
+    return manifest
+
+
+def verify(folder: Path) -> int:
+    """Check everything there is to check, every byte included.
+
+    Returns:
+        The number of tensors whose hashes were compared.
+    Raises:
+        CheckpointError: names the file and the first tensor that differs.
+    """
+    projections = read_config(folder)
+    check_files(weight_files(folder), projections)
+    manifest = read_manifest(folder, projections)
+    if manifest is None:
+        raise CheckpointError(f"{folder / MANIFEST} is not there: nothing to compare the tensors with")
+    recorded, found = manifest.get("files", {}), hash_files(folder)
+    for name in sorted(set(recorded) | set(found)):
+        if name not in recorded:
+            raise CheckpointError(f"{folder / name} is not listed in {MANIFEST}")
+        if recorded[name]["sha256"] == found[name]["sha256"]:
+            continue
+        before, now = recorded[name]["tensors"], found[name]["tensors"]
+        differing = [tensor for tensor in sorted(set(before) | set(now)) if before.get(tensor) != now.get(tensor)]
+        what = f"tensor {differing[0]} is not" if differing else "its header is not"
+        raise CheckpointError(f"{folder / name}: {what} what was written (sha256 differs)")
+    return sum(len(entry["tensors"]) for entry in found.values())
+
+
+def new_manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """`content` with the hashes of the folder's files as they are now.
+
+    Where a projection's tensors are not those that `content` has hashes for, its recorded error is dropped.
+    """
+    files = hash_files(folder)
+    before = {tensor: digest for entry in content.get("files", {}).values() for tensor, digest in entry["tensors"].items()}
+    now = {tensor: digest for entry in files.values() for tensor, digest in entry["tensors"].items()}
+    changed = {tensor.rpartition(".")[0] for tensor, digest in before.items() if now.get(tensor) != digest}
+    projections = {
+        name: {key: value for key, value in entry.items() if key != "relative_error" or name not in changed}
+        for name, entry in content.get("projections", {}).items()
+    }
+    return content | {"format_version": FORMAT_VERSION, "projections": projections, "files": files}
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Write `cospadi.json` for what is in the folder now; returns what was written."""
+    manifest = new_manifest(folder, content)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return manifest
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse an output folder that holds something, or that cannot be written, before any work is done."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output {output} is a file. Name a folder")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise UserError(f"output folder {output} is not empty. Name another, or pass --overwrite to replace it")
+    parent = nearest_folder(output)
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"output {output} cannot be written: no permission in {parent}")
+
+
+def nearest_folder(path: Path) -> Path:
+    """The closest ancestor that exists."""
+    path = path.absolute().parent
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+@contextmanager
+def staged(output: Path) -> Iterator[Path]:
+    """A folder beside `output` to write into, renamed to `output` at the end, or removed if anything goes wrong."""
+    output = output.absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    staging.chmod(0o755)
+    try:
+        yield staging
+        for path in staging.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as stream:
+                    os.fsync(stream.fileno())
+        if output.exists():
+            retired = staging.with_suffix(".old")
+            output.rename(retired)
+            staging.rename(output)
+            shutil.rmtree(retired)
+        else:
+            staging.rename(output)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+COPIED_FOLDERS = ("additional_chat_templates",)
+NOT_COPIED = {"config.json", "README.md", ".gitattributes", MANIFEST}
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt", ".index"}
+
+
+def copy_companions(source: Path, destination: Path) -> None:
+    """Copy what belongs to a model beside its weights and config: tokenizer, chat template, generation config, licence."""
+    for path in sorted(source.iterdir()):
+        if path.is_dir():
+            if path.name in COPIED_FOLDERS:
+                shutil.copytree(path, destination / path.name)
+        elif path.name not in NOT_COPIED and path.suffix not in WEIGHT_SUFFIXES and ".index." not in path.name:
+            shutil.copyfile(path, destination / path.name)

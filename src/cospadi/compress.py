@@ -1,0 +1,378 @@
+"""The main job, top to bottom: text -> Gram -> whitened weights -> dictionary and codes -> packed bytes -> checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cospadi import __about__, checkpoint, packing, source
+from cospadi.calibration.gram import IDENTITY, Whitening, accumulate_grams, whiten
+from cospadi.calibration.text import DEFAULT_DATASET, token_sequences
+from cospadi.card import model_card
+from cospadi.checkpoint import StoredProjection
+from cospadi.errors import UserError
+from cospadi.factorization import SOLVERS, Factorization, Problem, SolverOptions
+from cospadi.factorization.problem import relative_error
+from cospadi.integrations.transformers import CospadiConfig, mark_compressed, swap_in_layers
+from cospadi.plan import Group, Plan, make_plan
+from cospadi.progress import Stages
+from cospadi.projections import Projection, decoder_blocks, dense_experts, find_projections, kinds_of, select, shared_inputs
+from cospadi.recipe import Recipe
+
+log = logging.getLogger("cospadi")
+
+GRAM_MEMORY = 4 * 2**30
+"""Bytes of Gram matrices held at once. Blocks that do not fit wait for another pass over the calibration text."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A group's factors as they are stored, and what they are worth.
+
+    Attributes:
+        entries: each member's entry in config.json.
+        tensors: full tensor names -> what is stored.
+        errors: each member's relative error in the whitened metric, of the stored factors.
+        shift: the diagonal shift of the Gram.
+    """
+
+    entries: dict[str, StoredProjection]
+    tensors: dict[str, Tensor]
+    errors: dict[str, float]
+    shift: float
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What `compress` gives back.
+
+    Attributes:
+        model: the compressed model, ready to run and to save.
+        plan: groups, k, s and bytes.
+        manifest: what `cospadi.json` holds (hashes of files only if it was written).
+        errors: projection -> relative error in the whitened metric, of the stored factors.
+        bytes_before, bytes_after: of the whole checkpoint's tensors as stored; None where nothing was read or written.
+        seconds: stage -> seconds.
+    """
+
+    model: nn.Module
+    plan: Plan
+    manifest: dict[str, Any]
+    errors: dict[str, float]
+    bytes_before: int | None
+    bytes_after: int | None
+    seconds: dict[str, float]
+
+
+def compress(
+    model: str | Path | nn.Module,
+    recipe: Recipe | Path | str | dict[str, Any] | None = None,
+    output: str | Path | None = None,
+    *,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    stages: Stages | None = None,
+) -> Compressed:
+    """Compress a causal language model after training.
+
+    Args:
+        model: folder, hub name, "demo", or a loaded transformers model (which is changed in place).
+        recipe: a Recipe, a YAML file, or a mapping of its fields.
+        output: folder to write the checkpoint to; None leaves the result in memory.
+        tokenizer: needed with a loaded model, unless the recipe is data-free.
+        overwrite: replace an output folder that is not empty.
+        stages: where to show progress.
+
+    Raises:
+        UserError: a request that cannot be met; nothing was written.
+    """
+    recipe = Recipe.build(recipe)
+    stages = stages or Stages()
+    target = Path(output) if output is not None else None
+    if target is not None:
+        checkpoint.check_output(target, overwrite)
+    device = source.pick_device(recipe.device)
+    folder: Path | None = None
+    with stages.stage("load", 1):
+        if not isinstance(model, nn.Module):
+            folder = source.resolve(model, recipe.revision)
+            model = source.load_model(folder, device)
+            if tokenizer is None and needs_text(recipe):
+                tokenizer = source.load_tokenizer(folder)
+    selected = select(find_projections(model), recipe.include, recipe.exclude, recipe.target)
+    if experts := dense_experts(model):
+        log.warning("experts that are not nn.Linear stay dense: %s", kinds_of(experts))
+    plan = make_plan(selected, recipe)
+
+    manifest: dict[str, Any] = {
+        "package_version": __about__.__version__,
+        "recipe": recipe.model_dump(mode="json") | {"calibration": _source_name(recipe)},
+        "projections": {},
+    }
+    sequences: Tensor | None = None
+    if needs_text(recipe):
+        if tokenizer is None:
+            raise UserError("calibration needs the model's tokenizer: pass tokenizer=, or make the recipe data_free")
+        with stages.stage("text", 1):
+            sequences = token_sequences(tokenizer, recipe, source.positions(model))
+        digest = hashlib.sha256(sequences.numpy().tobytes()).hexdigest()
+        manifest["calibration"] = {"sequences": len(sequences), "length": sequences.shape[1], "tokens_sha256": digest}
+
+    packed: list[Packed] = []
+    work = sum(group.k * sum(group.d2s) for group in plan.groups)
+    for groups, metrics in walk(model, plan, sequences, recipe, stages):
+        with stages.stage("solve", work) as progress:
+            progress.advance(sum(g.k * sum(g.d2s) for g in plan.groups[: len(packed)]))
+            for group in groups:
+                packed.append(factorize(model, group, metrics[group.members[0].name], recipe, progress))
+
+    entries = {name: entry for item in packed for name, entry in item.entries.items()}
+    errors = {name: error for item in packed for name, error in item.errors.items()}
+    for item in packed:
+        for name, entry in item.entries.items():
+            sizes = {tensor.rpartition(".")[2]: _nbytes(value) for tensor, value in item.tensors.items() if tensor.rpartition(".")[0] == name}
+            manifest["projections"][name] = {
+                "layout": entry.layout,
+                "bytes": sizes,
+                "relative_error": item.errors[name],
+                "gram_shift": item.shift,
+            }
+    load_factors(model, entries, packed)
+    mark_compressed(model, CospadiConfig(projections={n: e.model_dump() for n, e in entries.items()}, format_version=1))
+    model.hf_quantizer.manifest = manifest  # type: ignore[union-attr]
+
+    before = checkpoint.tensor_bytes(folder) if folder else None
+    after = None
+    if target is not None:
+        with stages.stage("write", 1):
+            manifest = write(model, target, manifest, plan, folder, tokenizer)
+            after = checkpoint.tensor_bytes(target)
+    return Compressed(model, plan, manifest, errors, before, after, stages.seconds)
+
+
+def needs_text(recipe: Recipe) -> bool:
+    """Whether a recipe is calibrated on text."""
+    return not recipe.data_free and SOLVERS[recipe.solver].whitened
+
+
+def walk(
+    model: nn.Module, plan: Plan, sequences: Tensor | None, recipe: Recipe, stages: Stages
+) -> Iterator[tuple[list[Group], dict[str, Whitening]]]:
+    """The decoder blocks in order, as many at a time as their Gram matrices fit in memory.
+
+    Yields:
+        The groups of these blocks, and the whitening of each group by its first member's name.
+    """
+    if sequences is None:
+        yield list(plan.groups), {group.members[0].name: IDENTITY for group in plan.groups}
+        return
+    selected = [member for group in plan.groups for member in group.members]
+    owner = shared_inputs(model, selected)
+    _, blocks = decoder_blocks(model)
+    for groups in _ranges(plan.groups, owner):
+        readers = list(dict.fromkeys(owner[member.name] for group in groups for member in group.members))
+        last = max(member.block for group in groups for member in group.members)
+        with stages.stage("calibrate", len(sequences)) as progress:
+            grams = accumulate_grams(
+                model, readers, sequences, recipe.batch_size, blocks[last], lambda n: progress.advance(n)
+            )
+        metrics: dict[str, Whitening] = {}
+        whitened: dict[tuple[str, ...], Whitening] = {}
+        for group in groups:
+            inputs = tuple(owner[member.name] for member in group.members)
+            if inputs not in whitened:
+                gram = torch.stack([grams[name] for name in inputs]).mean(0) if len(inputs) > 1 else grams[inputs[0]]
+                whitened[inputs] = whiten(gram, sequences.numel(), recipe.damping)
+                if whitened[inputs].factor is None:
+                    log.warning("%s reads only zeros on the calibration text: solved without whitening", inputs[0])
+            metrics[group.members[0].name] = whitened[inputs]
+        yield groups, metrics
+
+
+def _ranges(groups: Sequence[Group], owner: dict[str, str]) -> Iterator[list[Group]]:
+    """Consecutive groups whose distinct Gram matrices fit GRAM_MEMORY; never splits what ends in the same block."""
+    current: list[Group] = []
+    readers: set[str] = set()
+    size = 0
+    by_block: dict[int, list[Group]] = {}
+    for group in groups:
+        by_block.setdefault(group.members[-1].block, []).append(group)
+    for block in sorted(by_block):
+        needed = {owner[m.name]: m for group in by_block[block] for m in group.members}
+        nbytes = sum(8 * member.d1**2 for name, member in needed.items() if name not in readers)
+        if current and size + nbytes > GRAM_MEMORY:
+            yield current
+            current, readers, size = [], set(), 0
+            nbytes = sum(8 * member.d1**2 for member in needed.values())
+        current += by_block[block]
+        readers |= set(needed)
+        size += nbytes
+    if current:
+        yield current
+
+
+def factorize(model: nn.Module, group: Group, metric: Whitening, recipe: Recipe, progress: Any) -> Packed:
+    """Solve min ||L W - D_L S|| for one group and round the factors to what is stored."""
+    weights = [_weight(model, member) for member in group.members]
+    target = metric.apply(torch.cat(weights, dim=1))  # A = L W, float64 (d1, sum of d2)
+    scale = target.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+    name = group.members[0].name
+    work = group.k * sum(group.d2s)
+
+    def report(iteration: int, error: float) -> None:
+        steps = recipe.iterations if recipe.solver == "ksvd" else 1
+        progress.advance(work / steps, f"{name}  iteration {iteration}  error {error:.4f}")
+
+    options = SolverOptions(
+        iterations=recipe.iterations,
+        update=recipe.update,
+        tolerance=recipe.tolerance,
+        seed=recipe.seed,
+        on_iteration=report,
+    )
+    solution = SOLVERS[recipe.solver].solve(Problem((target / scale).float()), group.k, group.s, options)
+    result = pack(group, solution, metric, target, float(scale))
+    log.info(
+        "%s: k %d, s %d, error %.4f", ", ".join(m.name for m in group.members), group.k, group.s,
+        max(result.errors.values()),
+    )  # fmt: skip
+    return result
+
+
+def pack(group: Group, solution: Factorization, metric: Whitening, target: Tensor, scale: float) -> Packed:
+    """Undo the whitening, scale the atoms to rms(x d) = 1 over the calibration tokens, round and pack.
+
+    Args:
+        solution: of A / scale.
+        target: A = L W, float64 (d1, sum of d2).
+    """
+    norms = torch.linalg.vector_norm(solution.dictionary.double(), dim=0)
+    atom_scale = torch.where(norms > 0, metric.scale / norms, torch.ones_like(norms))
+    dictionary = _saturate(metric.undo(solution.dictionary.double() * atom_scale)).to(torch.bfloat16)  # D (d1, k)
+    coefficients = _saturate(solution.coefficients.double() * (scale / atom_scale)[:, None]).float()  # S (k, d2)
+
+    owner = group.members[0]
+    entries: dict[str, StoredProjection] = {}
+    tensors: dict[str, Tensor] = {}
+    errors: dict[str, float] = {}
+    low_rank = group.layout == "low-rank"
+    tensors[f"{owner.name}.{checkpoint.LEFT if low_rank else checkpoint.DICTIONARY}"] = dictionary.T.contiguous()
+    approximation = metric.apply(dictionary)  # L D
+    start = 0
+    for member in group.members:
+        columns = slice(start, start + member.d2)
+        start += member.d2
+        part = coefficients[:, columns].T.contiguous()  # (d2, k)
+        if low_rank:
+            stored = part.to(torch.bfloat16)
+            tensors[f"{member.name}.{checkpoint.RIGHT}"] = stored
+            rounded, nnz = stored.float(), 0
+        else:
+            assert solution.support is not None
+            support = solution.support[:, columns].T.contiguous()
+            values = packing.pack_values(part[support], group.value_bits)
+            nnz = int(support.sum())
+            tensors[f"{member.name}.{checkpoint.SUPPORT}"] = packing.pack_support(support)
+            tensors[f"{member.name}.{checkpoint.VALUES}"] = values
+            rounded = torch.zeros_like(part).masked_scatter(support, packing.unpack_values(values, nnz, group.value_bits))
+        errors[member.name] = relative_error(target[:, columns], approximation @ rounded.double().T)
+        entries[member.name] = StoredProjection(
+            layout="low-rank" if low_rank else "sparse-dictionary",
+            d1=member.d1,
+            d2=member.d2,
+            k=group.k,
+            nnz=nnz,
+            value_bits=16 if group.value_bits == 16 else 14,
+            dictionary=owner.name,
+        )
+    cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
+    assert sum(map(_nbytes, cpu.values())) == group.parts.total
+    return Packed(entries, cpu, errors, metric.shift)
+
+
+def load_factors(model: nn.Module, entries: dict[str, StoredProjection], packed: Sequence[Packed]) -> None:
+    """Swap the compressed layers into the model and fill them; biases move over."""
+    old = {name: model.get_submodule(name) for name in entries}
+    for name, entry in entries.items():
+        entries[name] = entry.model_copy(update={"bias": old[name].bias is not None})
+    first = next(iter(old.values()))
+    assert isinstance(first, nn.Linear)
+    layers = swap_in_layers(model, entries, first.weight.dtype, first.weight.device)
+    with torch.no_grad():
+        for item in packed:
+            for full_name, tensor in item.tensors.items():
+                name, _, part = full_name.rpartition(".")
+                getattr(layers[name], part).copy_(tensor)
+        for name, layer in layers.items():
+            layer.eval()
+            if layer.bias is not None:
+                bias = old[name].bias
+                assert isinstance(bias, Tensor)
+                layer.bias.copy_(bias)
+
+
+def write(
+    model: Any, output: Path, manifest: dict[str, Any], plan: Plan, folder: Path | None, tokenizer: Any
+) -> dict[str, Any]:
+    """Write the checkpoint beside `output`, then rename; returns the manifest with the files' hashes."""
+    from transformers import GenerationConfig
+
+    needed = sum(p.numel() * p.element_size() for p in model.parameters()) + plan.bytes
+    free = _free_bytes(output)
+    if needed > free:
+        raise UserError(f"{output} needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free. Free some or write elsewhere")
+    with checkpoint.staged(output) as staging:
+        kept = model.generation_config
+        if folder is not None and (folder / "generation_config.json").exists():
+            # The source's own file is copied below; some public ones would not pass the check that saving makes.
+            model.generation_config = GenerationConfig()
+        try:
+            model.save_pretrained(staging)
+        finally:
+            model.generation_config = kept
+        if folder is not None:
+            checkpoint.copy_companions(folder, staging)
+        elif tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        (staging / "README.md").write_text(model_card(plan, manifest), encoding="utf-8")
+        written = checkpoint.write_manifest(staging, manifest)
+    return written
+
+
+def _weight(model: nn.Module, projection: Projection) -> Tensor:
+    """W (d1, d2): the transpose of what nn.Linear stores."""
+    weight = model.get_submodule(projection.name).weight
+    assert isinstance(weight, Tensor)
+    if not torch.isfinite(weight).all():
+        raise UserError(f"the weight of {projection.name} is not finite")
+    return weight.detach().T
+
+
+def _saturate(values: Tensor) -> Tensor:
+    largest = float(torch.finfo(torch.bfloat16).max)
+    return values.clamp(-largest, largest)
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _free_bytes(output: Path) -> int:
+    import shutil
+
+    return shutil.disk_usage(checkpoint.nearest_folder(output)).free
+
+
+def _source_name(recipe: Recipe) -> str | None:
+    """The calibration source without a path of this machine."""
+    if not needs_text(recipe):
+        return None
+    name = recipe.calibration or DEFAULT_DATASET
+    return Path(name).name if Path(name).exists() else name

@@ -1,0 +1,9 @@
+"""What can go wrong through no fault of ours. The command line turns each into one sentence and exit code 2."""
+
+
+class UserError(ValueError):
+    """A request that cannot be met as asked. The message is a sentence: what is wrong, where, what to do."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is damaged or not what it says it is. The message names the file and the tensor."""

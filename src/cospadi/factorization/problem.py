@@ -1,0 +1,66 @@
+"""The whitened problem and its solution: min ||A - D S||_F over D (d1 x k) and column-sparse S (k x d2), A = L W."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A projection, or several side by side, in the whitened metric.
+
+    Attributes:
+        target: A = L W, float (d1, d2).
+    """
+
+    target: Tensor
+
+
+@dataclass(frozen=True)
+class Factorization:
+    """A ~ D S.
+
+    Attributes:
+        dictionary: D in the whitened metric, float (d1, k), unit columns.
+        coefficients: S, float (k, d2), zero outside the support.
+        support: bool (k, d2), exactly s a column, or None for a low-rank factorization, where S is dense.
+        errors: ||A - D S||_F / ||A||_F after each iteration.
+    """
+
+    dictionary: Tensor
+    coefficients: Tensor
+    support: Tensor | None = None
+    errors: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """What a solver may be told; each takes what concerns it.
+
+    Attributes:
+        iterations: alternations T at most.
+        update: dictionary update of K-SVD.
+        tolerance: stop once an iteration lowers the error by less than this fraction; 0 runs all of them.
+        seed: of the initial dictionary.
+        memory_bytes: working memory that batched sparse coding may take; results do not depend on it.
+        on_iteration: called with (iteration from 1, relative error).
+    """
+
+    iterations: int = 60
+    update: Literal["power", "pca", "mod"] = "power"
+    tolerance: float = 0.0
+    seed: int = 42
+    memory_bytes: int = 256 * 2**20
+    on_iteration: Callable[[int, float], None] | None = None
+
+
+def relative_error(target: Tensor, approximation: Tensor) -> float:
+    """||A - B||_F / ||A||_F, summed in float64; 0 for a zero A that is met exactly."""
+    scale = torch.linalg.vector_norm(target, dtype=torch.float64)
+    distance = torch.linalg.vector_norm(target - approximation, dtype=torch.float64)
+    return float(distance / scale) if scale > 0 else float(distance)

@@ -1,0 +1,182 @@
+"""Loading and saving with transformers: the quantization config and the quantizer that it looks up by `quant_method`."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from cospadi import checkpoint
+from cospadi.checkpoint import DICTIONARY, LEFT, SENTINEL, StoredProjection
+from cospadi.errors import CheckpointError
+from cospadi.linear import LowRankLinear, SparseDictionaryLinear
+
+CompressedLinear = SparseDictionaryLinear | LowRankLinear
+
+
+@register_quantization_config(checkpoint.QUANT_METHOD)
+class CospadiConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """`quantization_config` of a compressed model: format version and the compressed projections by name.
+
+    Raises:
+        CheckpointError: another format version, or malformed entries.
+    """
+
+    def __init__(
+        self,
+        projections: Mapping[str, Any] | None = None,
+        format_version: object = None,
+        quant_method: str = checkpoint.QUANT_METHOD,
+        **unknown: Any,
+    ) -> None:
+        checkpoint.check_version(format_version, "config.json")
+        if unknown:
+            raise CheckpointError(f"config.json: quantization_config has unknown fields: {', '.join(unknown)}")
+        self.quant_method = quant_method
+        self.format_version = format_version
+        self.projections = {
+            name: entry.model_dump() for name, entry in checkpoint.parse_projections(projections or {}).items()
+        }
+
+    def parsed(self) -> dict[str, StoredProjection]:
+        """The projections as objects."""
+        return checkpoint.parse_projections(self.projections)
+
+
+@register_quantizer(checkpoint.QUANT_METHOD)
+class CospadiQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Swaps the compressed projections' modules in before transformers loads the weights."""
+
+    requires_calibration = True
+    is_trainable = True
+    is_compileable = True
+    manifest: dict[str, Any] | None = None
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, dtype: torch.dtype | None = None, checkpoint_files: Any = None, **_: Any
+    ) -> nn.Module:
+        projections = self.quantization_config.parsed()
+        swap_in_layers(model, projections, dtype, "meta")
+        if checkpoint_files:
+            self.manifest = self._check([Path(file) for file in checkpoint_files], model, projections)
+        return model
+
+    def _check(
+        self, files: list[Path], model: nn.Module, projections: dict[str, StoredProjection]
+    ) -> dict[str, Any] | None:
+        folder = Path(os.path.normpath(files[0])).parent
+        root = Path(os.path.abspath(str(model.config.name_or_path)))  # type: ignore[union-attr]
+        for file in files:
+            inside = Path(os.path.abspath(file))
+            if (root.is_dir() and root not in inside.parents) or inside.parent != Path(os.path.abspath(folder)):
+                raise CheckpointError(f"the checkpoint's index names {file}, a path that leaves its folder")
+        manifest = checkpoint.read_manifest(folder, projections)
+        present = checkpoint.check_files(files, projections)
+        tied = getattr(model, "all_tied_weights_keys", {})
+        missing = [
+            name
+            for name in model.state_dict()
+            if name not in present
+            and name not in tied
+            and not any(re.search(p, name) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+        ]
+        if missing:
+            raise CheckpointError(f"{folder}: tensor {missing[0]} is in none of the checkpoint's files")
+        if os.environ.get("COSPADI_VERIFY") == "1":
+            checkpoint.verify(folder)
+        return manifest
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        _save_with_manifest_from_now_on(model)
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors to save: shared dictionaries once, factors as bf16, and an empty `weight` for each projection.
+
+        The empty tensor makes a transformers that does not know us stop with a size mismatch, where it would
+        otherwise fill the projection with random numbers.
+        """
+        state: dict[str, Tensor] = model.state_dict()
+        for name, entry in self.quantization_config.parsed().items():
+            for part in (DICTIONARY, LEFT, checkpoint.RIGHT):
+                tensor = state.pop(f"{name}.{part}", None)
+                if tensor is not None and (part == checkpoint.RIGHT or entry.dictionary == name):
+                    state[f"{name}.{part}"] = tensor.to(torch.bfloat16)
+            state[f"{name}.{SENTINEL}"] = torch.empty(0, dtype=torch.bfloat16)
+        return state, {}
+
+
+def build_layer(entry: StoredProjection, dtype: torch.dtype | None, device: torch.device | str) -> CompressedLinear:
+    """An empty layer for a stored projection; `dtype` is that of dictionary and bias."""
+    if entry.layout == "low-rank":
+        return LowRankLinear(entry.d1, entry.d2, entry.k, entry.bias, dtype, device)
+    return SparseDictionaryLinear(
+        entry.d1, entry.d2, entry.k, entry.nnz, entry.value_bits, entry.bias, dtype, device
+    )
+
+
+def swap_in_layers(
+    model: nn.Module,
+    projections: Mapping[str, StoredProjection],
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> dict[str, CompressedLinear]:
+    """Replace the projections' modules by empty compressed layers; the layers of a group share one parameter.
+
+    Raises:
+        CheckpointError: the model has no linear layer of that name and shape.
+    """
+    layers: dict[str, CompressedLinear] = {}
+    modules = dict(model.named_modules())
+    for name, entry in projections.items():
+        old = modules.get(name)
+        if not isinstance(old, nn.Linear) or (old.in_features, old.out_features) != (entry.d1, entry.d2):
+            raise CheckpointError(
+                f"config.json: {type(model).__name__} has no linear layer {name} of {entry.d1} x {entry.d2}"
+            )
+        layers[name] = build_layer(entry, dtype, device)
+        model.set_submodule(name, layers[name])
+    tied = dict(getattr(model, "all_tied_weights_keys", {}))
+    for name, entry in projections.items():
+        if entry.dictionary != name:
+            shared = LEFT if entry.layout == "low-rank" else DICTIONARY
+            setattr(layers[name], shared, getattr(layers[entry.dictionary], shared))
+            tied[f"{name}.{shared}"] = f"{entry.dictionary}.{shared}"
+    model.all_tied_weights_keys = tied
+    ignored = {rf"^{re.escape(name)}\.{SENTINEL}$" for name in projections}
+    model._keys_to_ignore_on_load_unexpected = set(getattr(model, "_keys_to_ignore_on_load_unexpected", ()) or ()) | ignored
+    return layers
+
+
+def mark_compressed(model: nn.Module, config: CospadiConfig) -> None:
+    """Give a model whose layers were swapped in memory the state that `from_pretrained` would leave it in."""
+    quantizer = CospadiQuantizer(config, pre_quantized=True)
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = checkpoint.QUANT_METHOD
+    quantizer.postprocess_model(model)
+
+
+def _save_with_manifest_from_now_on(model: nn.Module) -> None:
+    model.save_pretrained = MethodType(_save_pretrained, model)
+
+
+def _save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    """`PreTrainedModel.save_pretrained`, then a new manifest for what it wrote."""
+    kwargs.setdefault("save_original_format", False)
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    if kwargs.get("is_main_process", True):
+        quantizer: CospadiQuantizer = model.hf_quantizer
+        content = quantizer.manifest or {"projections": {name: {} for name in quantizer.quantization_config.projections}}
+        checkpoint.write_manifest(Path(save_directory), content)

@@ -1,0 +1,172 @@
+"""The compressed linear layers: y = (x D) S + b with packed S, and its low-rank sibling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cospadi import budget, ops, packing
+
+
+class SparseDictionaryLinear(nn.Module):
+    """A projection W ~ D S in the form the checkpoint stores it.
+
+    Parameters and buffers (see docs/format.md):
+        dictionary: (k, d1), row i is atom i; the layers of a group hold the same `nn.Parameter`.
+        support: uint8 (d2, ceil(k / 8)). values: the packed nonzeros.
+        bias: (d2,) or None.
+
+    z = x D is an ordinary linear product, y = z S the op `cospadi::sparse_matmul`. Outside torch.compile S is unpacked
+    once, on first use, and kept in the dtype of x; set `low_memory` to unpack it in each call instead.
+
+    Args:
+        in_features: d1. out_features: d2.
+        k: atoms. nnz: nonzeros of S in all.
+        value_bits: stored width of a nonzero.
+        bias: whether there is one.
+        dtype, device: of the dictionary and the bias.
+    """
+
+    low_memory = False
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        k: int,
+        nnz: int,
+        value_bits: int,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.k, self.nnz, self.value_bits = k, nnz, value_bits
+        self.dictionary = nn.Parameter(torch.empty(k, in_features, dtype=dtype, device=device))
+        rows = budget.support_row_bytes(k)
+        self.register_buffer("support", torch.zeros(out_features, rows, dtype=torch.uint8, device=device))
+        if value_bits == 16:
+            stored = torch.zeros(nnz, dtype=torch.bfloat16, device=device)
+        else:
+            size = budget.value_stream_bytes(nnz, value_bits)
+            stored = torch.zeros(size, dtype=torch.uint8, device=device)
+        self.register_buffer("values", stored)
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        self._dense: Tensor | None = None
+
+    support: Tensor
+    values: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., d1) -> (..., d2), in x's dtype."""
+        z = nn.functional.linear(x, self.dictionary.to(x.dtype))
+        trainable = self.values.requires_grad
+        y = ops.sparse_matmul(
+            z,
+            self.support,
+            self.values,
+            self.k,
+            0 if trainable else self.value_bits,
+            None if trainable or self.low_memory else self._kept_coefficients(z),
+        )
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _kept_coefficients(self, z: Tensor) -> Tensor | None:
+        """S transposed (d2, k) in z's dtype and on its device, unpacked at most once outside a compiler."""
+        kept = self._dense
+        if kept is not None and kept.dtype == z.dtype and kept.device == z.device:
+            return kept
+        if torch.compiler.is_compiling():
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            self._dense = self.coefficients(z.dtype)
+        return self._dense
+
+    def coefficients(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """S transposed as a dense matrix (d2, k), exact in float32 and bf16."""
+        bits = 0 if self.values.requires_grad else self.value_bits
+        return ops.reference.coefficients(self.support, self.values.detach(), self.k, bits, dtype)
+
+    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight (d2, d1) this layer stands for, (D S)^T, computed in float64."""
+        return (self.coefficients(torch.float32).double() @ self.dictionary.detach().double()).to(dtype)
+
+    def unpack_values(self) -> nn.Parameter:
+        """Turn the packed nonzeros into a float32 `nn.Parameter` (nnz,), so that training reaches them.
+
+        The state dict still holds the packed form (rounded again) under the same name.
+        """
+        if not self.values.requires_grad:
+            values = packing.unpack_values(self.values, self.nnz, self.value_bits)
+            del self.values
+            self._dense = None
+            self.register_parameter("values", nn.Parameter(values))
+        assert isinstance(self.values, nn.Parameter)
+        return self.values
+
+    def packed_values(self) -> Tensor:
+        """The nonzeros as the checkpoint stores them."""
+        if self.values.requires_grad:
+            return packing.pack_values(self.values.detach(), self.value_bits)
+        return self.values.to(torch.bfloat16) if self.value_bits == 16 else self.values
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "values"] = self.packed_values()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self._dense = None
+        if self.values.requires_grad and prefix + "values" in state_dict:
+            packed = state_dict[prefix + "values"]
+            state_dict = dict(state_dict)
+            state_dict[prefix + "values"] = packing.unpack_values(packed, self.nnz, self.value_bits)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._dense = None
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, k={self.k}, nnz={self.nnz}, "
+            f"value_bits={self.value_bits}, bias={self.bias is not None}"
+        )
+
+
+class LowRankLinear(nn.Module):
+    """A projection W ~ left^T right^T of rank r: y = (x left^T) right^T + b.
+
+    Parameters: left (r, d1), right (d2, r), bias (d2,) or None. The layers of a group hold the same `left`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.r = in_features, out_features, r
+        self.left = nn.Parameter(torch.empty(r, in_features, dtype=dtype, device=device))
+        self.right = nn.Parameter(torch.empty(out_features, r, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., d1) -> (..., d2), in x's dtype."""
+        z = nn.functional.linear(x, self.left.to(x.dtype))
+        return nn.functional.linear(z, self.right.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight (d2, d1) this layer stands for, computed in float64."""
+        return (self.right.detach().double() @ self.left.detach().double()).to(dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, bias={self.bias is not None}"
+        )

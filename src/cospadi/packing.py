@@ -1,0 +1,124 @@
+"""Support masks and coefficient values <-> bytes. Vectorised torch on any device; exact inverses of each other.
+
+The layouts are those of docs/format.md: mask bit j % 8 of byte j // 8, values as one little-endian bit stream in
+column order, atoms ascending.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def pack_support(support: Tensor) -> Tensor:
+    """Boolean support -> bit mask.
+
+    Args:
+        support: bool (d2, k), row c is the support of column c.
+    Returns:
+        uint8 (d2, ceil(k / 8)); unused bits are 0.
+    """
+    d2, k = support.shape
+    padded = torch.nn.functional.pad(support.to(torch.uint8), (0, -k % 8))
+    weights = 2 ** torch.arange(8, device=support.device)
+    return (padded.view(d2, -1, 8) * weights).sum(-1).to(torch.uint8)
+
+
+def unpack_support(mask: Tensor, k: int) -> Tensor:
+    """Bit mask uint8 (d2, ceil(k / 8)) -> bool (d2, k)."""
+    shifts = torch.arange(8, device=mask.device, dtype=torch.uint8)
+    return ((mask.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, :k].bool()
+
+
+def popcount(mask: Tensor) -> int:
+    """Number of set bits in a uint8 tensor, summed pairwise inside each byte."""
+    pairs = mask - ((mask >> 1) & 0x55)
+    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return int(((nibbles + (nibbles >> 4)) & 0x0F).sum())
+
+
+def has_padding_bits(mask: Tensor, k: int) -> bool:
+    """Whether any unused bit of a support mask (past atom k - 1) is set."""
+    used = k % 8
+    return bool(used) and bool((mask[:, -1] >> used).any())
+
+
+def to_codes(values: Tensor, value_bits: int) -> Tensor:
+    """float32 values -> the top `value_bits` bits of their pattern, rounded once to nearest even, saturating.
+
+    Args:
+        values: float32 (nnz,), finite.
+        value_bits: 10 to 16: sign 1, exponent 8, mantissa value_bits - 9.
+    Returns:
+        int64 (nnz,) in [0, 2 ** value_bits).
+    """
+    drop = 32 - value_bits
+    pattern = values.contiguous().view(torch.int32).to(torch.int64)
+    magnitude = pattern & 0x7FFFFFFF
+    rounded = (magnitude + (1 << (drop - 1)) - 1 + ((magnitude >> drop) & 1)) >> drop
+    largest_finite = (0x7F800000 >> drop) - 1
+    return rounded.clamp(max=largest_finite) | ((pattern < 0).to(torch.int64) << (value_bits - 1))
+
+
+def from_codes(codes: Tensor, value_bits: int) -> Tensor:
+    """Inverse of `to_codes` on its range: int64 (nnz,) -> float32 (nnz,), exact."""
+    pattern = codes << (32 - value_bits)
+    return torch.where(pattern > 0x7FFFFFFF, pattern - (1 << 32), pattern).to(torch.int32).view(torch.float32)
+
+
+def pack_values(values: Tensor, value_bits: int) -> Tensor:
+    """Coefficient values -> what the checkpoint stores.
+
+    Args:
+        values: float (nnz,) in column order, atoms ascending.
+        value_bits: 16 (bf16) or an even width from 10 to 14.
+    Returns:
+        bf16 (nnz,) for 16 bits, else uint8 (ceil(value_bits * nnz / 8),), a little-endian bit stream.
+    """
+    codes = to_codes(values.float(), value_bits)
+    if value_bits == 16:
+        return from_codes(codes, 16).to(torch.bfloat16)
+    # `per` values fill a whole number of bytes and fit an int64: 4 values in 7 bytes at 14 bits.
+    per, size = _group(value_bits)
+    nnz = codes.numel()
+    words = torch.nn.functional.pad(codes, (0, -nnz % per)).view(-1, per)
+    word = (words << (value_bits * torch.arange(per, device=codes.device))).sum(-1, keepdim=True)
+    stream = (word >> (8 * torch.arange(size, device=codes.device))) & 0xFF
+    return stream.to(torch.uint8).flatten()[: (nnz * value_bits + 7) // 8].clone()
+
+
+def unpack_values(stream: Tensor, nnz: int, value_bits: int) -> Tensor:
+    """Inverse of `pack_values`: the stored tensor -> float32 (nnz,), exact."""
+    if value_bits == 16:
+        return stream.float()
+    per, size = _group(value_bits)
+    padded = torch.nn.functional.pad(stream, (0, -stream.numel() % size)).view(-1, size).to(torch.int64)
+    word = (padded << (8 * torch.arange(size, device=stream.device))).sum(-1, keepdim=True)
+    codes = (word >> (value_bits * torch.arange(per, device=stream.device))) & ((1 << value_bits) - 1)
+    return from_codes(codes.flatten()[:nnz], value_bits)
+
+
+def unused_value_bits_set(stream: Tensor, nnz: int, value_bits: int) -> bool:
+    """Whether a bit after the last value of a packed stream is set."""
+    spare = -(nnz * value_bits) % 8
+    return value_bits != 16 and spare > 0 and stream.numel() > 0 and bool(stream[-1] >> (8 - spare))
+
+
+def unpack_coefficients(mask: Tensor, values: Tensor, k: int) -> Tensor:
+    """S transposed, as a dense matrix.
+
+    Args:
+        mask: uint8 (d2, ceil(k / 8)).
+        values: float (nnz,), already unpacked, in column order.
+    Returns:
+        (d2, k) in the dtype of `values`: row c is column c of S.
+    """
+    support = unpack_support(mask, k)
+    return torch.zeros(support.shape, dtype=values.dtype, device=values.device).masked_scatter(support, values)
+
+
+def _group(value_bits: int) -> tuple[int, int]:
+    per = 8 // math.gcd(value_bits, 8)
+    return per, per * value_bits // 8

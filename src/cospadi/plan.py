@@ -1,0 +1,96 @@
+"""The plan: which projections share a dictionary, with which k and s, and what that costs to the byte."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cospadi import budget
+from cospadi.budget import Parts
+from cospadi.errors import UserError
+from cospadi.factorization import SOLVERS
+from cospadi.projections import Projection
+from cospadi.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Group:
+    """Projections with one dictionary over their concatenated outputs; most have one member.
+
+    Attributes:
+        members: in model order; the first owns the dictionary.
+        layout: "sparse-dictionary" or "low-rank".
+        k: atoms, or the rank. s: nonzeros a column (0 for low rank).
+        value_bits: bits a stored coefficient (16 for low rank).
+        parts: bytes on disk.
+    """
+
+    members: tuple[Projection, ...]
+    layout: str
+    k: int
+    s: int
+    value_bits: int
+    parts: Parts
+
+    @property
+    def d1(self) -> int:
+        return self.members[0].d1
+
+    @property
+    def d2s(self) -> list[int]:
+        return [member.d2 for member in self.members]
+
+    @property
+    def dense_bytes(self) -> int:
+        return budget.dense_bytes(self.d1, sum(self.d2s))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All groups, in model order."""
+
+    groups: tuple[Group, ...]
+
+    @property
+    def dense_bytes(self) -> int:
+        return sum(group.dense_bytes for group in self.groups)
+
+    @property
+    def bytes(self) -> int:
+        return sum(group.parts.total for group in self.groups)
+
+    @property
+    def ratio(self) -> float:
+        """1 - compressed / dense bytes over all selected projections (the paper's CR)."""
+        return 1 - self.bytes / self.dense_bytes
+
+
+def make_plan(projections: Sequence[Projection], recipe: Recipe) -> Plan:
+    """Uniform budget: every group gets the recipe's ratio.
+
+    Raises:
+        UserError: a group is too small for the ratio; the message names its first projection.
+    """
+    return Plan(tuple(_plan_group(members, recipe) for members in group_layers(projections, recipe.group_layers)))
+
+
+def group_layers(projections: Sequence[Projection], layers: int) -> list[tuple[Projection, ...]]:
+    """Groups of like projections (same kind and shape) of `layers` consecutive blocks, in model order."""
+    groups: dict[tuple[int, str, int, int], list[Projection]] = {}
+    for p in projections:
+        groups.setdefault((p.block // layers, p.kind, p.d1, p.d2), []).append(p)
+    return [tuple(members) for members in groups.values()]
+
+
+def _plan_group(members: tuple[Projection, ...], recipe: Recipe) -> Group:
+    d1, d2s = members[0].d1, [member.d2 for member in members]
+    layout = SOLVERS[recipe.solver].layout
+    try:
+        if layout == "low-rank":
+            r = budget.rank_for_ratio(recipe.ratio, d1, d2s)
+            return Group(members, layout, r, 0, budget.DENSE_BITS, budget.low_rank_bytes(d1, d2s, r))
+        bits = recipe.stored_value_bits
+        k, s = budget.size_for_ratio(recipe.ratio, d1, d2s, recipe.rho, bits, recipe.accounting)
+        return Group(members, layout, k, s, bits, budget.sparse_bytes(d1, d2s, k, s, bits))
+    except UserError as error:
+        raise UserError(f"{members[0].name}: {error}. Leave it dense with --exclude '*.{members[0].kind}'") from None

@@ -1,0 +1,87 @@
+"""What a long job tells while it runs: rich bars on a terminal, plain log lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+log = logging.getLogger("cospadi")
+
+
+class Stages:
+    """Times each stage of a job and shows its progress.
+
+    Attributes:
+        seconds: stage name -> seconds spent in it so far.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        """Bars on `console`; log lines where it is None."""
+        self.seconds: dict[str, float] = {}
+        self._bars: Progress | None = None
+        if console is not None:
+            self._bars = Progress(
+                TextColumn("{task.description:<10}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f} %"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=console,
+                transient=True,
+            )
+
+    @contextmanager
+    def shown(self) -> Iterator[Stages]:
+        """Bars live inside this block."""
+        if self._bars is None:
+            yield self
+        else:
+            with self._bars:
+                yield self
+
+    @contextmanager
+    def stage(self, name: str, total: float) -> Iterator[Stage]:
+        """One stage of `total` units of work; entered again, its time adds up and its bar starts anew."""
+        start = time.perf_counter()
+        stage = Stage(name, total, self._bars)
+        try:
+            yield stage
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            stage.close()
+
+
+class Stage:
+    """Progress within one stage."""
+
+    def __init__(self, name: str, total: float, bars: Progress | None) -> None:
+        self.name, self.total, self.done = name, total, 0.0
+        self._bars = bars
+        self._task = bars.add_task(name, total=total, note="") if bars else None
+
+    def advance(self, amount: float, note: str = "") -> None:
+        """Some work is done; `note` is shown beside the bar."""
+        self.done += amount
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, advance=amount, note=note)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bars is not None and self._task is not None:
+            self._bars.remove_task(self._task)
+
+
+def log_to(console: Console, bars: bool) -> None:
+    """Send the package's log to a console: warnings only beside bars, a line a step without them."""
+    handler = RichHandler(console=console, show_time=not bars, show_path=False, show_level=True, markup=False)
+    log.handlers = [handler]
+    log.setLevel(logging.WARNING if bars else logging.INFO)
+    log.propagate = False

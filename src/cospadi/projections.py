@@ -1,0 +1,150 @@
+"""Which linear projections a model has, which of them read the same input, in which order they run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cospadi.errors import UserError
+
+ROUTERS = {"gate", "router", "shared_expert_gate"}
+"""Names of the small projections that choose experts: never compressed (an MLP's own gate is `gate_proj`)."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One `nn.Linear` of a decoder block.
+
+    Attributes:
+        name: its module's name in the model.
+        block: index of its decoder block.
+        kind: its name inside the block, the same in every block.
+        d1: in_features. d2: out_features (the weight in `nn.Linear` is (d2, d1)).
+    """
+
+    name: str
+    block: int
+    kind: str
+    d1: int
+    d2: int
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of decoder blocks and its name in the model: the longest `nn.ModuleList` that holds linear layers.
+
+    Raises:
+        UserError: there is none.
+    """
+    best: tuple[str, nn.ModuleList] | None = None
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, nn.ModuleList)
+            and (best is None or len(module) > len(best[1]))
+            and any(isinstance(inner, nn.Linear) for inner in module.modules())
+            and not (best is not None and name.startswith(best[0] + "."))
+        ):
+            best = name, module
+    if best is None:
+        raise UserError(f"{type(model).__name__} has no list of decoder blocks with nn.Linear projections in it")
+    return best
+
+
+def find_projections(model: nn.Module) -> list[Projection]:
+    """Every plain `nn.Linear` of the decoder blocks, routers of experts left out, in the order of definition."""
+    prefix, blocks = decoder_blocks(model)
+    return [
+        Projection(f"{prefix}.{block}.{kind}", block, kind, module.in_features, module.out_features)
+        for block, layer in enumerate(blocks)
+        for kind, module in layer.named_modules()
+        if type(module) is nn.Linear and kind.rpartition(".")[2] not in ROUTERS
+    ]
+
+
+def select(
+    projections: Sequence[Projection],
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    target: Sequence[str] = (),
+) -> list[Projection]:
+    """The projections a recipe asks for.
+
+    A projection is selected when it matches any `include` pattern (or none is given), no `exclude` pattern, and any
+    `target` (or none is given). Patterns are globs over the whole name; a target `up` means a last name part `up` or
+    `up_...`, so `up,gate` is up_proj and gate_proj.
+
+    Raises:
+        UserError: a pattern or target that matches nothing, or an empty selection.
+    """
+
+    def is_target(projection: Projection, word: str) -> bool:
+        leaf = projection.kind.rpartition(".")[2]
+        return leaf == word or leaf.startswith(word + "_")
+
+    kinds = ", ".join(dict.fromkeys(projection.kind for projection in projections))
+    for option, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(projection.name, pattern) for projection in projections):
+                raise UserError(f"--{option} {pattern} matches no projection; there are {kinds} in each block")
+    for word in target:
+        if not any(is_target(projection, word) for projection in projections):
+            raise UserError(f"--target {word} matches no projection; there are {kinds} in each block")
+    selected = [
+        projection
+        for projection in projections
+        if (not include or any(fnmatchcase(projection.name, pattern) for pattern in include))
+        and not any(fnmatchcase(projection.name, pattern) for pattern in exclude)
+        and (not target or any(is_target(projection, word) for word in target))
+    ]
+    if not selected:
+        raise UserError(f"the selection leaves nothing to compress; there are {kinds} in each block")
+    return selected
+
+
+def dense_experts(model: nn.Module) -> list[str]:
+    """Names of modules in the decoder blocks that hold experts as stacked parameters, which stay dense."""
+    prefix, blocks = decoder_blocks(model)
+    return [
+        f"{prefix}.{name}"
+        for name, module in blocks.named_modules()
+        if any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+    ]
+
+
+def kinds_of(names: Sequence[str]) -> str:
+    """Module names with their block index replaced by a star, each once: for messages."""
+    return ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name, count=1) for name in names))
+
+
+@torch.no_grad()
+def shared_inputs(model: nn.Module, projections: Sequence[Projection]) -> dict[str, str]:
+    """Which projections read the same tensor, found by running the model once on four tokens.
+
+    Returns:
+        For each projection that ran, in running order: name -> name of the first projection that read its input.
+        A projection that did not run (an expert that got no token) comes last and reads its own.
+    """
+    owner_of: dict[str, str] = {}
+    first_reader: dict[int, str] = {}
+    alive: list[Tensor] = []  # keeps every input alive, so that no id is given twice
+
+    def hook(name: str) -> Any:
+        def before(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            alive.append(args[0])
+            owner_of[name] = first_reader.setdefault(id(args[0]), name)
+
+        return before
+
+    handles = [model.get_submodule(p.name).register_forward_pre_hook(hook(p.name)) for p in projections]
+    try:
+        device = next(model.parameters()).device
+        model(input_ids=torch.arange(4, device=device).unsqueeze(0), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return owner_of | {p.name: p.name for p in projections if p.name not in owner_of}

@@ -1,0 +1,117 @@
+"""The recipe: everything a user can ask of `compress`. Fields and command-line flags have the same names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cospadi.errors import UserError
+
+SolverName = Literal["ksvd", "svd-llm", "svd"]
+
+
+class Recipe(BaseModel):
+    """What to compress, how far, and how. Unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ratio: float = Field(0.2, gt=0, lt=1, description="share of the selected projections' bytes to remove")
+    solver: SolverName = Field("ksvd", description="ksvd (the paper's), svd-llm or svd (low-rank comparators)")
+    accounting: Literal["exact", "eq10", "eq11"] = Field(
+        "exact", description="exact: real bytes; eq10, eq11: the paper's own k and s"
+    )
+    value_bits: Literal[14, 16] | None = Field(
+        None, description="bits a stored coefficient: 16 is bf16 (default 14; 16 with eq10)"
+    )
+    rho: float = Field(2.0, ge=1, description="k / s")
+
+    update: Literal["power", "pca", "mod"] = Field("power", description="dictionary update of ksvd")
+    iterations: int = Field(60, ge=1, description="alternations T of ksvd")
+    tolerance: float = Field(0.0, ge=0, lt=1, description="stop once an iteration gains less than this; 0: never")
+    seed: int = Field(42, description="of the initial dictionary and the choice of calibration text")
+    group_layers: int = Field(1, ge=1, description="consecutive layers whose like projections share a dictionary")
+    data_free: bool = Field(False, description="no calibration: minimise the error of the weights themselves")
+    damping: float = Field(1e-6, gt=0, lt=1, description="diagonal shift of a singular Gram, in mean diagonals")
+
+    include: tuple[str, ...] = Field((), description="glob patterns of projections to compress (default: all)")
+    exclude: tuple[str, ...] = Field((), description="glob patterns of projections to leave dense")
+    target: tuple[str, ...] = Field((), description="projection types to compress: up,gate is the paper's UG")
+
+    calibration: str | None = Field(
+        None, description="a .txt, .jsonl or .parquet file, a hub data set, or 'builtin' (default: a public web text)"
+    )
+    calibration_config: str | None = Field(None, description="configuration name of a hub data set")
+    calibration_split: str = Field("train", description="split of a hub data set")
+    calibration_field: str | None = Field(None, description="text field (default: text, else content)")
+    sequences: int = Field(256, ge=1, description="calibration sequences")
+    length: int | None = Field(None, ge=2, description="tokens a sequence (default: 1024, or the model's positions)")
+    batch_size: int = Field(4, ge=1, description="calibration sequences in one forward pass")
+
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.accounting == "eq11" and self.rho != 2:
+            raise ValueError(
+                f"accounting eq11 holds only at rho 2, where the dropped value bits pay for the mask; rho is {self.rho:g}. "
+                "Use accounting exact"
+            )
+        if self.accounting == "eq11" and self.value_bits == 16:
+            raise ValueError("accounting eq11 means 14-bit values. Leave value_bits out, or use accounting eq10")
+        if self.accounting == "eq10" and self.value_bits == 14:
+            raise ValueError("accounting eq10 means bf16 values. Leave value_bits out, or use accounting eq11 or exact")
+        return self
+
+    @property
+    def stored_value_bits(self) -> int:
+        """Bits a stored coefficient really has."""
+        return self.value_bits or (16 if self.accounting == "eq10" else 14)
+
+    @classmethod
+    def build(cls, source: Recipe | Path | str | dict[str, Any] | None = None, **overrides: Any) -> Recipe:
+        """A recipe from a YAML file, a mapping or another recipe, with fields replaced by those of `overrides`.
+
+        Raises:
+            UserError: a missing or malformed file, an unknown field or a value that is out of range.
+        """
+        if isinstance(source, Recipe):
+            fields = source.model_dump(exclude_unset=True)
+        elif isinstance(source, dict) or source is None:
+            fields = dict(source or {})
+        else:
+            fields = _read_yaml(Path(source))
+        try:
+            return cls.model_validate(fields | overrides)
+        except ValidationError as error:
+            where = f"recipe {source}: " if isinstance(source, (str, Path)) else ""
+            raise UserError(where + "; ".join(_sentence(problem) for problem in error.errors())) from None
+
+    def to_yaml(self) -> str:
+        """The whole recipe, defaults included, as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"recipe {path} does not exist") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"recipe {path} cannot be read as YAML: {error}") from None
+    if fields is None:
+        return {}
+    if not isinstance(fields, dict):
+        raise UserError(f"recipe {path} is not a mapping of field names to values")
+    return fields
+
+
+def _sentence(problem: Any) -> str:
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown field '{name}'"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{name}: {message} (got {problem['input']!r})" if name else message

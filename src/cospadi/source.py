@@ -1,0 +1,193 @@
+"""Where the dense model comes from: a local folder or the hub; its skeleton, its weights, its tokenizer."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cospadi import checkpoint
+from cospadi.errors import CheckpointError, UserError
+
+log = logging.getLogger("cospadi")
+
+DEFAULT_POSITIONS = 2048
+DEMO = "demo"
+"""Model name that stands for the built-in demo model."""
+
+_COMPANIONS = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "additional_chat_templates/*"]
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model's architecture without its weights.
+
+    Attributes:
+        model: on the meta device. stored_bytes: of all tensors in the checkpoint, by its headers; None if unknown.
+    """
+
+    model: nn.Module
+    stored_bytes: int | None
+
+
+def resolve(model: str | Path, revision: str | None = None, weights: bool = True) -> Path:
+    """The local folder of a model; a hub model is downloaded (its weights only if asked).
+
+    Raises:
+        UserError: no such folder and no such hub model, or no network.
+    """
+    if str(model) == DEMO and not Path(model).exists():
+        from cospadi.demo import model_path
+
+        return model_path()
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path} is not a model folder: it has no config.json")
+        return path
+    name = str(model)
+    if path.exists():
+        raise UserError(f"{path} is a file; a model is a folder with config.json and safetensors files")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"model folder {name} does not exist")
+    import huggingface_hub
+
+    try:
+        patterns = [*_COMPANIONS, "*.safetensors"] if weights else _COMPANIONS
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # many kinds: no network, no such repository, no access, a bad name
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UserError(f"model {name} is neither a local folder nor to be had from the hub: {reason}") from None
+
+
+def load_config(folder: Path) -> Any:
+    """The model's configuration, refused where it cannot be compressed.
+
+    Raises:
+        UserError: not a readable configuration, or an already quantized model.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"{folder / 'config.json'} cannot be read: {str(error).splitlines()[0]}") from None
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = (quantization if isinstance(quantization, dict) else quantization.to_dict()).get("quant_method")
+        raise UserError(f"{folder} is already quantized ({method}). Compress the original model instead")
+    return config
+
+
+def load_skeleton(model: str | Path, revision: str | None = None) -> Skeleton:
+    """Read config and safetensors headers only, and build the model on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    folder = resolve(model, revision, weights=False)
+    config = load_config(folder)
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        raise UserError(f"{model} is not a causal language model: {str(error).splitlines()[0]}") from None
+    return Skeleton(skeleton, _stored_bytes(model, folder, revision))
+
+
+def _stored_bytes(model: str | Path, folder: Path, revision: str | None) -> int | None:
+    if checkpoint.weight_files(folder):
+        return checkpoint.tensor_bytes(folder)
+    if Path(model).exists():
+        return None
+    import huggingface_hub
+
+    try:
+        metadata = huggingface_hub.get_safetensors_metadata(str(model), revision=revision)
+    except Exception:  # the figure is a courtesy
+        return None
+    tensors = (t for file in metadata.files_metadata.values() for t in file.tensors.values())
+    return sum(t.data_offsets[1] - t.data_offsets[0] for t in tensors)
+
+
+def load_model(folder: Path, device: torch.device) -> nn.Module:
+    """The dense model in the dtype it is stored in, for inference.
+
+    Raises:
+        UserError: no safetensors files, a model that is no causal LM, damaged files.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(folder)
+    if not checkpoint.weight_files(folder):
+        raise UserError(
+            f"{folder} has no safetensors files. Pickled weights are never loaded: "
+            "convert them first (model.save_pretrained writes safetensors)"
+        )
+    for path in checkpoint.weight_files(folder):
+        with checkpoint.open_file(path):
+            pass
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False
+        )
+    except CheckpointError:
+        raise
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
+        raise UserError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    return model.to(device).eval()
+
+
+def load_compressed(folder: Path, device: torch.device) -> nn.Module:
+    """A compressed (or dense) checkpoint for evaluation, in the dtype it is stored in."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
+    except UserError:
+        raise
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
+        raise UserError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    return model.to(device).eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"{folder} has no tokenizer that loads: {str(error).strip().splitlines()[0]}") from None
+
+
+def positions(model: nn.Module) -> int:
+    """Tokens the model can attend to, by its configuration."""
+    config: Any = model.config
+    text = config.get_text_config(decoder=True)
+    return int(getattr(text, "max_position_embeddings", None) or DEFAULT_POSITIONS)
+
+
+def pick_device(name: str) -> torch.device:
+    """auto, cpu, cuda, cuda:N -> device.
+
+    Raises:
+        UserError: an unknown name, or a device that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is not known. Use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is not supported. Use auto, cpu, cuda or cuda:N")
+    return device
