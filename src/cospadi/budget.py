@@ -1,4 +1,4 @@
-"""Storage accounting, in bits and bytes, of every layout, and (k, s) from a ratio. No formula of this kind stands elsewhere.
+"""Storage accounting of every layout, in bits and bytes, and (k, s) from a ratio. No such formula stands elsewhere.
 
 Names follow the paper (arXiv 2509.22075): a projection is d1 x d2 (d1 inputs, d2 outputs), its dictionary d1 x k,
 its coefficients k x d2 with s nonzeros a column, rho = k / s. A group of projections that share a dictionary counts
@@ -158,7 +158,7 @@ def _too_small(ratio: float, d1: int, d2: int) -> UserError:
 
 
 def _decimal(value: float) -> Fraction:
-    """The number that was written: 0.3 is 3/10, not the nearest binary fraction, so that no byte is lost to rounding."""
+    """The number that was written: 0.3 is 3/10, not the nearest binary fraction; no byte is lost to rounding."""
     return Fraction(str(value))
 
 

@@ -180,10 +180,17 @@ def tensor_index(path: Path) -> dict[str, dict[str, Any]]:
     return dict(sorted(header.items()))
 
 
-def tensor_bytes(folder: Path) -> int:
-    """Bytes of all tensors in a folder's safetensors files, by their headers."""
+def tensor_sizes(folder: Path) -> dict[str, int]:
+    """Tensor name -> bytes, of all safetensors files in a folder, by their headers."""
     indices = (tensor_index(path) for path in weight_files(folder))
-    return sum(e["data_offsets"][1] - e["data_offsets"][0] for index in indices for e in index.values())
+    return {
+        name: entry["data_offsets"][1] - entry["data_offsets"][0] for index in indices for name, entry in index.items()
+    }
+
+
+def tensor_bytes(folder: Path) -> int:
+    """Bytes of all tensors in a folder's safetensors files."""
+    return sum(tensor_sizes(folder).values())
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -198,7 +205,9 @@ def hash_files(folder: Path) -> dict[str, Any]:
         index = tensor_index(path)
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             view = memoryview(data)
-            tensors = {name: hashlib.sha256(view[slice(*entry["data_offsets"])]).hexdigest() for name, entry in index.items()}
+            tensors = {
+                name: hashlib.sha256(view[slice(*entry["data_offsets"])]).hexdigest() for name, entry in index.items()
+            }
             whole = hashlib.sha256(view).hexdigest()
             view.release()
         hashes[path.name] = {"bytes": path.stat().st_size, "sha256": whole, "tensors": tensors}
@@ -241,7 +250,8 @@ def check_version(version: object, file: str) -> None:
     """Refuse a format version that is not ours."""
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{file} says format version {version}; this cospadi reads version {FORMAT_VERSION}. Install a matching release"
+            f"{file} says format version {version}; this cospadi reads version {FORMAT_VERSION}. "
+            "Install a matching release"
         )
 
 
@@ -299,7 +309,9 @@ def new_manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     Where a projection's tensors are not those that `content` has hashes for, its recorded error is dropped.
     """
     files = hash_files(folder)
-    before = {tensor: digest for entry in content.get("files", {}).values() for tensor, digest in entry["tensors"].items()}
+    before = {
+        tensor: digest for entry in content.get("files", {}).values() for tensor, digest in entry["tensors"].items()
+    }
     now = {tensor: digest for entry in files.values() for tensor, digest in entry["tensors"].items()}
     changed = {tensor.rpartition(".")[0] for tensor, digest in before.items() if now.get(tensor) != digest}
     projections = {
@@ -346,6 +358,7 @@ def staged(output: Path) -> Iterator[Path]:
         yield staging
         for path in staging.rglob("*"):
             if path.is_file():
+                path.chmod(0o644)
                 with path.open("rb") as stream:
                     os.fsync(stream.fileno())
         if output.exists():
@@ -366,7 +379,7 @@ WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".g
 
 
 def copy_companions(source: Path, destination: Path) -> None:
-    """Copy what belongs to a model beside its weights and config: tokenizer, chat template, generation config, licence."""
+    """Copy what belongs to a model beside weights and config: tokenizer, chat template, generation config, licence."""
     for path in sorted(source.iterdir()):
         if path.is_dir():
             if path.name in COPIED_FOLDERS:

@@ -1,4 +1,4 @@
-"""The main job, top to bottom: text -> Gram -> whitened weights -> dictionary and codes -> packed bytes -> checkpoint."""
+"""The main job, top to bottom: text, Gram, whitened weights, dictionary and codes, packed bytes, checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,15 @@ from cospadi.factorization.problem import relative_error
 from cospadi.integrations.transformers import CospadiConfig, mark_compressed, swap_in_layers
 from cospadi.plan import Group, Plan, make_plan
 from cospadi.progress import Stages
-from cospadi.projections import Projection, decoder_blocks, dense_experts, find_projections, kinds_of, select, shared_inputs
+from cospadi.projections import (
+    Projection,
+    decoder_blocks,
+    dense_experts,
+    find_projections,
+    kinds_of,
+    select,
+    shared_inputs,
+)
 from cospadi.recipe import Recipe
 
 log = logging.getLogger("cospadi")
@@ -103,6 +111,7 @@ def compress(
     with stages.stage("load", 1):
         if not isinstance(model, nn.Module):
             folder = source.resolve(model, recipe.revision)
+            source.load_config(folder)  # refuses what cannot be compressed before any weight is read
             model = source.load_model(folder, device)
             if tokenizer is None and needs_text(recipe):
                 tokenizer = source.load_tokenizer(folder)
@@ -137,7 +146,11 @@ def compress(
     errors = {name: error for item in packed for name, error in item.errors.items()}
     for item in packed:
         for name, entry in item.entries.items():
-            sizes = {tensor.rpartition(".")[2]: _nbytes(value) for tensor, value in item.tensors.items() if tensor.rpartition(".")[0] == name}
+            sizes = {
+                tensor.rpartition(".")[2]: _nbytes(value)
+                for tensor, value in item.tensors.items()
+                if tensor.rpartition(".")[0] == name
+            }
             manifest["projections"][name] = {
                 "layout": entry.layout,
                 "bytes": sizes,
@@ -281,7 +294,9 @@ def pack(group: Group, solution: Factorization, metric: Whitening, target: Tenso
             nnz = int(support.sum())
             tensors[f"{member.name}.{checkpoint.SUPPORT}"] = packing.pack_support(support)
             tensors[f"{member.name}.{checkpoint.VALUES}"] = values
-            rounded = torch.zeros_like(part).masked_scatter(support, packing.unpack_values(values, nnz, group.value_bits))
+            rounded = torch.zeros_like(part).masked_scatter(
+                support, packing.unpack_values(values, nnz, group.value_bits)
+            )
         errors[member.name] = relative_error(target[:, columns], approximation @ rounded.double().T)
         entries[member.name] = StoredProjection(
             layout="low-rank" if low_rank else "sparse-dictionary",
@@ -327,7 +342,9 @@ def write(
     needed = sum(p.numel() * p.element_size() for p in model.parameters()) + plan.bytes
     free = _free_bytes(output)
     if needed > free:
-        raise UserError(f"{output} needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free. Free some or write elsewhere")
+        raise UserError(
+            f"{output} needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free. Free some or write elsewhere"
+        )
     with checkpoint.staged(output) as staging:
         kept = model.generation_config
         if folder is not None and (folder / "generation_config.json").exists():

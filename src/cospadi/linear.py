@@ -64,7 +64,7 @@ class SparseDictionaryLinear(nn.Module):
         """x (..., d1) -> (..., d2), in x's dtype."""
         z = nn.functional.linear(x, self.dictionary.to(x.dtype))
         trainable = self.values.requires_grad
-        y = ops.sparse_matmul(
+        y: Tensor = ops.sparse_matmul(
             z,
             self.support,
             self.values,
@@ -127,7 +127,7 @@ class SparseDictionaryLinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._dense = None
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         return (
@@ -167,6 +167,5 @@ class LowRankLinear(nn.Module):
         return (self.right.detach().double() @ self.left.detach().double()).to(dtype)
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, bias={self.bias is not None}"
-        )
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, r={self.r}, bias={self.bias is not None}"

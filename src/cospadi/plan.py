@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from cospadi import budget
+from torch import Tensor
+
+from cospadi import budget, source
 from cospadi.budget import Parts
 from cospadi.errors import UserError
 from cospadi.factorization import SOLVERS
-from cospadi.projections import Projection
+from cospadi.projections import Projection, dense_experts, find_projections, kinds_of, select
 from cospadi.recipe import Recipe
 
 
@@ -94,3 +97,36 @@ def _plan_group(members: tuple[Projection, ...], recipe: Recipe) -> Group:
         return Group(members, layout, k, s, bits, budget.sparse_bytes(d1, d2s, k, s, bits))
     except UserError as error:
         raise UserError(f"{members[0].name}: {error}. Leave it dense with --exclude '*.{members[0].kind}'") from None
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What compressing a model would do, told without its weights.
+
+    Attributes:
+        plan: groups, k, s and bytes.
+        before, after: bytes of the whole checkpoint's tensors as stored; None where the headers are not to be had.
+        experts: modules that stay dense because their experts are not nn.Linear, for reading; may be empty.
+    """
+
+    plan: Plan
+    before: int | None
+    after: int | None
+    experts: str
+
+
+def outlook(model: str | Path, recipe: Recipe) -> Outlook:
+    """Plan a model from its config and safetensors headers.
+
+    Raises:
+        UserError: as `compress` would.
+    """
+    skeleton = source.load_skeleton(model, recipe.revision)
+    selected = select(find_projections(skeleton.model), recipe.include, recipe.exclude, recipe.target)
+    plan = make_plan(selected, recipe)
+    after = None
+    if skeleton.stored_bytes is not None:
+        weights = [skeleton.model.get_submodule(projection.name).weight for projection in selected]
+        removed = sum(w.numel() * w.element_size() for w in weights if isinstance(w, Tensor))
+        after = skeleton.stored_bytes - removed + plan.bytes
+    return Outlook(plan, skeleton.stored_bytes, after, kinds_of(dense_experts(skeleton.model)))

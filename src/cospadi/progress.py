@@ -79,9 +79,22 @@ class Stage:
             self._bars.remove_task(self._task)
 
 
+class _PlainLines(logging.Formatter):
+    """One line a fact; what is more than information says so first."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        return text if record.levelno == logging.INFO else f"{record.levelname.lower()}: {text}"
+
+
 def log_to(console: Console, bars: bool) -> None:
     """Send the package's log to a console: warnings only beside bars, a line a step without them."""
-    handler = RichHandler(console=console, show_time=not bars, show_path=False, show_level=True, markup=False)
+    handler: logging.Handler
+    if bars:
+        handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
+    else:
+        handler = logging.StreamHandler(console.file)
+        handler.setFormatter(_PlainLines())
     log.handlers = [handler]
     log.setLevel(logging.WARNING if bars else logging.INFO)
     log.propagate = False

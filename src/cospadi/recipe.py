@@ -57,8 +57,8 @@ class Recipe(BaseModel):
     def _consistent(self) -> Self:
         if self.accounting == "eq11" and self.rho != 2:
             raise ValueError(
-                f"accounting eq11 holds only at rho 2, where the dropped value bits pay for the mask; rho is {self.rho:g}. "
-                "Use accounting exact"
+                "accounting eq11 holds only at rho 2, where the dropped value bits pay for the mask; "
+                f"rho is {self.rho:g}. Use accounting exact"
             )
         if self.accounting == "eq11" and self.value_bits == 16:
             raise ValueError("accounting eq11 means 14-bit values. Leave value_bits out, or use accounting eq10")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from cospadi import checkpoint
-from cospadi.errors import CheckpointError, UserError
+from cospadi.errors import UserError
 
 log = logging.getLogger("cospadi")
 
@@ -91,7 +91,7 @@ def load_skeleton(model: str | Path, revision: str | None = None) -> Skeleton:
     config = load_config(folder)
     try:
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            skeleton = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=False)
     except ValueError as error:
         raise UserError(f"{model} is not a causal language model: {str(error).splitlines()[0]}") from None
     return Skeleton(skeleton, _stored_bytes(model, folder, revision))
@@ -113,39 +113,26 @@ def _stored_bytes(model: str | Path, folder: Path, revision: str | None) -> int 
 
 
 def load_model(folder: Path, device: torch.device) -> nn.Module:
-    """The dense model in the dtype it is stored in, for inference.
+    """A model, dense or compressed, in the dtype it is stored in, for inference.
 
     Raises:
-        UserError: no safetensors files, a model that is no causal LM, damaged files.
+        UserError: no safetensors files, a model that is no causal LM. CheckpointError: damaged files.
     """
     from transformers import AutoModelForCausalLM
 
-    config = load_config(folder)
-    if not checkpoint.weight_files(folder):
+    files = checkpoint.weight_files(folder)
+    if not files:
         raise UserError(
             f"{folder} has no safetensors files. Pickled weights are never loaded: "
             "convert them first (model.save_pretrained writes safetensors)"
         )
-    for path in checkpoint.weight_files(folder):
+    for path in files:
         with checkpoint.open_file(path):
             pass
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False
+            folder, dtype="auto", use_safetensors=True, trust_remote_code=False
         )
-    except CheckpointError:
-        raise
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
-        raise UserError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
-    return model.to(device).eval()
-
-
-def load_compressed(folder: Path, device: torch.device) -> nn.Module:
-    """A compressed (or dense) checkpoint for evaluation, in the dtype it is stored in."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
     except UserError:
         raise
     except (ValueError, OSError, RuntimeError, KeyError) as error:

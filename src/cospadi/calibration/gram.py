@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -70,11 +71,10 @@ def accumulate_grams(
         handles.append(last_block.register_forward_hook(stop))
     device = next(model.parameters()).device
     try:
-        for batch in sequences.split(batch_size):
-            try:
+        for start in range(0, len(sequences), batch_size):
+            batch = sequences[start : start + batch_size]
+            with suppress(_LastBlockDone):
                 model(input_ids=batch.to(device), use_cache=False)
-            except _LastBlockDone:
-                pass
             if on_batch:
                 on_batch(len(batch))
     finally:
@@ -107,7 +107,8 @@ class Whitening:
         dictionary = dictionary.double()
         if self.factor is None:
             return dictionary
-        return torch.linalg.solve_triangular(self.factor, dictionary, upper=True)
+        solution: Tensor = torch.linalg.solve_triangular(self.factor, dictionary, upper=True)
+        return solution
 
 
 IDENTITY = Whitening(None)
@@ -143,6 +144,7 @@ def whiten(gram: Tensor, tokens: int, damping: float) -> Whitening:
 def _cholesky(gram: Tensor, smallest_pivot: float) -> Tensor | None:
     """Upper Cholesky factor, or None where a pivot is not above `smallest_pivot` (one that is lost in rounding may
     still count as a success with LAPACK)."""
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(gram, upper=True)
     if info.item() or not bool((factor.diagonal().square() > smallest_pivot).all()):
         return None

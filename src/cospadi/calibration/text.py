@@ -58,7 +58,11 @@ def token_sequences(tokenizer: Any, recipe: Recipe, positions: int) -> Tensor:
         )
     if count < recipe.sequences:
         log.warning(
-            "calibration text %s gives %d sequences of %d tokens; %d were asked for", source, count, length, recipe.sequences
+            "calibration text %s gives %d sequences of %d tokens; %d were asked for",
+            source,
+            count,
+            length,
+            recipe.sequences,
         )
     return torch.tensor(tokens[: count * length], dtype=torch.int64).view(count, length)
 

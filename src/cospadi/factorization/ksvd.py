@@ -119,7 +119,8 @@ def update_mod(target: Tensor, dictionary: Tensor, coefficients: Tensor) -> tupl
 
 
 def _unused(coefficients: Tensor) -> list[int]:
-    return (coefficients == 0).all(1).nonzero()[:, 0].tolist()  # type: ignore[no-any-return]
+    unused: list[int] = (coefficients == 0).all(1).nonzero()[:, 0].tolist()
+    return unused
 
 
 def _worst_columns(residual: Tensor) -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""Truncated SVD: the best rank-k approximation of A. Whitened it is SVD-LLM (Wang et al., ICLR 2025), plain it is SVD."""
+"""Truncated SVD: the best rank-k approximation of A. Whitened, it is SVD-LLM (Wang et al., ICLR 2025)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading and saving with transformers: the quantization config and the quantizer that it looks up by `quant_method`."""
+"""Loading and saving with transformers: the quantization config and the quantizer it finds by `quant_method`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CompressedLinear = SparseDictionaryLinear | LowRankLinear
 
 
 @register_quantization_config(checkpoint.QUANT_METHOD)
-class CospadiConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class CospadiConfig(QuantizationConfigMixin):
     """`quantization_config` of a compressed model: format version and the compressed projections by name.
 
     Raises:
@@ -52,7 +52,7 @@ class CospadiConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 @register_quantizer(checkpoint.QUANT_METHOD)
-class CospadiQuantizer(HfQuantizer):  # type: ignore[misc]
+class CospadiQuantizer(HfQuantizer):
     """Swaps the compressed projections' modules in before transformers loads the weights."""
 
     requires_calibration = True
@@ -64,22 +64,19 @@ class CospadiQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, dtype: torch.dtype | None = None, checkpoint_files: Any = None, **_: Any
-    ) -> nn.Module:
+        self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: Any = None, **_: Any
+    ) -> Any:
         projections = self.quantization_config.parsed()
         swap_in_layers(model, projections, dtype, "meta")
         if checkpoint_files:
             self.manifest = self._check([Path(file) for file in checkpoint_files], model, projections)
         return model
 
-    def _check(
-        self, files: list[Path], model: nn.Module, projections: dict[str, StoredProjection]
-    ) -> dict[str, Any] | None:
-        folder = Path(os.path.normpath(files[0])).parent
-        root = Path(os.path.abspath(str(model.config.name_or_path)))  # type: ignore[union-attr]
-        for file in files:
-            inside = Path(os.path.abspath(file))
-            if (root.is_dir() and root not in inside.parents) or inside.parent != Path(os.path.abspath(folder)):
+    def _check(self, files: list[Path], model: Any, projections: dict[str, StoredProjection]) -> dict[str, Any] | None:
+        root = _lexical(Path(str(model.config.name_or_path)))
+        folder = _lexical(files[0]).parent
+        for file in map(_lexical, files):
+            if file.parent != folder or (root.is_dir() and root not in file.parents):
                 raise CheckpointError(f"the checkpoint's index names {file}, a path that leaves its folder")
         manifest = checkpoint.read_manifest(folder, projections)
         present = checkpoint.check_files(files, projections)
@@ -97,11 +94,11 @@ class CospadiQuantizer(HfQuantizer):  # type: ignore[misc]
             checkpoint.verify(folder)
         return manifest
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         _save_with_manifest_from_now_on(model)
         return model
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors to save: shared dictionaries once, factors as bf16, and an empty `weight` for each projection.
 
         The empty tensor makes a transformers that does not know us stop with a size mismatch, where it would
@@ -117,17 +114,20 @@ class CospadiQuantizer(HfQuantizer):  # type: ignore[misc]
         return state, {}
 
 
+def _lexical(path: Path) -> Path:
+    """Absolute and without `..`; links are not followed, since a hub cache is made of them."""
+    return Path(os.path.normpath(path.absolute()))
+
+
 def build_layer(entry: StoredProjection, dtype: torch.dtype | None, device: torch.device | str) -> CompressedLinear:
     """An empty layer for a stored projection; `dtype` is that of dictionary and bias."""
     if entry.layout == "low-rank":
         return LowRankLinear(entry.d1, entry.d2, entry.k, entry.bias, dtype, device)
-    return SparseDictionaryLinear(
-        entry.d1, entry.d2, entry.k, entry.nnz, entry.value_bits, entry.bias, dtype, device
-    )
+    return SparseDictionaryLinear(entry.d1, entry.d2, entry.k, entry.nnz, entry.value_bits, entry.bias, dtype, device)
 
 
 def swap_in_layers(
-    model: nn.Module,
+    model: Any,
     projections: Mapping[str, StoredProjection],
     dtype: torch.dtype | None,
     device: torch.device | str,
@@ -155,11 +155,13 @@ def swap_in_layers(
             tied[f"{name}.{shared}"] = f"{entry.dictionary}.{shared}"
     model.all_tied_weights_keys = tied
     ignored = {rf"^{re.escape(name)}\.{SENTINEL}$" for name in projections}
-    model._keys_to_ignore_on_load_unexpected = set(getattr(model, "_keys_to_ignore_on_load_unexpected", ()) or ()) | ignored
+    model._keys_to_ignore_on_load_unexpected = (
+        set(getattr(model, "_keys_to_ignore_on_load_unexpected", ()) or ()) | ignored
+    )
     return layers
 
 
-def mark_compressed(model: nn.Module, config: CospadiConfig) -> None:
+def mark_compressed(model: Any, config: CospadiConfig) -> None:
     """Give a model whose layers were swapped in memory the state that `from_pretrained` would leave it in."""
     quantizer = CospadiQuantizer(config, pre_quantized=True)
     model.hf_quantizer = quantizer
@@ -168,7 +170,7 @@ def mark_compressed(model: nn.Module, config: CospadiConfig) -> None:
     quantizer.postprocess_model(model)
 
 
-def _save_with_manifest_from_now_on(model: nn.Module) -> None:
+def _save_with_manifest_from_now_on(model: Any) -> None:
     model.save_pretrained = MethodType(_save_pretrained, model)
 
 
@@ -178,5 +180,7 @@ def _save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: 
     type(model).save_pretrained(model, save_directory, *args, **kwargs)
     if kwargs.get("is_main_process", True):
         quantizer: CospadiQuantizer = model.hf_quantizer
-        content = quantizer.manifest or {"projections": {name: {} for name in quantizer.quantization_config.projections}}
+        content = quantizer.manifest or {
+            "projections": {name: {} for name in quantizer.quantization_config.projections}
+        }
         checkpoint.write_manifest(Path(save_directory), content)

@@ -1,0 +1,310 @@
+"""The command `cospadi`. No logic here: flags in, calls, tables out. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import signal
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cospadi.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cospadi.progress import Stages
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Make large language models smaller after training, by calibration-guided sparse dictionary learning.",
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="model folder, hub name, or 'demo'")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="folder that `cospadi compress` wrote")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
+Progress = Annotated[str, typer.Option(help="progress bars: auto (on a terminal), on, off (log lines)")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+
+# Recipe fields as flags. None means: as the recipe file says, or its default.
+RecipeFile = Annotated[Path | None, typer.Option(metavar="FILE", help="YAML recipe; flags override its fields")]
+Ratio = Annotated[float | None, typer.Option(help="share of the projections' bytes to remove  [default: 0.2]")]
+SolverFlag = Annotated[str | None, typer.Option(help="ksvd, svd-llm or svd  [default: ksvd]")]
+Accounting = Annotated[str | None, typer.Option(help="exact, eq10 or eq11  [default: exact]")]
+ValueBits = Annotated[int | None, typer.Option(help="bits a stored coefficient, 14 or 16  [default: 14]")]
+Rho = Annotated[float | None, typer.Option(help="k / s  [default: 2]")]
+Update = Annotated[str | None, typer.Option(help="dictionary update: power, pca or mod  [default: power]")]
+Iterations = Annotated[int | None, typer.Option(help="alternations T of ksvd  [default: 60]")]
+Tolerance = Annotated[float | None, typer.Option(help="stop when an iteration gains less than this fraction")]
+Seed = Annotated[int | None, typer.Option(help="[default: 42]")]
+GroupLayers = Annotated[int | None, typer.Option(help="consecutive layers that share a dictionary  [default: 1]")]
+DataFree = Annotated[bool | None, typer.Option("--data-free", help="no calibration text")]
+Damping = Annotated[float | None, typer.Option(help="shift of a singular Gram, in mean diagonals  [default: 1e-6]")]
+Include = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="projections to compress (repeatable)")]
+Exclude = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="projections to leave dense (repeatable)")]
+Target = Annotated[str | None, typer.Option(help="projection types, comma-separated: up,gate is the paper's UG")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(metavar="SOURCE", help=".txt, .jsonl or .parquet file, hub data set, or builtin  [default: web text]"),
+]
+CalibrationConfig = Annotated[str | None, typer.Option(help="configuration of a hub data set")]
+CalibrationSplit = Annotated[str | None, typer.Option(help="split of a hub data set  [default: train]")]
+CalibrationField = Annotated[str | None, typer.Option(help="text field  [default: text, else content]")]
+Sequences = Annotated[int | None, typer.Option(help="calibration sequences  [default: 256]")]
+Length = Annotated[int | None, typer.Option(help="tokens a sequence  [default: 1024, or the model's positions]")]
+BatchSize = Annotated[int | None, typer.Option(help="sequences in a forward pass  [default: 4]")]
+RecipeDevice = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N  [default: auto]")]
+Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a hub model")]
+
+
+@app.command()
+def compress(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="folder to write")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is in the output folder")] = False,
+    recipe: RecipeFile = None,
+    ratio: Ratio = None,
+    solver: SolverFlag = None,
+    accounting: Accounting = None,
+    value_bits: ValueBits = None,
+    rho: Rho = None,
+    update: Update = None,
+    iterations: Iterations = None,
+    tolerance: Tolerance = None,
+    seed: Seed = None,
+    group_layers: GroupLayers = None,
+    data_free: DataFree = None,
+    damping: Damping = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    target: Target = None,
+    calibration: Calibration = None,
+    calibration_config: CalibrationConfig = None,
+    calibration_split: CalibrationSplit = None,
+    calibration_field: CalibrationField = None,
+    sequences: Sequences = None,
+    length: Length = None,
+    batch_size: BatchSize = None,
+    device: RecipeDevice = None,
+    revision: Revision = None,
+    as_json: Json = False,
+    progress: Progress = "auto",
+) -> None:
+    """Compress a model and write a checkpoint that from_pretrained loads."""
+    flags = dict(locals())
+    built = _recipe(flags)
+    stages, console = _talk(progress)
+    from cospadi import report
+    from cospadi.compress import compress as run
+
+    try:
+        with stages.shown():
+            result = run(model, built, output, overwrite=overwrite, stages=stages)
+    except KeyboardInterrupt:
+        console.print(f"Stopped. Nothing was written to {output}. The same command starts over.", style="bold")
+        raise
+    _show(report.compressed_json(result, built), as_json, report.compressed_table(result, built))
+
+
+@app.command()
+def plan(
+    model: Model,
+    recipe: RecipeFile = None,
+    ratio: Ratio = None,
+    solver: SolverFlag = None,
+    accounting: Accounting = None,
+    value_bits: ValueBits = None,
+    rho: Rho = None,
+    group_layers: GroupLayers = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    target: Target = None,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Show what `compress` would do, from the model's config and headers alone."""
+    built = _recipe(dict(locals()))
+    _talk("off")
+    from cospadi import report
+    from cospadi.plan import outlook
+
+    found = outlook(model, built)
+    notes = [f"Whole checkpoint: {report.megabytes(found.before)} before, {report.megabytes(found.after)} after."]
+    if found.experts:
+        notes.append(f"Left dense, experts that are not nn.Linear: {found.experts}")
+    data = report.plan_json(found.plan, built, found.before, found.after)
+    _show(data, as_json, report.plan_table(found.plan), *notes)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="compressed or dense model")],
+    text: Annotated[Path, typer.Option(metavar="FILE", help="UTF-8 text to measure on")],
+    against: Annotated[str | None, typer.Option(metavar="MODEL", help="a second model to compare with")] = None,
+    length: Annotated[int | None, typer.Option(help="tokens a window  [default: min(1024, positions)]")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="windows in a forward pass")] = 4,
+    device: Device = "auto",
+    as_json: Json = False,
+    progress: Progress = "auto",
+) -> None:
+    """Perplexity on a text, in non-overlapping windows."""
+    stages, _ = _talk(progress)
+    from cospadi import report
+    from cospadi.evaluate import evaluate_models
+
+    with stages.shown():
+        results = evaluate_models([model, *([against] if against else [])], text, length, batch_size, device, stages)
+    _show(report.perplexity_json(results), as_json, *report.perplexity_lines(results))
+
+
+@app.command()
+def inspect(folder: Folder, as_json: Json = False) -> None:
+    """List what is in a compressed checkpoint: bytes, ratio and error a projection; totals."""
+    _talk("off")
+    from cospadi import checkpoint, report
+
+    entries = checkpoint.read_config(folder)
+    checkpoint.check_files(checkpoint.weight_files(folder), entries)
+    sizes = checkpoint.tensor_sizes(folder)
+    data = report.inspect_json(entries, sizes, checkpoint.read_manifest(folder, entries), sum(sizes.values()))
+    _show(data, as_json, report.inspect_table(data), f"Whole checkpoint: {report.megabytes(data['checkpoint_bytes'])}.")
+
+
+@app.command()
+def verify(folder: Folder, as_json: Json = False) -> None:
+    """Check every byte of a compressed checkpoint against its manifest."""
+    _talk("off")
+    from cospadi import checkpoint
+
+    count = checkpoint.verify(folder)
+    _show({"tensors": count, "ok": True}, as_json, f"{folder}: all {count} tensors are as they were written.")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="compressed or dense model")],
+    prompt: Annotated[str, typer.Argument(help="text to continue")],
+    tokens: Annotated[int, typer.Option(min=1, help="new tokens at most")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time")] = 0.0,
+    seed: Annotated[int, typer.Option()] = 42,
+    device: Device = "auto",
+) -> None:
+    """Continue a prompt: a quick look that the model still speaks."""
+    _talk("off")
+    from cospadi.evaluate import continue_text
+
+    typer.echo(continue_text(model, prompt, tokens, temperature, seed, device))
+
+
+@app.command()
+def demo(
+    ratio: Annotated[float, typer.Option(help="share of the projections' bytes to remove")] = 0.3,
+    iterations: Annotated[int | None, typer.Option(min=1, help="alternations T of K-SVD")] = None,
+    as_json: Json = False,
+    progress: Progress = "auto",
+) -> None:
+    """The whole job with no network: the built-in model, dense vs SVD-LLM vs CoSpaDi."""
+    from dataclasses import asdict
+
+    stages, _ = _talk(progress)
+    from cospadi import report
+    from cospadi.demo.job import ITERATIONS, run_demo
+
+    with stages.shown():
+        rows = run_demo(ratio, iterations or ITERATIONS, stages)
+    _show({"rows": [asdict(row) for row in rows]}, as_json, report.demo_table(rows))
+
+
+def main() -> None:
+    """Entry point: exit code 0, 2 for the user's mistake, 1 for ours, 130 after Ctrl-C."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except typer.Abort:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    except Exception as error:
+        if hasattr(error, "exit_code") and hasattr(error, "show"):  # click's usage errors
+            error.show()
+            sys.exit(error.exit_code)
+        if os.environ.get("COSPADI_TRACEBACK") == "1":
+            raise
+        if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):
+            _fail("the disk is full. Nothing was left behind; free some space and run the same command again", 1)
+        if isinstance(error, MemoryError) or "not enough memory" in str(error) or "out of memory" in str(error):
+            _fail("out of memory. Use a smaller --batch-size, or a machine with more memory", 1)
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        _fail(f"{type(error).__name__}: {first}\nThis is a fault of cospadi. COSPADI_TRACEBACK=1 shows where", 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> None:
+    typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
+    typer.echo(message, err=True)
+    sys.exit(code)
+
+
+def _recipe(flags: dict[str, Any]) -> Any:
+    """A Recipe from the flags that were given, over the recipe file."""
+    from cospadi.recipe import Recipe
+
+    given = {name: flags[name] for name in Recipe.model_fields if flags.get(name) is not None}
+    if "target" in given:
+        given["target"] = tuple(word.strip() for word in given["target"].split(",") if word.strip())
+    for name in ("include", "exclude"):
+        if name in given:
+            given[name] = tuple(given[name])
+    return Recipe.build(flags.get("recipe"), **given)
+
+
+def _talk(progress: str) -> tuple[Stages, Console]:
+    """Progress and log on stderr; other libraries keep quiet."""
+    from rich.console import Console
+
+    from cospadi.progress import Stages, log_to
+
+    if progress not in ("auto", "on", "off"):
+        raise UserError(f"--progress {progress} is not known. Use auto, on or off")
+    console = Console(stderr=True)
+    bars = progress == "on" or (progress == "auto" and console.is_terminal)
+    log_to(console, bars)
+    _silence_libraries()
+    return Stages(console if bars else None), console
+
+
+def _silence_libraries() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+
+
+def _show(data: dict[str, Any], as_json: bool, *parts: object) -> None:
+    """JSON, or tables and lines, on stdout."""
+    if as_json:
+        typer.echo(json.dumps(data, indent=2))
+        return
+    from rich.console import Console
+
+    with nullcontext(Console() if sys.stdout.isatty() else Console(width=160)) as console:
+        for part in parts:
+            console.print(part, highlight=False, markup=False)

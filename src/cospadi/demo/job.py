@@ -1,0 +1,65 @@
+"""The demo: the whole job on the built-in model, dense against low rank against sparse dictionaries."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from cospadi import demo, evaluate, source
+from cospadi.compress import compress
+from cospadi.progress import Stages
+from cospadi.recipe import Recipe
+
+ITERATIONS = 6
+"""T of K-SVD in the demo: as many as fit its five minutes on two slow cores; the paper runs 60."""
+SEQUENCES = 64
+WINDOWS = 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the demo's table: bytes are of the compressed projections on disk."""
+
+    name: str
+    nbytes: int
+    ratio: float
+    error: float
+    perplexity: float
+    seconds: float
+
+
+def run_demo(ratio: float, iterations: int, stages: Stages) -> list[Row]:
+    """Compress the demo model both ways at one ratio, load each checkpoint from disk, measure it on held-out text."""
+    folder = demo.model_path()
+    tokenizer = source.load_tokenizer(folder)
+    device = source.pick_device("auto")
+    dense = source.load_model(folder, device)
+    length = min(1024, source.positions(dense))
+    windows = evaluate.text_windows(tokenizer, "\n".join(demo.stdlib_documents("heldout")), length)
+    windows = windows[:: max(1, len(windows) // WINDOWS)]
+
+    def measure(model: nn.Module) -> float:
+        with stages.stage("evaluate", len(windows)) as progress:
+            return evaluate.perplexity(model, windows, on_batch=progress.advance).value
+
+    rows: list[Row] = []
+    dense_perplexity = measure(dense)
+    solvers: tuple[Literal["svd-llm", "ksvd"], ...] = ("svd-llm", "ksvd")
+    for solver in solvers:
+        recipe = Recipe(ratio=ratio, solver=solver, iterations=iterations, calibration="builtin", sequences=SEQUENCES)
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as scratch:
+            output = Path(scratch) / "model"
+            result = compress(folder, recipe, output, stages=stages)
+            seconds = time.perf_counter() - start
+            loaded = source.load_model(output, device)
+            error = sum(result.errors.values()) / len(result.errors)
+            name = "SVD-LLM" if solver == "svd-llm" else f"CoSpaDi (ksvd, T = {iterations})"
+            rows.append(Row(name, result.plan.bytes, result.plan.ratio, error, measure(loaded), seconds))
+    plan = result.plan
+    return [Row("dense", plan.dense_bytes, 0.0, 0.0, dense_perplexity, 0.0), *rows]

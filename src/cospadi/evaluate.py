@@ -1,0 +1,154 @@
+"""What a model is worth on text: perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cospadi import source
+from cospadi.calibration.text import sequence_length
+from cospadi.errors import UserError
+from cospadi.progress import Stages
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity over non-overlapping windows.
+
+    Attributes:
+        value: exp of the mean negative log-likelihood of every token but the first of each window.
+        windows, length: how many windows, of how many tokens each.
+    """
+
+    value: float
+    windows: int
+    length: int
+
+
+def text_windows(tokenizer: Any, text: str, length: int) -> Tensor:
+    """Non-overlapping windows of the whole text, the last partial one dropped: int64 (windows, length).
+
+    Raises:
+        UserError: the text is shorter than one window.
+    """
+    tokens = tokenizer(text, verbose=False)["input_ids"]
+    count = len(tokens) // length
+    if count == 0:
+        raise UserError(f"the text has {len(tokens)} tokens, less than one window of {length}. Give a longer text")
+    return torch.tensor(tokens[: count * length], dtype=torch.int64).view(count, length)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file.
+
+    Raises:
+        UserError: missing, empty or not text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"text file {path} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, not a text file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"text file {path} is not UTF-8 text") from None
+    if not text.strip():
+        raise UserError(f"text file {path} is empty")
+    return text
+
+
+@torch.inference_mode()
+def perplexity(
+    model: nn.Module,
+    windows: Tensor,
+    batch_size: int = 4,
+    on_batch: Callable[[int], None] | None = None,
+) -> Perplexity:
+    """Perplexity over windows of tokens, int64 (windows, length).
+
+    Logits are taken in the model's dtype and their log-softmax in float32; losses are summed in float64.
+
+    Args:
+        on_batch: called with the number of windows just done.
+    """
+    device = next(model.parameters()).device
+    total = 0.0
+    for start in range(0, len(windows), batch_size):
+        batch = windows[start : start + batch_size].to(device)
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+        losses = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+        total += float(losses.double().sum())
+        if on_batch:
+            on_batch(len(batch))
+    count, length = windows.shape
+    mean = total / (count * (length - 1))
+    return Perplexity(math.exp(mean) if mean < 700 else math.inf, count, length)
+
+
+def evaluate_models(
+    models: Sequence[str | Path],
+    text: Path,
+    length: int | None = None,
+    batch_size: int = 4,
+    device: str = "auto",
+    stages: Stages | None = None,
+) -> dict[str, Perplexity]:
+    """Perplexity of each model on a text file, each with its own tokenizer.
+
+    Args:
+        length: tokens a window; None is min(1024, positions).
+
+    Raises:
+        UserError: a text or model that cannot be read, a window longer than the positions.
+    """
+    content = read_text(text)
+    where = source.pick_device(device)
+    stages = stages or Stages()
+    results: dict[str, Perplexity] = {}
+    for name in models:
+        with stages.stage("load", 1):
+            folder = source.resolve(name)
+            tokenizer = source.load_tokenizer(folder)
+            model = source.load_model(folder, where)
+        windows = text_windows(tokenizer, content, sequence_length(length, source.positions(model)))
+        with stages.stage("evaluate", len(windows)) as progress:
+            results[str(name)] = perplexity(model, windows, batch_size, progress.advance)
+    return results
+
+
+def continue_text(
+    model: str | Path, prompt: str, tokens: int, temperature: float = 0.0, seed: int = 42, device: str = "auto"
+) -> str:
+    """The prompt and what the model adds to it; greedy at temperature 0.
+
+    Raises:
+        UserError: a model that cannot be read, an empty prompt, or no room for it.
+    """
+    where = source.pick_device(device)
+    folder = source.resolve(model)
+    tokenizer = source.load_tokenizer(folder)
+    network: Any = source.load_model(folder, where)
+    inputs = tokenizer(prompt, return_tensors="pt").to(where)
+    used, room = inputs["input_ids"].shape[1], source.positions(network)
+    if used == 0:
+        raise UserError("the prompt is empty")
+    if used >= room:
+        raise UserError(f"the prompt has {used} tokens; the model has {room} positions")
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    output = network.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=min(tokens, room - used),
+        pad_token_id=pad,
+        **sampling,
+    )
+    text: str = tokenizer.decode(output[0], skip_special_tokens=True)
+    return text

@@ -1,0 +1,212 @@
+"""Tables for people and mappings for machines, from what the job returns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from cospadi.budget import DENSE_BITS
+from cospadi.checkpoint import StoredProjection
+from cospadi.compress import Compressed
+from cospadi.demo.job import Row
+from cospadi.evaluate import Perplexity
+from cospadi.plan import Plan
+from cospadi.recipe import Recipe
+
+SOLVE_STAGES = ("load", "text", "calibrate", "solve", "write")
+
+
+def megabytes(nbytes: int | None) -> str:
+    """Bytes in MB of 10^6 bytes, for reading."""
+    return "unknown" if nbytes is None else f"{nbytes / 1e6:,.2f} MB"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("projection", "", "model", "layout") else "right")
+    return table
+
+
+def plan_json(plan: Plan, recipe: Recipe, stored_bytes: int | None, left: int | None) -> dict[str, Any]:
+    """The plan for machines; bytes are exact."""
+    return {
+        "ratio_asked": recipe.ratio,
+        "ratio_reached": plan.ratio,
+        "dense_bytes": plan.dense_bytes,
+        "compressed_bytes": plan.bytes,
+        "checkpoint_bytes_before": stored_bytes,
+        "checkpoint_bytes_after": left,
+        "groups": [
+            {
+                "members": [member.name for member in group.members],
+                "layout": group.layout,
+                "d1": group.d1,
+                "d2": group.d2s,
+                "k": group.k,
+                "s": group.s,
+                "value_bits": group.value_bits,
+                "dense_bytes": group.dense_bytes,
+                "bytes": group.parts.total,
+                "dictionary_bytes": group.parts.dictionary,
+                "support_bytes": group.parts.support,
+                "values_bytes": group.parts.values,
+            }
+            for group in plan.groups
+        ],
+    }
+
+
+def plan_table(plan: Plan) -> Table:
+    """A line a group: shape, k, s, bytes before and after."""
+    table = _table("projection", "d1 x d2", "k", "s", "dense bytes", "bytes", "ratio")
+    for group in plan.groups:
+        names = group.members[0].name + (f" (+{len(group.members) - 1})" if len(group.members) > 1 else "")
+        shape = f"{group.d1} x {'+'.join(map(str, group.d2s))}"
+        table.add_row(
+            names,
+            shape,
+            str(group.k),
+            str(group.s) if group.s else "-",
+            f"{group.dense_bytes:,}",
+            f"{group.parts.total:,}",
+            f"{1 - group.parts.total / group.dense_bytes:.4f}",
+        )
+    table.add_section()
+    table.add_row("all", "", "", "", f"{plan.dense_bytes:,}", f"{plan.bytes:,}", f"{plan.ratio:.4f}")
+    return table
+
+
+def compressed_json(result: Compressed, recipe: Recipe) -> dict[str, Any]:
+    """The closing report for machines."""
+    errors = list(result.errors.values())
+    return {
+        "ratio_asked": recipe.ratio,
+        "ratio_reached": result.plan.ratio,
+        "dense_bytes": result.plan.dense_bytes,
+        "compressed_bytes": result.plan.bytes,
+        "checkpoint_bytes_before": result.bytes_before,
+        "checkpoint_bytes_after": result.bytes_after,
+        "mean_relative_error": sum(errors) / len(errors),
+        "relative_errors": result.errors,
+        "seconds": {stage: round(seconds, 3) for stage, seconds in result.seconds.items()},
+    }
+
+
+def compressed_table(result: Compressed, recipe: Recipe) -> Table:
+    """The closing table of `compress`."""
+    report = compressed_json(result, recipe)
+    table = _table("", "value")
+    table.add_row("selected projections, dense", megabytes(report["dense_bytes"]))
+    table.add_row("selected projections, compressed", megabytes(report["compressed_bytes"]))
+    table.add_row("ratio asked", f"{report['ratio_asked']:.4f}")
+    table.add_row("ratio reached", f"{report['ratio_reached']:.4f}")
+    table.add_row("whole checkpoint, before", megabytes(report["checkpoint_bytes_before"]))
+    table.add_row("whole checkpoint, after", megabytes(report["checkpoint_bytes_after"]))
+    table.add_row("mean relative error", f"{report['mean_relative_error']:.4f}")
+    for stage in SOLVE_STAGES:
+        if stage in result.seconds:
+            table.add_row(f"time, {stage}", f"{result.seconds[stage]:.1f} s")
+    return table
+
+
+def inspect_json(
+    entries: Mapping[str, StoredProjection], sizes: Mapping[str, int], manifest: Mapping[str, Any] | None, total: int
+) -> dict[str, Any]:
+    """What is in a checkpoint: a mapping a projection, and totals. `sizes`: tensor name -> bytes."""
+    recorded = (manifest or {}).get("projections", {})
+    projections = {
+        name: {
+            "layout": entry.layout,
+            "d1": entry.d1,
+            "d2": entry.d2,
+            "k": entry.k,
+            "nnz": entry.nnz,
+            "value_bits": entry.value_bits,
+            "dictionary": entry.dictionary,
+            "dense_bytes": entry.d1 * entry.d2 * DENSE_BITS // 8,
+            "bytes": sum(sizes[tensor] for tensor in entry.tensors(name)),
+            "relative_error": recorded.get(name, {}).get("relative_error"),
+        }
+        for name, entry in entries.items()
+    }
+    dense = sum(item["dense_bytes"] for item in projections.values())
+    compressed = sum(item["bytes"] for item in projections.values())
+    return {
+        "projections": projections,
+        "dense_bytes": dense,
+        "compressed_bytes": compressed,
+        "ratio": 1 - compressed / dense if dense else 0.0,
+        "checkpoint_bytes": total,
+        "recipe": (manifest or {}).get("recipe"),
+    }
+
+
+def inspect_table(report: Mapping[str, Any]) -> Table:
+    """A line a projection: layout, shape, bytes, ratio, error; totals."""
+    table = _table("projection", "layout", "d1 x d2", "k", "nonzeros", "dense bytes", "bytes", "ratio", "error")
+    for name, item in report["projections"].items():
+        error = item["relative_error"]
+        shared = "" if item["dictionary"] == name else " (shared)"
+        table.add_row(
+            name,
+            item["layout"] + shared,
+            f"{item['d1']} x {item['d2']}",
+            str(item["k"]),
+            f"{item['nnz']:,}" if item["nnz"] else "-",
+            f"{item['dense_bytes']:,}",
+            f"{item['bytes']:,}",
+            f"{1 - item['bytes'] / item['dense_bytes']:.4f}",
+            "-" if error is None else f"{error:.4f}",
+        )
+    table.add_section()
+    table.add_row(
+        "all", "", "", "", "", f"{report['dense_bytes']:,}", f"{report['compressed_bytes']:,}", f"{report['ratio']:.4f}"
+    )
+    return table
+
+
+def perplexity_json(results: Mapping[str, Perplexity]) -> dict[str, Any]:
+    """Perplexity of each model; of two, also the difference and ln of the ratio, first against second."""
+    data: dict[str, Any] = {
+        "models": [
+            {"model": name, "perplexity": result.value, "windows": result.windows, "length": result.length}
+            for name, result in results.items()
+        ]
+    }
+    if len(results) == 2:
+        first, second = (result.value for result in results.values())
+        data |= {"difference": first - second, "log_ratio": math.log(first / second)}
+    return data
+
+
+def perplexity_lines(results: Mapping[str, Perplexity]) -> list[str]:
+    """A line a model, and a line for the difference."""
+    lines = [
+        f"{name}: perplexity {result.value:.4f} ({result.windows} windows of {result.length} tokens)"
+        for name, result in results.items()
+    ]
+    data = perplexity_json(results)
+    if "difference" in data:
+        lines.append(f"difference {data['difference']:+.4f}, ln of the ratio {data['log_ratio']:+.4f}")
+    return lines
+
+
+def demo_table(rows: Sequence[Row]) -> Table:
+    """dense against SVD-LLM against CoSpaDi."""
+    table = _table("model", "projections", "ratio", "mean error", "perplexity", "seconds")
+    for row in rows:
+        dense = row.ratio == 0
+        table.add_row(
+            row.name,
+            megabytes(row.nbytes),
+            "-" if dense else f"{row.ratio:.4f}",
+            "-" if dense else f"{row.error:.4f}",
+            f"{row.perplexity:.2f}",
+            "-" if dense else f"{row.seconds:.0f}",
+        )
+    return table
