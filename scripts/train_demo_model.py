@@ -220,6 +220,8 @@ def main() -> None:
         command=command,
     )
     (folder / "README.md").write_text(card)
+    for path in folder.iterdir():
+        path.chmod(0o644)
     if args.output.exists():
         shutil.rmtree(args.output)
     folder.rename(args.output)

@@ -23,7 +23,7 @@ def pack_support(support: Tensor) -> Tensor:
     d2, k = support.shape
     padded = torch.nn.functional.pad(support.to(torch.uint8), (0, -k % 8))
     weights = 2 ** torch.arange(8, device=support.device)
-    return (padded.view(d2, -1, 8) * weights).sum(-1).to(torch.uint8)
+    return (padded.view(d2, (k + 7) // 8, 8) * weights).sum(-1).to(torch.uint8)
 
 
 def unpack_support(mask: Tensor, k: int) -> Tensor:

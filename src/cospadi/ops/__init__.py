@@ -42,6 +42,17 @@ def _(z: Tensor, support: Tensor, values: Tensor, k: int, value_bits: int, dense
     return z.new_empty((*z.shape[:-1], support.shape[0]))
 
 
+@torch.library.custom_op("cospadi::value_gradient", mutates_args=())
+def _value_gradient(z: Tensor, grad: Tensor, support: Tensor, values: Tensor, k: int) -> Tensor:
+    """Gradient of float values (nnz,), an op of its own because its work depends on data the compiler cannot see."""
+    return reference.value_gradient(z, grad, support, k).to(values.dtype)
+
+
+@_value_gradient.register_fake
+def _(z: Tensor, grad: Tensor, support: Tensor, values: Tensor, k: int) -> Tensor:
+    return torch.empty_like(values)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     z, support, values, ctx.k, ctx.value_bits, dense = inputs
     ctx.save_for_backward(z, support, values, dense)
@@ -55,7 +66,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             dense = reference.coefficients(support, values, ctx.k, ctx.value_bits, grad.dtype)
         grad_z = grad @ dense
     if ctx.needs_input_grad[2]:
-        grad_values = reference.value_gradient(z, grad, support, ctx.k).to(values.dtype)
+        grad_values = _value_gradient(z, grad, support, values, ctx.k)
     return grad_z, None, grad_values, None, None, None
 
 

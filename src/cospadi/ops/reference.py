@@ -11,7 +11,8 @@ from cospadi import packing
 def coefficients(support: Tensor, values: Tensor, k: int, value_bits: int, dtype: torch.dtype) -> Tensor:
     """S transposed as a dense (d2, k) matrix; `values` is packed, or float where value_bits is 0."""
     if value_bits:
-        nnz = packing.popcount(support)
+        # The number of values follows from the stream's length: fewer than value_bits bits are padding.
+        nnz = values.numel() if value_bits == 16 else values.numel() * 8 // value_bits
         values = packing.unpack_values(values, nnz, value_bits)
     return packing.unpack_coefficients(support, values.to(dtype), k)
 

@@ -1,0 +1,126 @@
+"""Tiny random models with a byte-level tokenizer, a local calibration text, and the shared trained models."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+transformers_logging.disable_progress_bar()
+torch.set_num_threads(1)
+
+VOCABULARY = 260
+SHARED_MODELS = Path(__file__).resolve().parents[2] / "shared" / "models"
+
+
+@pytest.fixture
+def shared_model() -> Callable[[str], Path]:
+    """The folder of a trained model in `shared/`, which lies beside the repository."""
+
+    def find(name: str) -> Path:
+        folder = SHARED_MODELS / name
+        if not folder.is_dir():
+            pytest.skip(f"the shared model {name} is not on this machine ({folder})")
+        return folder
+
+    return find
+
+
+@pytest.fixture(autouse=True)
+def package_log() -> Iterator[None]:
+    """The command line redirects the package's log; each test starts with it untouched."""
+    log = logging.getLogger("cospadi")
+    before = log.handlers, log.level, log.propagate
+    yield
+    log.handlers, log.level, log.propagate = before
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte; 256 begins and 257 ends a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: index for index, character in enumerate([*alphabet, "<s>", "</s>"])}
+    bytewise = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bytewise, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some 5000 tokens of varied text."""
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(f"{n} squared is {n * n}, halved {n / 2}." for n in range(160)), encoding="utf-8")
+    return path
+
+
+def llama_config(**changes: Any) -> LlamaConfig:
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+    }
+    return LlamaConfig(**sizes | changes)
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> None:
+    """Weights whose products neither vanish nor grow, biases that are not zero, norms that are not one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+            else:
+                parameter.copy_(0.1 * noise + (0.0 if name.endswith("bias") else 1.0))
+
+
+@pytest.fixture(scope="session")
+def make_model(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Build a random model with its tokenizer in a new folder: make_model(config, dtype, **save_pretrained's)."""
+
+    def make(config: Any = None, dtype: torch.dtype = torch.bfloat16, **saving: Any) -> Path:
+        model = AutoModelForCausalLM.from_config(config or llama_config())
+        randomise(model)
+        folder = tmp_path_factory.mktemp("dense")
+        model.to(dtype).save_pretrained(folder, **saving)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_llama(make_model: Callable[..., Path]) -> Callable[..., Path]:
+    """A tiny Llama with some sizes changed: make_llama(num_hidden_layers=3)."""
+    return lambda **changes: make_model(llama_config(**changes))
+
+
+@pytest.fixture(scope="session")
+def dense_folder(make_model: Callable[..., Path]) -> Path:
+    """A tiny bf16 Llama; never changed."""
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def quick(text_file: Path) -> dict[str, Any]:
+    """Recipe fields of a calibrated run that takes a moment."""
+    return {"ratio": 0.3, "iterations": 2, "calibration": str(text_file), "sequences": 8, "length": 32}
+
+
+@pytest.fixture(scope="session")
+def prompt() -> torch.Tensor:
+    return torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,147 @@
+"""The layer and the op against float64 products, under the compiler, and with gradients."""
+
+import copy
+
+import pytest
+import torch
+
+from cospadi import SparseDictionaryLinear, packing
+from cospadi.linear import LowRankLinear
+
+
+def make_layer(
+    d1: int = 24, d2: int = 19, k: int = 13, bits: int = 14, bias: bool = True, dtype: torch.dtype = torch.float32
+) -> tuple[SparseDictionaryLinear, torch.Tensor, torch.Tensor]:
+    """A layer with random factors, and its D (d1, k) and S (k, d2) in float64."""
+    generator = torch.Generator().manual_seed(d1 + d2 + k)
+    support = torch.rand(d2, k, generator=generator) < 0.4
+    support[0], support[1] = False, True
+    values = torch.randn(int(support.sum()), generator=generator)
+    layer = SparseDictionaryLinear(d1, d2, k, len(values), bits, bias, dtype)
+    with torch.no_grad():
+        layer.dictionary.copy_(torch.randn(k, d1, generator=generator))
+        if layer.bias is not None:
+            layer.bias.copy_(torch.randn(d2, generator=generator))
+    layer.support.copy_(packing.pack_support(support))
+    layer.values.copy_(packing.pack_values(values, bits))
+    stored = packing.unpack_values(layer.values, len(values), bits)
+    codes = packing.unpack_coefficients(layer.support, stored, k).double().T
+    return layer, layer.dictionary.detach().double().T, codes
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-2)])
+@pytest.mark.parametrize("bits", [14, 16])
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("shape", [(1, 24), (2, 5, 24), (0, 24)])
+def test_output_is_that_of_the_product(
+    dtype: torch.dtype, tolerance: float, bits: int, low_memory: bool, shape: tuple[int, ...]
+) -> None:
+    layer, dictionary, codes = make_layer(bits=bits, dtype=dtype)
+    layer.low_memory = low_memory
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    expected = x.double() @ dictionary @ codes + layer.bias.double()
+    y = layer(x)
+    assert y.dtype == dtype
+    assert y.shape == expected.shape
+    assert (y.double() - expected).norm() <= tolerance * expected.norm()
+
+
+def test_non_contiguous_input() -> None:
+    layer, _, _ = make_layer()
+    x = torch.randn(24, 6).T
+    torch.testing.assert_close(layer(x), layer(x.contiguous()))
+
+
+def test_coefficients_are_unpacked_once_and_dropped_when_the_layer_moves() -> None:
+    layer, _, _ = make_layer()
+    x = torch.randn(3, 24)
+    first = layer(x)
+    kept = layer._dense
+    layer(x)
+    assert layer._dense is kept
+    layer.double()
+    assert layer._dense is None
+    torch.testing.assert_close(layer(x.double()).float(), first, rtol=1e-5, atol=1e-5)
+
+
+def test_torch_compile_takes_it_whole() -> None:
+    layer, _, _ = make_layer()
+    x = torch.randn(4, 24)
+    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_torch_export_takes_it() -> None:
+    layer, _, _ = make_layer()
+    x = torch.randn(4, 24)
+    exported = torch.export.export(layer, (x,))
+    assert any("sparse_matmul" in str(node.target) for node in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(x), layer(x))
+
+
+def test_op_passes_torch_checks() -> None:
+    layer, _, _ = make_layer()
+    z = torch.randn(4, 13, requires_grad=True)
+    values = torch.randn(layer.nnz, requires_grad=True)
+    torch.library.opcheck(torch.ops.cospadi.sparse_matmul.default, (z, layer.support, values, 13, 0))
+    torch.library.opcheck(torch.ops.cospadi.sparse_matmul.default, (z, layer.support, layer.values, 13, 14))
+
+
+def test_gradients_reach_dictionary_values_and_input() -> None:
+    layer, dictionary, codes = make_layer()
+    layer.unpack_values()
+    x = torch.randn(5, 24, requires_grad=True)
+    weights = torch.randn(5, 19)
+    (layer(x) * weights).sum().backward()
+
+    d = dictionary.clone().requires_grad_()
+    s = codes.clone().requires_grad_()
+    x64 = x.detach().double().requires_grad_()
+    ((x64 @ d @ s + layer.bias.detach().double()) * weights.double()).sum().backward()
+    torch.testing.assert_close(layer.dictionary.grad.double(), d.grad.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-4, atol=1e-4)
+    support = packing.unpack_support(layer.support, 13)
+    torch.testing.assert_close(layer.values.grad.double(), s.grad.T[support], rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_reach_the_input_of_a_packed_layer() -> None:
+    layer, dictionary, codes = make_layer()
+    x = torch.randn(5, 24, requires_grad=True)
+    layer(x).sum().backward()
+    expected = torch.ones(5, 19, dtype=torch.float64) @ (dictionary @ codes).T
+    torch.testing.assert_close(x.grad.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_trained_values_are_saved_packed() -> None:
+    layer, _, _ = make_layer()
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    parameter = layer.unpack_values()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+    with torch.no_grad():
+        parameter.mul_(2)
+    fresh, _, _ = make_layer()
+    fresh.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 24)
+    torch.testing.assert_close(fresh(x), layer(x), rtol=1e-2, atol=1e-2)
+    layer.load_state_dict(before)
+    assert torch.equal(layer.state_dict()["values"], before["values"])
+
+
+def test_dense_weight() -> None:
+    layer, dictionary, codes = make_layer()
+    torch.testing.assert_close(layer.dense_weight(torch.float64), (dictionary @ codes).T)
+
+
+def test_low_rank_layer() -> None:
+    layer = LowRankLinear(12, 9, 4, bias=True)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+    x = torch.randn(3, 12)
+    expected = nn_linear(x, layer.dense_weight(torch.float64), layer.bias)
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def nn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    assert bias is not None
+    return x.double() @ weight.T + bias.detach().double()
