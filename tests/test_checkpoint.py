@@ -28,9 +28,11 @@ GATE = "model.layers.1.mlp.gate_proj"
 @pytest.fixture(scope="module")
 def companions(make_llama: Callable[..., Path]) -> Path:
     """A dense model with the files that belong beside weights, and some that do not."""
-    folder = make_llama()
+    folder = make_llama(intermediate_size=75)
     (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}\n")
-    (folder / "generation_config.json").write_text('{"bos_token_id": 256, "eos_token_id": 257, "temperature": 0.7}\n')
+    (folder / "generation_config.json").write_text(
+        '{"bos_token_id": 256, "eos_token_id": 257, "do_sample": true, "temperature": 0.7}\n'
+    )
     (folder / "LICENSE").write_text("Do what you like.\n")
     (folder / "README.md").write_text("The card of the dense model.\n")
     (folder / "training_args.bin").write_bytes(b"\x80\x04N.")
@@ -44,6 +46,7 @@ def whole(companions: Path, quick: dict[str, Any], tmp_path_factory: pytest.Temp
     cospadi.compress(companions, quick | {"include": ["*.gate_proj", "*.self_attn.?_proj"]}, output)
     entry = checkpoint.read_config(output)[GATE]
     assert entry.k % 8
+    assert entry.nnz * 14 % 8
     return output
 
 
@@ -107,6 +110,15 @@ def test_save_pretrained_of_a_loaded_model_gives_the_same_bytes(whole: Path, tmp
     load(whole).save_pretrained(tmp_path)
     for name in WRITTEN:
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_saving_the_result_in_memory_gives_the_same_bytes(
+    companions: Path, quick: dict[str, Any], tmp_path: Path
+) -> None:
+    result = cospadi.compress(companions, quick, tmp_path / "written")
+    result.model.save_pretrained(tmp_path / "saved")
+    for name in WRITTEN:
+        assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "written" / name).read_bytes()
 
 
 def test_saved_again_in_shards_it_loads_and_verifies(whole: Path, prompt: Tensor, tmp_path: Path) -> None:
@@ -203,6 +215,16 @@ def test_companion_files_are_copied_and_old_weights_and_card_are_not(whole: Path
     assert load(whole).generation_config.temperature == 0.7
 
 
+def test_generation_config_that_transformers_would_not_save_is_copied(
+    make_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    dense = make_llama()
+    content = '{"do_sample": false, "temperature": 0.6, "top_p": 0.9}'
+    (dense / "generation_config.json").write_text(content)
+    cospadi.compress(dense, {"iterations": 1, "data_free": True}, tmp_path / "out")
+    assert (tmp_path / "out" / "generation_config.json").read_text() == content
+
+
 def test_permissions_are_those_of_ordinary_files(whole: Path) -> None:
     assert whole.stat().st_mode & 0o777 == 0o755
     assert {path.stat().st_mode & 0o777 for path in whole.iterdir()} == {0o644}
@@ -246,14 +268,9 @@ def test_mask_bit_moved_into_the_padding_is_refused(damaged: Path) -> None:
     refused(damaged, "model.safetensors", f"{GATE}.support", f"past atom {entry.k - 1}")
 
 
-def test_bit_after_the_last_value_is_refused(companions: Path, tmp_path: Path) -> None:
-    # 48 inputs: a 14-bit stream of nnz = s * 80 values always fills its bytes, so s * d2 must be odd: d2 = 3.
-    model = load(companions)
-    projection = torch.nn.Linear(48, 3, bias=False)
-    torch.nn.init.normal_(projection.weight)
-    assert checkpoint.packing.unused_value_bits_set(torch.tensor([0, 0, 0, 0, 0, 64], dtype=torch.uint8), 3, 14)
-    assert not checkpoint.packing.unused_value_bits_set(torch.tensor([0, 0, 0, 0, 0, 3], dtype=torch.uint8), 3, 14)
-    del model
+def test_bit_after_the_last_value_is_refused(damaged: Path) -> None:
+    edit_bytes(damaged, f"{GATE}.values", flip(-1, 7))
+    refused(damaged, "model.safetensors", f"{GATE}.values", "past its last value")
 
 
 @pytest.mark.parametrize("change", [-1, 1, 8])
@@ -551,3 +568,12 @@ def test_output_that_is_a_file_is_refused(companions: Path, tmp_path: Path) -> N
     (tmp_path / "out").write_text("a file")
     with pytest.raises(cospadi.UserError, match="out is a file"):
         cospadi.compress(companions, {"data_free": True}, tmp_path / "out", overwrite=True)
+
+
+def test_output_that_links_to_another_folder_is_written(companions: Path, tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch" / "old.txt").write_text("old")
+    (tmp_path / "out").symlink_to(tmp_path / "scratch")
+    cospadi.compress(companions, {"iterations": 1, "data_free": True}, tmp_path / "out", overwrite=True)
+    checkpoint.verify(tmp_path / "out")
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")]

@@ -33,6 +33,9 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="model folder, hub n
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="folder that `cospadi compress` wrote")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
 Progress = Annotated[str, typer.Option(help="progress bars: auto (on a terminal), on, off (log lines)")]
+LowMemory = Annotated[
+    bool, typer.Option("--low-memory", help="unpack coefficients in each call instead of keeping them unpacked")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 
 # Recipe fields as flags. None means: as the recipe file says, or its default.
@@ -153,6 +156,7 @@ def evaluate(
     length: Annotated[int | None, typer.Option(help="tokens a window  [default: min(1024, positions)]")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="windows in a forward pass")] = 4,
     device: Device = "auto",
+    low_memory: LowMemory = False,
     as_json: Json = False,
     progress: Progress = "auto",
 ) -> None:
@@ -162,7 +166,9 @@ def evaluate(
     from cospadi.evaluate import evaluate_models
 
     with stages.shown():
-        results = evaluate_models([model, *([against] if against else [])], text, length, batch_size, device, stages)
+        results = evaluate_models(
+            [model, *([against] if against else [])], text, length, batch_size, device, stages, low_memory
+        )
     _show(report.perplexity_json(results), as_json, *report.perplexity_lines(results))
 
 
@@ -197,12 +203,13 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time")] = 0.0,
     seed: Annotated[int, typer.Option()] = 42,
     device: Device = "auto",
+    low_memory: LowMemory = False,
 ) -> None:
     """Continue a prompt: a quick look that the model still speaks."""
     _talk("off")
     from cospadi.evaluate import continue_text
 
-    typer.echo(continue_text(model, prompt, tokens, temperature, seed, device))
+    typer.echo(continue_text(model, prompt, tokens, temperature, seed, device, low_memory))
 
 
 @app.command()

@@ -22,7 +22,7 @@ from cospadi.factorization import SOLVERS, Factorization, Problem, SolverOptions
 from cospadi.factorization.problem import relative_error
 from cospadi.integrations.transformers import CospadiConfig, mark_compressed, swap_in_layers
 from cospadi.plan import Group, Plan, make_plan
-from cospadi.progress import Stages
+from cospadi.progress import Stage, Stages
 from cospadi.projections import (
     Projection,
     decoder_blocks,
@@ -135,10 +135,9 @@ def compress(
         manifest["calibration"] = {"sequences": len(sequences), "length": sequences.shape[1], "tokens_sha256": digest}
 
     packed: list[Packed] = []
-    work = sum(group.k * sum(group.d2s) for group in plan.groups)
     for groups, metrics in walk(model, plan, sequences, recipe, stages):
-        with stages.stage("solve", work) as progress:
-            progress.advance(sum(g.k * sum(g.d2s) for g in plan.groups[: len(packed)]))
+        with stages.stage("solve", sum(map(_work, plan.groups))) as progress:
+            progress.reach(sum(map(_work, plan.groups[: len(packed)])))
             for group in groups:
                 packed.append(factorize(model, group, metrics[group.members[0].name], recipe, progress))
 
@@ -231,17 +230,16 @@ def _ranges(groups: Sequence[Group], owner: dict[str, str]) -> Iterator[list[Gro
         yield current
 
 
-def factorize(model: nn.Module, group: Group, metric: Whitening, recipe: Recipe, progress: Any) -> Packed:
+def factorize(model: nn.Module, group: Group, metric: Whitening, recipe: Recipe, progress: Stage) -> Packed:
     """Solve min ||L W - D_L S|| for one group and round the factors to what is stored."""
     weights = [_weight(model, member) for member in group.members]
     target = metric.apply(torch.cat(weights, dim=1))  # A = L W, float64 (d1, sum of d2)
     scale = target.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
-    name = group.members[0].name
-    work = group.k * sum(group.d2s)
+    name, done = group.members[0].name, progress.done
 
     def report(iteration: int, error: float) -> None:
-        steps = recipe.iterations if recipe.solver == "ksvd" else 1
-        progress.advance(work / steps, f"{name}  iteration {iteration}  error {error:.4f}")
+        share = iteration / recipe.iterations if recipe.solver == "ksvd" else 1.0
+        progress.reach(done + share * _work(group), f"{name}  iteration {iteration}  error {error:.4f}")
 
     options = SolverOptions(
         iterations=recipe.iterations,
@@ -251,6 +249,7 @@ def factorize(model: nn.Module, group: Group, metric: Whitening, recipe: Recipe,
         on_iteration=report,
     )
     solution = SOLVERS[recipe.solver].solve(Problem((target / scale).float()), group.k, group.s, options)
+    progress.reach(done + _work(group))  # a solver may have stopped early
     result = pack(group, solution, metric, target, float(scale))
     log.info(
         "%s: k %d, s %d, error %.4f", ", ".join(m.name for m in group.members), group.k, group.s,
@@ -361,6 +360,11 @@ def write(
         (staging / "README.md").write_text(model_card(plan, manifest), encoding="utf-8")
         written = checkpoint.write_manifest(staging, manifest)
     return written
+
+
+def _work(group: Group) -> float:
+    """What solving a group costs, in arbitrary units: coding its columns with s atoms out of k."""
+    return sum(group.d2s) * max(group.s, 1) * group.k**2
 
 
 def _weight(model: nn.Module, projection: Projection) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cospadi import source
 from cospadi.calibration.text import sequence_length
 from cospadi.errors import UserError
+from cospadi.linear import set_low_memory
 from cospadi.progress import Stages
 
 
@@ -98,11 +99,13 @@ def evaluate_models(
     batch_size: int = 4,
     device: str = "auto",
     stages: Stages | None = None,
+    low_memory: bool = False,
 ) -> dict[str, Perplexity]:
     """Perplexity of each model on a text file, each with its own tokenizer.
 
     Args:
         length: tokens a window; None is min(1024, positions).
+        low_memory: unpack coefficients in each call instead of keeping them.
 
     Raises:
         UserError: a text or model that cannot be read, a window longer than the positions.
@@ -116,6 +119,7 @@ def evaluate_models(
             folder = source.resolve(name)
             tokenizer = source.load_tokenizer(folder)
             model = source.load_model(folder, where)
+            set_low_memory(model, low_memory)
         windows = text_windows(tokenizer, content, sequence_length(length, source.positions(model)))
         with stages.stage("evaluate", len(windows)) as progress:
             results[str(name)] = perplexity(model, windows, batch_size, progress.advance)
@@ -123,7 +127,13 @@ def evaluate_models(
 
 
 def continue_text(
-    model: str | Path, prompt: str, tokens: int, temperature: float = 0.0, seed: int = 42, device: str = "auto"
+    model: str | Path,
+    prompt: str,
+    tokens: int,
+    temperature: float = 0.0,
+    seed: int = 42,
+    device: str = "auto",
+    low_memory: bool = False,
 ) -> str:
     """The prompt and what the model adds to it; greedy at temperature 0.
 
@@ -134,6 +144,7 @@ def continue_text(
     folder = source.resolve(model)
     tokenizer = source.load_tokenizer(folder)
     network: Any = source.load_model(folder, where)
+    set_low_memory(network, low_memory)
     inputs = tokenizer(prompt, return_tensors="pt").to(where)
     used, room = inputs["input_ids"].shape[1], source.positions(network)
     if used == 0:

@@ -136,6 +136,14 @@ class SparseDictionaryLinear(nn.Module):
         )
 
 
+def set_low_memory(model: nn.Module, low_memory: bool = True) -> None:
+    """Have every sparse layer of a model unpack its coefficients in each call, or keep them unpacked."""
+    for module in model.modules():
+        if isinstance(module, SparseDictionaryLinear):
+            module.low_memory = low_memory
+            module._dense = None
+
+
 class LowRankLinear(nn.Module):
     """A projection W ~ left^T right^T of rank r: y = (x left^T) right^T + b.
 

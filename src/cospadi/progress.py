@@ -73,6 +73,10 @@ class Stage:
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, advance=amount, note=note)
 
+    def reach(self, done: float, note: str = "") -> None:
+        """So much work is done in all."""
+        self.advance(done - self.done, note)
+
     def close(self) -> None:
         """Take the bar away."""
         if self._bars is not None and self._task is not None:

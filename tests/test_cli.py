@@ -1,0 +1,545 @@
+"""The command: what it prints, its exit codes, and one sentence for every mistake."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import huggingface_hub
+import pytest
+from safetensors.torch import load_file
+
+from cospadi import checkpoint, cli
+
+COMMAND = [sys.executable, "-c", "from cospadi.cli import main; main()"]
+QUICK = ["--iterations", "2", "--ratio", "0.3", "--sequences", "8", "--length", "32"]
+FREE = ["--data-free", "--iterations", "1"]
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Answer]]:
+    """Run the command in this process: run("plan", folder) -> exit code, stdout, stderr."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.delenv("COSPADI_TRACEBACK", raising=False)
+
+    def call(*words: object) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["cospadi", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        assert isinstance(exit_.value.code, int)
+        return Answer(exit_.value.code, captured.out, captured.err)
+
+    yield call
+    signal.signal(signal.SIGTERM, before)
+
+
+def check_mistake(answer: Answer, *mentioned: str) -> None:
+    """Exit code 2, nothing on stdout, and one sentence on stderr that has all of these in it."""
+    assert answer.code == 2, answer.err
+    assert "Traceback" not in answer.err
+    assert answer.out == ""
+    sentence = answer.err.strip()
+    assert sentence.startswith("error: ")
+    assert "\n" not in sentence
+    for word in mentioned:
+        assert word in sentence
+
+
+@pytest.fixture(scope="module")
+def compressed(dense_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """What `cospadi compress --json` wrote and printed, from a real process; never changed."""
+    output = tmp_path_factory.mktemp("compressed") / "out"
+    words = [*COMMAND, "compress", dense_folder, "-o", output, "--calibration", text_file, *QUICK, "--json"]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return output, json.loads(done.stdout)
+
+
+def bytes_on_disk(folder: Path) -> int:
+    tensors = load_file(folder / "model.safetensors")
+    entries = checkpoint.read_config(folder)
+    parts = [tensors[part] for name, entry in entries.items() for part in entry.tensors(name)]
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
+# What each command does
+
+
+def test_plan_compress_inspect_and_the_disk_agree_on_every_byte(
+    compressed: tuple[Path, Any], dense_folder: Path, run: Callable[..., Answer]
+) -> None:
+    output, report = compressed
+    planned = run("plan", dense_folder, "--ratio", "0.3", "--json")
+    assert planned.code == 0
+    plan = json.loads(planned.out)
+    inspected = run("inspect", output, "--json")
+    assert inspected.code == 0
+    inspect = json.loads(inspected.out)
+
+    assert plan["compressed_bytes"] == inspect["compressed_bytes"] == report["compressed_bytes"]
+    assert plan["compressed_bytes"] == bytes_on_disk(output)
+    assert plan["dense_bytes"] == inspect["dense_bytes"] == report["dense_bytes"]
+    assert plan["checkpoint_bytes_after"] == inspect["checkpoint_bytes"] == report["checkpoint_bytes_after"]
+    dense = load_file(dense_folder / "model.safetensors")
+    assert plan["checkpoint_bytes_before"] == sum(t.numel() * t.element_size() for t in dense.values())
+    assert plan["ratio_reached"] == report["ratio_reached"] == pytest.approx(inspect["ratio"])
+    assert 0.3 <= plan["ratio_reached"] < 0.35
+    for group in plan["groups"]:
+        assert sum(inspect["projections"][name]["bytes"] for name in group["members"]) == group["bytes"]
+        assert group["bytes"] == group["dictionary_bytes"] + group["support_bytes"] + group["values_bytes"]
+    errors = {name: entry["relative_error"] for name, entry in inspect["projections"].items()}
+    assert errors == report["relative_errors"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--group-layers", "2"],
+        ["--solver", "svd-llm"],
+        ["--solver", "svd-llm", "--group-layers", "2"],
+        ["--accounting", "eq10"],
+        ["--accounting", "eq11"],
+        ["--value-bits", "16", "--rho", "4", "--exclude", "*.o_proj"],
+        ["--target", "up,gate", "--ratio", "0.5"],
+    ],
+    ids=" ".join,
+)
+def test_plan_foretells_the_bytes_of_every_kind_of_run(
+    flags: list[str], dense_folder: Path, run: Callable[..., Answer], tmp_path: Path
+) -> None:
+    plan = json.loads(run("plan", dense_folder, *flags, "--json").out)
+    done = run("compress", dense_folder, "-o", tmp_path / "out", *FREE, *flags, "--json")
+    assert done.code == 0, done.err
+    report, inspect = json.loads(done.out), json.loads(run("inspect", tmp_path / "out", "--json").out)
+    assert plan["compressed_bytes"] == report["compressed_bytes"] == inspect["compressed_bytes"]
+    assert plan["compressed_bytes"] == bytes_on_disk(tmp_path / "out")
+    assert plan["checkpoint_bytes_after"] == report["checkpoint_bytes_after"] == inspect["checkpoint_bytes"]
+
+
+def test_weights_that_transformers_does_not_load_are_not_counted(
+    make_model: Callable[..., Path], run: Callable[..., Answer], tmp_path: Path
+) -> None:
+    folder = make_model()
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")  # as in Mistral's repositories
+    size = sum(t.numel() * t.element_size() for t in load_file(folder / "model.safetensors").values())
+    plan = json.loads(run("plan", folder, "--json").out)
+    assert plan["checkpoint_bytes_before"] == size
+    report = json.loads(run("compress", folder, "-o", tmp_path / "out", *FREE, "--json").out)
+    assert report["checkpoint_bytes_before"] == size
+    assert report["checkpoint_bytes_after"] == plan["checkpoint_bytes_after"]
+
+
+def test_tables_are_for_reading(
+    compressed: tuple[Path, Any], dense_folder: Path, run: Callable[..., Answer], tmp_path: Path
+) -> None:
+    total = f"{compressed[1]['compressed_bytes']:,}"
+    for words in (["plan", dense_folder, "--ratio", "0.3"], ["inspect", compressed[0]]):
+        answer = run(*words)
+        assert answer.code == 0
+        assert "model.layers.1.mlp.down_proj" in answer.out
+        assert total in answer.out
+    done = run("compress", dense_folder, "-o", tmp_path / "out", *FREE)
+    assert done.code == 0
+    assert re.search(r"ratio reached +0\.2\d{3}", done.out)
+    assert "model.layers.0.self_attn.q_proj: k " in done.err
+
+
+def test_verify_counts_tensors_and_names_a_damaged_one(
+    compressed: tuple[Path, Any], dense_folder: Path, run: Callable[..., Answer], tmp_path: Path
+) -> None:
+    output = compressed[0]
+    count = len(load_file(output / "model.safetensors"))
+    assert json.loads(run("verify", output, "--json").out) == {"tensors": count, "ok": True}
+    assert f"all {count} tensors" in run("verify", output).out
+
+    damaged = tmp_path / "damaged"
+    run("compress", dense_folder, "-o", damaged, *FREE)
+    content = bytearray((damaged / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (damaged / "model.safetensors").write_bytes(content)
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    header.pop("__metadata__")
+    last = max(header, key=lambda name: header[name]["data_offsets"])
+    check_mistake(run("verify", damaged), "model.safetensors", f"tensor {last} ")
+
+
+def test_eval_compares_the_compressed_model_with_the_dense_one(
+    compressed: tuple[Path, Any], dense_folder: Path, text_file: Path, run: Callable[..., Answer]
+) -> None:
+    words = ["eval", compressed[0], "--against", dense_folder, "--text", text_file, "--length", "32"]
+    answer = run(*words, "--json")
+    assert answer.code == 0, answer.err
+    report = json.loads(answer.out)
+    first, second = report["models"]
+    assert [first["model"], second["model"]] == [str(compressed[0]), str(dense_folder)]
+    assert first["windows"] == second["windows"] == len(text_file.read_bytes()) // 32
+    assert first["perplexity"] != second["perplexity"]
+    assert report["difference"] == pytest.approx(first["perplexity"] - second["perplexity"])
+    plain = run("eval", dense_folder, "--text", text_file, "--length", "32")
+    assert f"perplexity {second['perplexity']:.4f} ({second['windows']} windows of 32 tokens)" in plain.out
+
+
+def test_generate_continues_the_prompt_the_same_way_twice(
+    compressed: tuple[Path, Any], run: Callable[..., Answer]
+) -> None:
+    for flags in ([], ["--temperature", "1.0", "--seed", "3"]):
+        first, second = (run("generate", compressed[0], "12 squared", "--tokens", "8", *flags) for _ in range(2))
+        assert first.code == 0, first.err
+        assert first.out == second.out
+        assert first.out.startswith("12 squared")
+        assert len(first.out.strip()) > len("12 squared")
+
+
+def test_recipe_file_is_followed_and_flags_override_it(
+    dense_folder: Path, run: Callable[..., Answer], tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("ratio: 0.4\nsolver: svd\ntarget: [up]\n")
+    plan = json.loads(run("plan", dense_folder, "--recipe", recipe, "--json").out)
+    assert plan["ratio_asked"] == 0.4
+    assert {group["layout"] for group in plan["groups"]} == {"low-rank"}
+    assert len(plan["groups"]) == 2
+    plan = json.loads(run("plan", dense_folder, "--recipe", recipe, "--ratio", "0.3", "--json").out)
+    assert plan["ratio_asked"] == 0.3
+    assert len(plan["groups"]) == 2
+
+
+def test_text_that_is_too_short_is_used_and_counted_in_a_warning(
+    dense_folder: Path, text_file: Path, run: Callable[..., Answer], tmp_path: Path
+) -> None:
+    count = len(text_file.read_bytes()) // 32
+    flags = ["--sequences", "100000", "--length", "32", "--iterations", "1", "--target", "up"]
+    answer = run("compress", dense_folder, "-o", tmp_path / "out", "--calibration", text_file, *flags)
+    assert answer.code == 0, answer.err
+    assert (
+        f"warning: calibration text {text_file} gives {count} sequences of 32 tokens; 100000 were asked" in answer.err
+    )
+    manifest = json.loads((tmp_path / "out" / "cospadi.json").read_text())
+    assert manifest["calibration"]["sequences"] == count
+
+
+def test_jsonl_and_parquet_calibrate_by_the_named_field(
+    dense_folder: Path, run: Callable[..., Answer], tmp_path: Path
+) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"body": f"{n} times {n} is {n * n}, as everybody knows. " * 3, "id": n} for n in range(30)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    digests = []
+    for name in ("rows.jsonl", "rows.parquet"):
+        flags = ["--calibration", tmp_path / name, "--calibration-field", "body", "--target", "up", *QUICK]
+        answer = run("compress", dense_folder, "-o", tmp_path / f"{name}.out", *flags)
+        assert answer.code == 0, answer.err
+        manifest = json.loads((tmp_path / f"{name}.out" / "cospadi.json").read_text())
+        assert manifest["recipe"]["calibration"] == name
+        digests.append(manifest["calibration"]["tokens_sha256"])
+    assert digests[0] == digests[1]
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize("command", ["compress", "plan", "eval", "inspect", "verify", "generate"])
+def test_missing_model_folder(command: str, text_file: Path, run: Callable[..., Answer], tmp_path: Path) -> None:
+    missing = tmp_path / "no-such-model"
+    more = {
+        "compress": ["-o", tmp_path / "out", *FREE],
+        "eval": ["--text", text_file],
+        "generate": ["a prompt"],
+    }
+    check_mistake(run(command, missing, *more.get(command, [])), str(missing))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def bad_files(tmp_path: Path) -> Path:
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "blank.txt").write_text(" \n\n ")
+    (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9 " * 100)
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "wrong.jsonl").write_text('{"body": "some words", "id": 1}\n' * 3)
+    (tmp_path / "number.jsonl").write_text('{"text": 5}\n' * 3)
+    (tmp_path / "broken.jsonl").write_text('{"text": "some words"\n')
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
+    (tmp_path / "words.csv").write_text("text\nsome words\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("file", "mentioned"),
+    [
+        ("missing.txt", ["missing.txt does not exist"]),
+        ("missing.jsonl", ["missing.jsonl does not exist"]),
+        ("./missing", ["does not exist"]),
+        ("empty.txt", ["empty.txt is empty"]),
+        ("blank.txt", ["blank.txt holds only white space"]),
+        ("short.txt", ["short.txt has 5 tokens", "one sequence of 32"]),
+        ("latin1.txt", ["latin1.txt is not UTF-8 text"]),
+        ("empty.jsonl", ["empty.jsonl is empty"]),
+        ("wrong.jsonl", ["no field 'text' or 'content'", "body, id", "--calibration-field"]),
+        ("number.jsonl", ["field 'text'", "int"]),
+        ("broken.jsonl", ["broken.jsonl cannot be read"]),
+        ("broken.parquet", ["broken.parquet cannot be read"]),
+        ("words.csv", ["words.csv is not a .txt, .jsonl or .parquet file"]),
+    ],
+)
+def test_calibration_text_that_cannot_be_used(
+    file: str, mentioned: list[str], bad_files: Path, dense_folder: Path, run: Callable[..., Answer]
+) -> None:
+    source = file if file.startswith(".") else bad_files / file
+    answer = run("compress", dense_folder, "-o", bad_files / "out", "--calibration", source, *QUICK)
+    check_mistake(answer, *mentioned)
+    assert not list(bad_files.glob("*out*"))
+
+
+@pytest.mark.parametrize("source", [[], ["--calibration", "some/dataset"]], ids=["default", "named"])
+def test_hub_text_while_offline_names_the_two_ways_out(
+    source: list[str], dense_folder: Path, run: Callable[..., Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    answer = run("compress", dense_folder, "-o", tmp_path / "out", *source, *QUICK)
+    check_mistake(answer, "--calibration FILE", "builtin")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "mentioned"),
+    [
+        (["--ratio", "1.5"], ["ratio", "less than 1", "1.5"]),
+        (["--ratio", "0"], ["ratio", "greater than 0"]),
+        (["--ratio", "nan"], ["ratio"]),
+        (["--solver", "magic"], ["solver", "'ksvd'", "'magic'"]),
+        (["--accounting", "eq11", "--rho", "3"], ["accounting eq11 holds only at rho 2", "rho is 3"]),
+        (["--accounting", "eq11", "--value-bits", "16"], ["eq11 means 14-bit values"]),
+        (["--value-bits", "15"], ["value_bits", "15"]),
+        (["--rho", "inf"], ["rho"]),
+        (["--length", "65"], ["--length 65 is more than the model's 64 positions"]),
+        (["--device", "cuda:99"], ["--device cuda:99"]),
+        (["--device", "abacus"], ["--device abacus"]),
+        (["--progress", "loud"], ["--progress loud"]),
+        (["--include", "*.nothing"], ["--include *.nothing matches no projection", "self_attn.q_proj"]),
+        (["--target", "nothing"], ["--target nothing matches no projection"]),
+        (["--exclude", "*"], ["leaves nothing to compress"]),
+        (["--ratio", "0.99"], ["model.layers.0.self_attn.", "too small for ratio 0.99", "--exclude"]),
+        (["--recipe", "missing.yaml"], ["recipe missing.yaml does not exist"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
+)
+def test_compress_that_cannot_be_met_says_why(
+    flags: list[str],
+    mentioned: list[str],
+    dense_folder: Path,
+    text_file: Path,
+    run: Callable[..., Answer],
+    tmp_path: Path,
+) -> None:
+    quick = ["--iterations", "1", "--sequences", "8"]
+    answer = run("compress", dense_folder, "-o", tmp_path / "out", "--calibration", text_file, *quick, *flags)
+    check_mistake(answer, *mentioned)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["compress", "MODEL", "-o", "out", "--colour", "red"],
+        ["compress", "MODEL"],
+        ["compress"],
+        ["compress", "MODEL", "-o", "out", "--ratio", "much"],
+        ["generate", "MODEL", "prompt", "--tokens", "0"],
+        ["squeeze", "MODEL"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_told_without_a_traceback(
+    words: list[str], dense_folder: Path, run: Callable[..., Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = run(*[str(dense_folder) if word == "MODEL" else word for word in words])
+    assert answer.code == 2
+    assert answer.out == ""
+    assert "Traceback" not in answer.err
+    assert "Error" in answer.err
+    if "--colour" in words:
+        assert "--colour" in answer.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "mentioned"),
+    [
+        ("ratoi: 0.3\n", ["unknown field 'ratoi'"]),
+        ("ratio: 0.3\ncolour: red\n", ["unknown field 'colour'"]),
+        ("- ratio\n", ["not a mapping"]),
+        ("ratio: [\n", ["cannot be read as YAML"]),
+        ("ratio: much\n", ["ratio", "'much'"]),
+    ],
+)
+def test_recipe_file_that_is_wrong_is_named_with_its_field(
+    content: str, mentioned: list[str], dense_folder: Path, run: Callable[..., Answer], tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(content)
+    check_mistake(run("plan", dense_folder, "--recipe", recipe), str(recipe), *mentioned)
+
+
+def test_output_that_is_not_empty_needs_overwrite(
+    dense_folder: Path, run: Callable[..., Answer], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "precious.txt").write_text("old")
+    check_mistake(run("compress", dense_folder, "-o", output, *FREE), str(output), "not empty", "--overwrite")
+    assert (output / "precious.txt").exists()
+    assert run("compress", dense_folder, "-o", output, *FREE, "--overwrite").code == 0
+    assert not (output / "precious.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "mentioned"),
+    [
+        ("missing.txt", ["missing.txt does not exist"]),
+        ("empty.txt", ["empty.txt is empty"]),
+        ("latin1.txt", ["latin1.txt is not UTF-8"]),
+        ("short.txt", ["5 tokens", "less than one window of 64"]),
+        (".", ["is a folder"]),
+    ],
+)
+def test_eval_text_that_cannot_be_used(
+    file: str, mentioned: list[str], bad_files: Path, dense_folder: Path, run: Callable[..., Answer]
+) -> None:
+    check_mistake(run("eval", dense_folder, "--text", bad_files / file), *mentioned)
+
+
+def test_eval_window_longer_than_the_positions(dense_folder: Path, text_file: Path, run: Callable[..., Answer]) -> None:
+    answer = run("eval", dense_folder, "--text", text_file, "--length", "65")
+    check_mistake(answer, "--length 65 is more than the model's 64 positions")
+
+
+@pytest.mark.parametrize("length", ["0", "1", "-5"])
+def test_eval_window_without_a_token_to_predict(
+    length: str, dense_folder: Path, text_file: Path, run: Callable[..., Answer]
+) -> None:
+    answer = run("eval", dense_folder, "--text", text_file, "--length", length)
+    assert answer.code == 2, answer.err
+    assert "Traceback" not in answer.err
+    assert "--length" in answer.err
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_inspect_and_verify_refuse_a_dense_model(command: str, dense_folder: Path, run: Callable[..., Answer]) -> None:
+    check_mistake(run(command, dense_folder), f"{dense_folder} is not a CoSpaDi checkpoint")
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_inspect_and_verify_of_a_checkpoint_without_weights(
+    command: str, compressed: tuple[Path, Any], run: Callable[..., Answer], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_bytes((compressed[0] / "config.json").read_bytes())
+    check_mistake(run(command, tmp_path), str(tmp_path))
+
+
+def test_plan_and_compress_refuse_a_compressed_model(
+    compressed: tuple[Path, Any], run: Callable[..., Answer], tmp_path: Path
+) -> None:
+    check_mistake(run("plan", compressed[0]), "already quantized (cospadi)")
+    check_mistake(run("compress", compressed[0], "-o", tmp_path / "out", *FREE), "already quantized (cospadi)")
+
+
+def test_config_that_is_not_json_is_named(make_model: Callable[..., Path], run: Callable[..., Answer]) -> None:
+    folder = make_model()
+    (folder / "config.json").write_text("{")
+    check_mistake(run("plan", folder), "config.json")
+    check_mistake(run("inspect", folder), "config.json")
+
+
+def test_damaged_weights_of_a_dense_model_are_named(
+    make_model: Callable[..., Path], run: Callable[..., Answer], tmp_path: Path
+) -> None:
+    folder = make_model()
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-50])
+    check_mistake(run("plan", folder), "model.safetensors")
+    check_mistake(run("compress", folder, "-o", tmp_path / "out", *FREE), "model.safetensors")
+
+
+def test_prompt_without_room_is_refused(compressed: tuple[Path, Any], run: Callable[..., Answer]) -> None:
+    check_mistake(run("generate", compressed[0], "x" * 64), "64 tokens", "64 positions")
+    check_mistake(run("generate", compressed[0], ""), "the prompt is empty")
+
+
+def test_our_own_fault_is_exit_code_1_and_says_so(
+    dense_folder: Path, run: Callable[..., Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(error: BaseException) -> Callable[..., None]:
+        def raises(*_: object) -> None:
+            raise error
+
+        return raises
+
+    for error, sentence in (
+        (ZeroDivisionError("by nothing"), "ZeroDivisionError: by nothing\nThis is a fault of cospadi"),
+        (OSError(28, "No space left on device"), "the disk is full"),
+        (MemoryError(), "out of memory"),
+    ):
+        monkeypatch.setattr(checkpoint, "write_manifest", stop(error))
+        answer = run("compress", dense_folder, "-o", tmp_path / "out", *FREE)
+        assert answer.code == 1
+        assert sentence in answer.err
+        assert "Traceback" not in answer.err
+        assert not list(tmp_path.iterdir())
+
+
+# Stopping
+
+
+def test_interrupt_while_writing_leaves_nothing(
+    dense_folder: Path, run: Callable[..., Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "write_manifest", interrupt)
+    answer = run("compress", dense_folder, "-o", tmp_path / "out", *FREE)
+    assert answer.code == 130
+    assert "Nothing was written" in answer.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_in_the_middle_of_the_work_leaves_nothing(
+    number: signal.Signals, code: int, dense_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    endless = ["--calibration", text_file, "--sequences", "1000", "--length", "32", "--iterations", "1000000000"]
+    words = [*COMMAND, "compress", dense_folder, "-o", tmp_path / "out", *endless]
+    with subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        first = process.stderr.readline()  # the text is read; calibration and the endless solving follow
+        process.send_signal(number)
+        out, err = process.communicate()
+    assert "1000 were asked for" in first
+    assert process.returncode == code
+    assert out == ""
+    assert "Traceback" not in err
+    if number == signal.SIGINT:
+        assert "Nothing was written" in err
+    assert not list(tmp_path.iterdir())
