@@ -77,22 +77,38 @@ class StoredProjection(BaseModel):
         return {f"{name}.{part}": what for part, what in ((first | own) if self.dictionary == name else own).items()}
 
 
-def parse_projections(raw: Mapping[str, Any]) -> dict[str, StoredProjection]:
+class FileRecord(BaseModel):
+    """What the manifest says of one safetensors file: its size and the sha256 of it and of each tensor's bytes."""
+
+    bytes: int
+    sha256: str
+    tensors: dict[str, str]
+
+
+class Manifest(BaseModel):
+    """The part of `cospadi.json` that reading relies on; other fields are for people."""
+
+    model_config = ConfigDict(extra="allow")
+
+    format_version: int
+    projections: dict[str, dict[str, Any]] = {}
+    files: dict[str, FileRecord] = {}
+
+
+def parse_projections(raw: object) -> dict[str, StoredProjection]:
     """The `projections` of `config.json`, checked on their own and against each other.
 
     Raises:
         CheckpointError: a malformed entry, or an owner of a dictionary that does not fit.
     """
+    if not isinstance(raw, Mapping):
+        raise CheckpointError("config.json: projections is not a mapping of names to entries")
     projections: dict[str, StoredProjection] = {}
     for name, fields in raw.items():
         try:
             projections[name] = StoredProjection.model_validate(fields)
         except ValidationError as error:
-            problem = error.errors()[0]
-            field = ".".join(map(str, problem["loc"])) or "entry"
-            raise CheckpointError(
-                f"config.json: projection {name}: {field}: {problem['msg'].removeprefix('Value error, ')}"
-            ) from None
+            raise CheckpointError(f"config.json: projection {name}: {_first_problem(error)}") from None
     for name, entry in projections.items():
         owner = projections.get(entry.dictionary)
         same = owner is not None and (owner.layout, owner.d1, owner.k) == (entry.layout, entry.d1, entry.k)
@@ -102,6 +118,13 @@ def parse_projections(raw: Mapping[str, Any]) -> dict[str, StoredProjection]:
                 "which has none that fits"
             )
     return projections
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    field = ".".join(map(str, problem["loc"]))
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{field}: {message}" if field else message
 
 
 @contextmanager
@@ -194,14 +217,34 @@ def tensor_bytes(folder: Path) -> int:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder."""
+    """The safetensors files that transformers reads in a model folder: those of the index, or model.safetensors, or
+    every one there is. (Some public models carry a second copy of their weights under other names.)
+
+    Raises:
+        CheckpointError: an index that is malformed or names a file outside the folder.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        named = read_json(index).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+            raise CheckpointError(f"{index} has no weight_map of tensor names to file names")
+        for name in named.values():
+            if Path(name).name != name:
+                raise CheckpointError(f"{index} names {name}, a path that leaves its folder")
+        return [folder / name for name in sorted(set(named.values()))]
+    single = folder / "model.safetensors"
+    return [single] if single.exists() else all_safetensors(folder)
+
+
+def all_safetensors(folder: Path) -> list[Path]:
+    """Every safetensors file in a folder."""
     return sorted(folder.glob("*.safetensors"))
 
 
 def hash_files(folder: Path) -> dict[str, Any]:
     """sha256 of every safetensors file in a folder and of every tensor's bytes in it."""
     hashes: dict[str, Any] = {}
-    for path in weight_files(folder):
+    for path in all_safetensors(folder):
         index = tensor_index(path)
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             view = memoryview(data)
@@ -243,7 +286,7 @@ def read_config(folder: Path) -> dict[str, StoredProjection]:
     if config.get("quant_method") != QUANT_METHOD:
         raise UserError(f"{folder} is not a CoSpaDi checkpoint: its config.json has no quantization_config of ours")
     check_version(config.get("format_version"), "config.json")
-    return parse_projections(config.get("projections") or {})
+    return parse_projections(config.get("projections", {}))
 
 
 def check_version(version: object, file: str) -> None:
@@ -264,17 +307,35 @@ def read_manifest(folder: Path, projections: Mapping[str, StoredProjection]) -> 
     path = folder / MANIFEST
     if not path.exists():
         return None
-    manifest = read_json(path)
-    check_version(manifest.get("format_version"), str(path))
-    if set(manifest.get("projections", {})) != set(projections):
+    raw = read_json(path)
+    check_version(raw.get("format_version"), str(path))
+    try:
+        manifest = Manifest.model_validate(raw)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {_first_problem(error)}") from None
+    if set(manifest.projections) != set(projections):
         raise CheckpointError(f"{path} lists other projections than config.json: it belongs to another checkpoint")
-    sizes = {file.name: file.stat().st_size for file in weight_files(folder)}
-    for name, entry in manifest.get("files", {}).items():
+    sizes = {file.name: file.stat().st_size for file in all_safetensors(folder)}
+    for name, entry in manifest.files.items():
         if name not in sizes:
             raise CheckpointError(f"{path} lists {name}, which is not there")
-        if sizes[name] != entry["bytes"]:
-            raise CheckpointError(f"{folder / name} has {sizes[name]} bytes, {path.name} says {entry['bytes']}")
-    return manifest
+        if sizes[name] != entry.bytes:
+            raise CheckpointError(f"{folder / name} has {sizes[name]} bytes, {path.name} says {entry.bytes}")
+    return raw
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, StoredProjection], dict[str, Any] | None]:
+    """The compressed projections of a folder and its manifest, with everything checked but the hashes.
+
+    Raises:
+        UserError: not a CoSpaDi checkpoint. CheckpointError: a damaged one.
+    """
+    projections = read_config(folder)
+    files = weight_files(folder)
+    if not files:
+        raise CheckpointError(f"{folder} has no safetensors files")
+    check_files(files, projections)
+    return projections, read_manifest(folder, projections)
 
 
 def verify(folder: Path) -> int:
@@ -285,9 +346,7 @@ def verify(folder: Path) -> int:
     Raises:
         CheckpointError: names the file and the first tensor that differs.
     """
-    projections = read_config(folder)
-    check_files(weight_files(folder), projections)
-    manifest = read_manifest(folder, projections)
+    _, manifest = read_checkpoint(folder)
     if manifest is None:
         raise CheckpointError(f"{folder / MANIFEST} is not there: nothing to compare the tensors with")
     recorded, found = manifest.get("files", {}), hash_files(folder)
@@ -341,7 +400,7 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 def nearest_folder(path: Path) -> Path:
     """The closest ancestor that exists."""
-    path = path.absolute().parent
+    path = Path(os.path.realpath(path)).parent
     while not path.exists():
         path = path.parent
     return path
@@ -350,7 +409,7 @@ def nearest_folder(path: Path) -> Path:
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
     """A folder beside `output` to write into, renamed to `output` at the end, or removed if anything goes wrong."""
-    output = output.absolute()
+    output = Path(os.path.realpath(output))  # behind a link, so that staging is on the same disk
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
     staging.chmod(0o755)
@@ -364,7 +423,11 @@ def staged(output: Path) -> Iterator[Path]:
         if output.exists():
             retired = staging.with_suffix(".old")
             output.rename(retired)
-            staging.rename(output)
+            try:
+                staging.rename(output)
+            except BaseException:
+                retired.rename(output)
+                raise
             shutil.rmtree(retired)
         else:
             staging.rename(output)

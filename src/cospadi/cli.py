@@ -8,7 +8,8 @@ import logging
 import os
 import signal
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,8 +18,6 @@ import typer
 from cospadi.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from cospadi.progress import Stages
 
 app = typer.Typer(
@@ -104,17 +103,14 @@ def compress(
 ) -> None:
     """Compress a model and write a checkpoint that from_pretrained loads."""
     flags = dict(locals())
-    built = _recipe(flags)
-    stages, console = _talk(progress)
-    from cospadi import report
-    from cospadi.compress import compress as run
+    with _if_stopped(f"Nothing was written to {output}. The same command starts over."):
+        built = _recipe(flags)
+        stages = _talk(progress)
+        from cospadi import report
+        from cospadi.compress import compress as run
 
-    try:
         with stages.shown():
             result = run(model, built, output, overwrite=overwrite, stages=stages)
-    except KeyboardInterrupt:
-        console.print(f"Stopped. Nothing was written to {output}. The same command starts over.", style="bold")
-        raise
     _show(report.compressed_json(result, built), as_json, report.compressed_table(result, built))
 
 
@@ -153,7 +149,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(metavar="DIR", help="compressed or dense model")],
     text: Annotated[Path, typer.Option(metavar="FILE", help="UTF-8 text to measure on")],
     against: Annotated[str | None, typer.Option(metavar="MODEL", help="a second model to compare with")] = None,
-    length: Annotated[int | None, typer.Option(help="tokens a window  [default: min(1024, positions)]")] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="tokens a window  [default: min(1024, positions)]")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="windows in a forward pass")] = 4,
     device: Device = "auto",
     low_memory: LowMemory = False,
@@ -161,7 +157,7 @@ def evaluate(
     progress: Progress = "auto",
 ) -> None:
     """Perplexity on a text, in non-overlapping windows."""
-    stages, _ = _talk(progress)
+    stages = _talk(progress)
     from cospadi import report
     from cospadi.evaluate import evaluate_models
 
@@ -178,10 +174,7 @@ def inspect(folder: Folder, as_json: Json = False) -> None:
     _talk("off")
     from cospadi import checkpoint, report
 
-    entries = checkpoint.read_config(folder)
-    checkpoint.check_files(checkpoint.weight_files(folder), entries)
-    sizes = checkpoint.tensor_sizes(folder)
-    data = report.inspect_json(entries, sizes, checkpoint.read_manifest(folder, entries), sum(sizes.values()))
+    data = report.inspect_json(*checkpoint.read_checkpoint(folder), checkpoint.tensor_sizes(folder))
     _show(data, as_json, report.inspect_table(data), f"Whole checkpoint: {report.megabytes(data['checkpoint_bytes'])}.")
 
 
@@ -222,7 +215,7 @@ def demo(
     """The whole job with no network: the built-in model, dense vs SVD-LLM vs CoSpaDi."""
     from dataclasses import asdict
 
-    stages, _ = _talk(progress)
+    stages = _talk(progress)
     from cospadi import report
     from cospadi.demo.job import ITERATIONS, run_demo
 
@@ -279,7 +272,17 @@ def _recipe(flags: dict[str, Any]) -> Any:
     return Recipe.build(flags.get("recipe"), **given)
 
 
-def _talk(progress: str) -> tuple[Stages, Console]:
+@contextmanager
+def _if_stopped(message: str) -> Iterator[None]:
+    """On Ctrl-C say so, and what it means."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.secho(f"Stopped. {message}", bold=True, err=True)
+        raise
+
+
+def _talk(progress: str) -> Stages:
     """Progress and log on stderr; other libraries keep quiet."""
     from rich.console import Console
 
@@ -291,7 +294,7 @@ def _talk(progress: str) -> tuple[Stages, Console]:
     bars = progress == "on" or (progress == "auto" and console.is_terminal)
     log_to(console, bars)
     _silence_libraries()
-    return Stages(console if bars else None), console
+    return Stages(console if bars else None)
 
 
 def _silence_libraries() -> None:
@@ -302,7 +305,8 @@ def _silence_libraries() -> None:
     disable_progress_bars()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    logging.getLogger("datasets").setLevel(logging.ERROR)
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # for when it is imported later
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)
 
 
 def _show(data: dict[str, Any], as_json: bool, *parts: object) -> None:
@@ -312,6 +316,6 @@ def _show(data: dict[str, Any], as_json: bool, *parts: object) -> None:
         return
     from rich.console import Console
 
-    with nullcontext(Console() if sys.stdout.isatty() else Console(width=160)) as console:
-        for part in parts:
-            console.print(part, highlight=False, markup=False)
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    for part in parts:
+        console.print(part, highlight=False, markup=False)

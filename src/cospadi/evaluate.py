@@ -100,8 +100,8 @@ def evaluate_models(
     device: str = "auto",
     stages: Stages | None = None,
     low_memory: bool = False,
-) -> dict[str, Perplexity]:
-    """Perplexity of each model on a text file, each with its own tokenizer.
+) -> list[tuple[str, Perplexity]]:
+    """Name and perplexity of each model on a text file, each with its own tokenizer.
 
     Args:
         length: tokens a window; None is min(1024, positions).
@@ -113,7 +113,7 @@ def evaluate_models(
     content = read_text(text)
     where = source.pick_device(device)
     stages = stages or Stages()
-    results: dict[str, Perplexity] = {}
+    results: list[tuple[str, Perplexity]] = []
     for name in models:
         with stages.stage("load", 1):
             folder = source.resolve(name)
@@ -122,7 +122,7 @@ def evaluate_models(
             set_low_memory(model, low_memory)
         windows = text_windows(tokenizer, content, sequence_length(length, source.positions(model)))
         with stages.stage("evaluate", len(windows)) as progress:
-            results[str(name)] = perplexity(model, windows, batch_size, progress.advance)
+            results.append((str(name), perplexity(model, windows, batch_size, progress.advance)))
     return results
 
 

@@ -26,7 +26,7 @@ class Recipe(BaseModel):
     value_bits: Literal[14, 16] | None = Field(
         None, description="bits a stored coefficient: 16 is bf16 (default 14; 16 with eq10)"
     )
-    rho: float = Field(2.0, ge=1, description="k / s")
+    rho: float = Field(2.0, ge=1, allow_inf_nan=False, description="k / s")
 
     update: Literal["power", "pca", "mod"] = Field("power", description="dictionary update of ksvd")
     iterations: int = Field(60, ge=1, description="alternations T of ksvd")
@@ -101,7 +101,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"recipe {path} does not exist") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"recipe {path} cannot be read as YAML: {error}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"recipe {path} cannot be read as YAML: {reason}") from None
     if fields is None:
         return {}
     if not isinstance(fields, dict):

@@ -115,9 +115,9 @@ def compressed_table(result: Compressed, recipe: Recipe) -> Table:
 
 
 def inspect_json(
-    entries: Mapping[str, StoredProjection], sizes: Mapping[str, int], manifest: Mapping[str, Any] | None, total: int
+    entries: Mapping[str, StoredProjection], manifest: Mapping[str, Any] | None, sizes: Mapping[str, int]
 ) -> dict[str, Any]:
-    """What is in a checkpoint: a mapping a projection, and totals. `sizes`: tensor name -> bytes."""
+    """What is in a checkpoint: a mapping a projection, and totals. `sizes`: every tensor's name -> bytes."""
     recorded = (manifest or {}).get("projections", {})
     projections = {
         name: {
@@ -141,7 +141,7 @@ def inspect_json(
         "dense_bytes": dense,
         "compressed_bytes": compressed,
         "ratio": 1 - compressed / dense if dense else 0.0,
-        "checkpoint_bytes": total,
+        "checkpoint_bytes": sum(sizes.values()),
         "recipe": (manifest or {}).get("recipe"),
     }
 
@@ -170,25 +170,25 @@ def inspect_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
-def perplexity_json(results: Mapping[str, Perplexity]) -> dict[str, Any]:
+def perplexity_json(results: Sequence[tuple[str, Perplexity]]) -> dict[str, Any]:
     """Perplexity of each model; of two, also the difference and ln of the ratio, first against second."""
     data: dict[str, Any] = {
         "models": [
             {"model": name, "perplexity": result.value, "windows": result.windows, "length": result.length}
-            for name, result in results.items()
+            for name, result in results
         ]
     }
     if len(results) == 2:
-        first, second = (result.value for result in results.values())
+        first, second = (result.value for _, result in results)
         data |= {"difference": first - second, "log_ratio": math.log(first / second)}
     return data
 
 
-def perplexity_lines(results: Mapping[str, Perplexity]) -> list[str]:
+def perplexity_lines(results: Sequence[tuple[str, Perplexity]]) -> list[str]:
     """A line a model, and a line for the difference."""
     lines = [
         f"{name}: perplexity {result.value:.4f} ({result.windows} windows of {result.length} tokens)"
-        for name, result in results.items()
+        for name, result in results
     ]
     data = perplexity_json(results)
     if "difference" in data:

@@ -73,9 +73,13 @@ def sequence_length(asked: int | None, positions: int) -> int:
     Raises:
         UserError: more than the model has positions.
     """
-    if asked is not None and asked > positions:
+    if asked is None:
+        return min(1024, positions)
+    if asked > positions:
         raise UserError(f"--length {asked} is more than the model's {positions} positions")
-    return asked or min(1024, positions)
+    if asked < 2:
+        raise UserError(f"--length {asked} is less than 2 tokens: nothing could be predicted")
+    return asked
 
 
 def _documents(recipe: Recipe, length: int) -> Iterator[str]:

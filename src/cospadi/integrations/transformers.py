@@ -32,7 +32,7 @@ class CospadiConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        projections: Mapping[str, Any] | None = None,
+        projections: object = None,
         format_version: object = None,
         quant_method: str = checkpoint.QUANT_METHOD,
         **unknown: Any,
@@ -43,7 +43,8 @@ class CospadiConfig(QuantizationConfigMixin):
         self.quant_method = quant_method
         self.format_version = format_version
         self.projections = {
-            name: entry.model_dump() for name, entry in checkpoint.parse_projections(projections or {}).items()
+            name: entry.model_dump()
+            for name, entry in checkpoint.parse_projections({} if projections is None else projections).items()
         }
 
     def parsed(self) -> dict[str, StoredProjection]:
@@ -120,10 +121,19 @@ def _lexical(path: Path) -> Path:
 
 
 def build_layer(entry: StoredProjection, dtype: torch.dtype | None, device: torch.device | str) -> CompressedLinear:
-    """An empty layer for a stored projection; `dtype` is that of dictionary and bias."""
+    """An empty layer for a stored projection in a model of dtype `dtype`.
+
+    In an fp16 model the factors stay bf16, as stored: fp16 would round what bf16 holds.
+    """
+    factors = torch.bfloat16 if dtype == torch.float16 else dtype
     if entry.layout == "low-rank":
-        return LowRankLinear(entry.d1, entry.d2, entry.k, entry.bias, dtype, device)
-    return SparseDictionaryLinear(entry.d1, entry.d2, entry.k, entry.nnz, entry.value_bits, entry.bias, dtype, device)
+        layer: CompressedLinear = LowRankLinear(entry.d1, entry.d2, entry.k, entry.bias, factors, device)
+    else:
+        shape = (entry.d1, entry.d2, entry.k, entry.nnz, entry.value_bits)
+        layer = SparseDictionaryLinear(*shape, entry.bias, factors, device)
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(torch.empty(entry.d2, dtype=dtype, device=device))
+    return layer
 
 
 def swap_in_layers(
