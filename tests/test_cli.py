@@ -15,9 +15,10 @@ import huggingface_hub
 import pytest
 from safetensors.torch import load_file, save_file
 
-from cospadi import checkpoint, cli
+import cospadi_cli as cli
+from cospadi import checkpoint
 
-COMMAND = [sys.executable, "-c", "from cospadi.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from cospadi_cli import main; main()"]
 QUICK = ["--iterations", "2", "--ratio", "0.3", "--sequences", "8", "--length", "32"]
 FREE = ["--data-free", "--iterations", "1"]
 
@@ -336,7 +337,6 @@ def test_hub_text_while_offline_names_the_two_ways_out(
         (["--length", "65"], ["--length 65 is more than the model's 64 positions"]),
         (["--device", "cuda:99"], ["--device cuda:99"]),
         (["--device", "abacus"], ["--device abacus"]),
-        (["--progress", "loud"], ["--progress loud"]),
         (["--include", "*.nothing"], ["--include *.nothing matches no projection", "self_attn.q_proj"]),
         (["--target", "nothing"], ["--target nothing matches no projection"]),
         (["--exclude", "*"], ["leaves nothing to compress"]),
@@ -544,3 +544,9 @@ def test_signal_in_the_middle_of_the_work_leaves_nothing(
     if number == signal.SIGINT:
         assert "Nothing was written" in err
     assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_progress_is_a_usage_error(run: Callable[..., Answer], tmp_path: Path) -> None:
+    answer = run("compress", "demo", "--output", tmp_path / "out", "--progress", "loud")
+    assert answer.code == 2
+    assert "--progress loud is not known. Use auto, on or off" in answer.err

@@ -1,4 +1,8 @@
-"""The command `cospadi`. No logic here: flags in, calls, tables out. Heavy imports wait until a command needs them."""
+"""The command `cospadi`. No logic here: flags in, calls, tables out.
+
+It stands beside the package, not in it, because importing the package registers the checkpoint format with
+transformers, which takes seconds: help and mistyped flags answer at once, and a command imports what it needs.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-
-from cospadi.errors import UserError
 
 if TYPE_CHECKING:
     from cospadi.progress import Stages
@@ -229,11 +231,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         code = app(standalone_mode=False)
-    except UserError as error:
-        _fail(str(error), 2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except typer.Abort:
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()
@@ -242,6 +240,10 @@ def main() -> None:
         if hasattr(error, "exit_code") and hasattr(error, "show"):  # click's usage errors
             error.show()
             sys.exit(error.exit_code)
+        from cospadi.errors import UserError
+
+        if isinstance(error, UserError):
+            _fail(str(error), 2)
         if os.environ.get("COSPADI_TRACEBACK") == "1":
             raise
         if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):
@@ -289,7 +291,7 @@ def _talk(progress: str) -> Stages:
     from cospadi.progress import Stages, log_to
 
     if progress not in ("auto", "on", "off"):
-        raise UserError(f"--progress {progress} is not known. Use auto, on or off")
+        raise typer.BadParameter(f"--progress {progress} is not known. Use auto, on or off")
     console = Console(stderr=True)
     bars = progress == "on" or (progress == "auto" and console.is_terminal)
     log_to(console, bars)
