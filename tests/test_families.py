@@ -376,3 +376,23 @@ def test_trained_model_with_odd_sizes_round_trips(
     assert torch.equal(logits(load(output), prompt), logits(result.model, prompt))
     check_equals_dense_stand_in(dense, output, prompt)
     check_bytes(result, output)
+
+
+@pytest.mark.parametrize("solver", ["ksvd", "svd-llm"])
+def test_whole_model_compiles_exports_and_trains(
+    dense_folder: Path, quick: dict[str, Any], prompt: Tensor, solver: str, tmp_path: Path
+) -> None:
+    cospadi.compress(dense_folder, quick | {"solver": solver}, tmp_path / "out")
+    model = load(tmp_path / "out", dtype=torch.float32)
+    expected = logits(model, prompt)
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(input_ids=prompt, use_cache=False).logits, expected)
+    exported = torch.export.export(model, (), {"input_ids": prompt, "use_cache": False}, strict=False)
+    torch.testing.assert_close(exported.module()(input_ids=prompt, use_cache=False).logits, expected)
+
+    model(input_ids=prompt, labels=prompt).loss.backward()
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    factor = layer.left if solver == "svd-llm" else layer.dictionary
+    assert factor.grad.abs().max() > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,9 @@ from cospadi.calibration.text import DEFAULT_DATASET, token_sequences
 from cospadi.card import model_card
 from cospadi.checkpoint import StoredProjection
 from cospadi.errors import UserError
-from cospadi.factorization import SOLVERS, Factorization, Problem, SolverOptions
+from cospadi.factorization import Factorization, Problem, SolverOptions, find_solver
 from cospadi.factorization.problem import relative_error
-from cospadi.integrations.transformers import CospadiConfig, mark_compressed, swap_in_layers
+from cospadi.integrations.transformers import mark_compressed, quantizer_of, swap_in_layers
 from cospadi.plan import Group, Plan, make_plan
 from cospadi.progress import Stage, Stages
 from cospadi.projections import (
@@ -38,6 +39,9 @@ log = logging.getLogger("cospadi")
 
 GRAM_MEMORY = 4 * 2**30
 """Bytes of Gram matrices held at once. Blocks that do not fit wait for another pass over the calibration text."""
+
+SOLVER_MEMORY = {"cpu": 2**28, "cuda": 2**32}
+"""Bytes that batched sparse coding may take. Fixed, not what is free, so that equal runs give equal bytes."""
 
 
 @dataclass(frozen=True)
@@ -102,37 +106,32 @@ def compress(
         UserError: a request that cannot be met; nothing was written.
     """
     recipe = Recipe.build(recipe)
+    calibrated = needs_text(recipe)
     stages = stages or Stages()
     target = Path(output) if output is not None else None
     if target is not None:
         checkpoint.check_output(target, overwrite)
     device = source.pick_device(recipe.device)
+
     folder: Path | None = None
-    with stages.stage("load", 1):
-        if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module):
+        with stages.stage("load", 1):
             folder = source.resolve(model, recipe.revision)
             source.load_config(folder)  # refuses what cannot be compressed before any weight is read
             model = source.load_model(folder, device)
-            if tokenizer is None and needs_text(recipe):
+            if calibrated and tokenizer is None:
                 tokenizer = source.load_tokenizer(folder)
     selected = select(find_projections(model), recipe.include, recipe.exclude, recipe.target)
     if experts := dense_experts(model):
         log.warning("experts that are not nn.Linear stay dense: %s", kinds_of(experts))
     plan = make_plan(selected, recipe)
 
-    manifest: dict[str, Any] = {
-        "package_version": __about__.__version__,
-        "recipe": recipe.model_dump(mode="json") | {"calibration": _source_name(recipe)},
-        "projections": {},
-    }
     sequences: Tensor | None = None
-    if needs_text(recipe):
+    if calibrated:
         if tokenizer is None:
             raise UserError("calibration needs the model's tokenizer: pass tokenizer=, or make the recipe data_free")
         with stages.stage("text", 1):
             sequences = token_sequences(tokenizer, recipe, source.positions(model))
-        digest = hashlib.sha256(sequences.numpy().tobytes()).hexdigest()
-        manifest["calibration"] = {"sequences": len(sequences), "length": sequences.shape[1], "tokens_sha256": digest}
 
     packed: list[Packed] = []
     for groups, metrics in walk(model, plan, sequences, recipe, stages):
@@ -141,37 +140,42 @@ def compress(
             for group in groups:
                 packed.append(factorize(model, group, metrics[group.members[0].name], recipe, progress))
 
-    entries = {name: entry for item in packed for name, entry in item.entries.items()}
-    errors = {name: error for item in packed for name, error in item.errors.items()}
-    for item in packed:
-        for name, entry in item.entries.items():
-            sizes = {
-                tensor.rpartition(".")[2]: _nbytes(value)
-                for tensor, value in item.tensors.items()
-                if tensor.rpartition(".")[0] == name
-            }
-            manifest["projections"][name] = {
-                "layout": entry.layout,
-                "bytes": sizes,
-                "relative_error": item.errors[name],
-                "gram_shift": item.shift,
-            }
-    load_factors(model, entries, packed)
-    mark_compressed(model, CospadiConfig(projections={n: e.model_dump() for n, e in entries.items()}, format_version=1))
-    model.hf_quantizer.manifest = manifest  # type: ignore[union-attr]
-
-    before = checkpoint.tensor_bytes(folder) if folder else None
-    after = None
+    load_factors(model, packed)
+    manifest = describe(recipe, sequences, packed)
+    quantizer_of(model).manifest = manifest
+    before, after = checkpoint.tensor_bytes(folder) if folder else None, None
     if target is not None:
         with stages.stage("write", 1):
             manifest = write(model, target, manifest, plan, folder, tokenizer)
             after = checkpoint.tensor_bytes(target)
+    errors = {name: error for item in packed for name, error in item.errors.items()}
     return Compressed(model, plan, manifest, errors, before, after, stages.seconds)
+
+
+def describe(recipe: Recipe, sequences: Tensor | None, packed: Sequence[Packed]) -> dict[str, Any]:
+    """The manifest but for the hashes of files: the recipe, the calibration, and what each projection became."""
+    manifest: dict[str, Any] = {
+        "package_version": __about__.__version__,
+        "recipe": recipe.model_dump(mode="json") | {"calibration": _source_name(recipe)},
+        "projections": {},
+    }
+    if sequences is not None:
+        digest = hashlib.sha256(sequences.numpy().tobytes()).hexdigest()
+        manifest["calibration"] = {"sequences": len(sequences), "length": sequences.shape[1], "tokens_sha256": digest}
+    for item in packed:
+        for name, entry in item.entries.items():
+            manifest["projections"][name] = {
+                "layout": entry.layout,
+                "bytes": {tensor.rpartition(".")[2]: _nbytes(item.tensors[tensor]) for tensor in entry.tensors(name)},
+                "relative_error": item.errors[name],
+                "gram_shift": item.shift,
+            }
+    return manifest
 
 
 def needs_text(recipe: Recipe) -> bool:
     """Whether a recipe is calibrated on text."""
-    return not recipe.data_free and SOLVERS[recipe.solver].whitened
+    return not recipe.data_free and find_solver(recipe.solver).whitened
 
 
 def walk(
@@ -238,7 +242,7 @@ def factorize(model: nn.Module, group: Group, metric: Whitening, recipe: Recipe,
     name, done = group.members[0].name, progress.done
 
     def report(iteration: int, error: float) -> None:
-        share = iteration / recipe.iterations if recipe.solver == "ksvd" else 1.0
+        share = iteration / recipe.iterations
         progress.reach(done + share * _work(group), f"{name}  iteration {iteration}  error {error:.4f}")
 
     options = SolverOptions(
@@ -246,9 +250,10 @@ def factorize(model: nn.Module, group: Group, metric: Whitening, recipe: Recipe,
         update=recipe.update,
         tolerance=recipe.tolerance,
         seed=recipe.seed,
+        memory_bytes=SOLVER_MEMORY["cuda" if target.is_cuda else "cpu"],
         on_iteration=report,
     )
-    solution = SOLVERS[recipe.solver].solve(Problem((target / scale).float()), group.k, group.s, options)
+    solution = find_solver(recipe.solver).solve(Problem((target / scale).float()), group.k, group.s, options)
     progress.reach(done + _work(group))  # a solver may have stopped early
     result = pack(group, solution, metric, target, float(scale))
     log.info(
@@ -311,11 +316,14 @@ def pack(group: Group, solution: Factorization, metric: Whitening, target: Tenso
     return Packed(entries, cpu, errors, metric.shift)
 
 
-def load_factors(model: nn.Module, entries: dict[str, StoredProjection], packed: Sequence[Packed]) -> None:
-    """Swap the compressed layers into the model and fill them; biases move over."""
-    old = {name: model.get_submodule(name) for name in entries}
-    for name, entry in entries.items():
-        entries[name] = entry.model_copy(update={"bias": old[name].bias is not None})
+def load_factors(model: nn.Module, packed: Sequence[Packed]) -> None:
+    """Swap the compressed layers into the model and fill them; biases move over. Leaves it as from_pretrained would."""
+    old = {name: model.get_submodule(name) for item in packed for name in item.entries}
+    entries = {
+        name: entry.model_copy(update={"bias": old[name].bias is not None})
+        for item in packed
+        for name, entry in item.entries.items()
+    }
     first = next(iter(old.values()))
     assert isinstance(first, nn.Linear)
     layers = swap_in_layers(model, entries, first.weight.dtype, first.weight.device)
@@ -330,6 +338,7 @@ def load_factors(model: nn.Module, entries: dict[str, StoredProjection], packed:
                 bias = old[name].bias
                 assert isinstance(bias, Tensor)
                 layer.bias.copy_(bias)
+    mark_compressed(model, entries)
 
 
 def write(
@@ -386,8 +395,6 @@ def _nbytes(tensor: Tensor) -> int:
 
 
 def _free_bytes(output: Path) -> int:
-    import shutil
-
     return shutil.disk_usage(checkpoint.nearest_folder(output)).free
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from cospadi import budget, source
 from cospadi.budget import Parts
 from cospadi.errors import UserError
-from cospadi.factorization import SOLVERS
+from cospadi.factorization import find_solver
 from cospadi.projections import Projection, dense_experts, find_projections, kinds_of, select
 from cospadi.recipe import Recipe
 
@@ -87,7 +87,7 @@ def group_layers(projections: Sequence[Projection], layers: int) -> list[tuple[P
 
 def _plan_group(members: tuple[Projection, ...], recipe: Recipe) -> Group:
     d1, d2s = members[0].d1, [member.d2 for member in members]
-    layout = SOLVERS[recipe.solver].layout
+    layout = find_solver(recipe.solver).layout
     try:
         if layout == "low-rank":
             r = budget.rank_for_ratio(recipe.ratio, d1, d2s)

@@ -10,8 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cospadi.errors import UserError
 
-SolverName = Literal["ksvd", "svd-llm", "svd"]
-
 
 class Recipe(BaseModel):
     """What to compress, how far, and how. Unknown fields are errors."""
@@ -19,7 +17,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     ratio: float = Field(0.2, gt=0, lt=1, description="share of the selected projections' bytes to remove")
-    solver: SolverName = Field("ksvd", description="ksvd (the paper's), svd-llm or svd (low-rank comparators)")
+    solver: str = Field("ksvd", description="ksvd (the paper's), svd-llm or svd (low-rank comparators)")
     accounting: Literal["exact", "eq10", "eq11"] = Field(
         "exact", description="exact: real bytes; eq10, eq11: the paper's own k and s"
     )

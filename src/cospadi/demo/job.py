@@ -6,7 +6,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from torch import nn
 
@@ -49,8 +48,7 @@ def run_demo(ratio: float, iterations: int, stages: Stages) -> list[Row]:
 
     rows: list[Row] = []
     dense_perplexity = measure(dense)
-    solvers: tuple[Literal["svd-llm", "ksvd"], ...] = ("svd-llm", "ksvd")
-    for solver in solvers:
+    for solver in ("svd-llm", "ksvd"):
         recipe = Recipe(ratio=ratio, solver=solver, iterations=iterations, calibration="builtin", sequences=SEQUENCES)
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as scratch:

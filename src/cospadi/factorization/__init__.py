@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from cospadi.errors import UserError
 from cospadi.factorization.ksvd import ksvd
 from cospadi.factorization.problem import Factorization, Problem, SolverOptions
 from cospadi.factorization.svd import truncated_svd
 
-__all__ = ["SOLVERS", "Factorization", "Problem", "Solver", "SolverOptions"]
+__all__ = ["SOLVERS", "Factorization", "Problem", "Solver", "SolverOptions", "find_solver"]
 
 
 @dataclass(frozen=True)
@@ -33,3 +34,14 @@ SOLVERS: dict[str, Solver] = {
     "svd-llm": Solver(truncated_svd, "low-rank"),
     "svd": Solver(truncated_svd, "low-rank", whitened=False),
 }
+
+
+def find_solver(name: str) -> Solver:
+    """The solver of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in SOLVERS:
+        raise UserError(f"solver {name} is not known. Use one of {', '.join(SOLVERS)}")
+    return SOLVERS[name]

@@ -171,13 +171,21 @@ def swap_in_layers(
     return layers
 
 
-def mark_compressed(model: Any, config: CospadiConfig) -> None:
+def mark_compressed(model: Any, entries: Mapping[str, StoredProjection]) -> None:
     """Give a model whose layers were swapped in memory the state that `from_pretrained` would leave it in."""
-    quantizer = CospadiQuantizer(config, pre_quantized=True)
+    projections = {name: entry.model_dump() for name, entry in entries.items()}
+    quantizer = CospadiQuantizer(CospadiConfig(projections, checkpoint.FORMAT_VERSION), pre_quantized=True)
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = checkpoint.QUANT_METHOD
     quantizer.postprocess_model(model)
+
+
+def quantizer_of(model: Any) -> CospadiQuantizer:
+    """The quantizer of a compressed model, which carries its manifest."""
+    quantizer = model.hf_quantizer
+    assert isinstance(quantizer, CospadiQuantizer)
+    return quantizer
 
 
 def _save_with_manifest_from_now_on(model: Any) -> None:
@@ -189,7 +197,7 @@ def _save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: 
     kwargs.setdefault("save_original_format", False)
     type(model).save_pretrained(model, save_directory, *args, **kwargs)
     if kwargs.get("is_main_process", True):
-        quantizer: CospadiQuantizer = model.hf_quantizer
+        quantizer = quantizer_of(model)
         content = quantizer.manifest or {
             "projections": {name: {} for name in quantizer.quantization_config.projections}
         }
