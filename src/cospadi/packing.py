@@ -22,8 +22,8 @@ def pack_support(support: Tensor) -> Tensor:
     """
     d2, k = support.shape
     padded = torch.nn.functional.pad(support.to(torch.uint8), (0, -k % 8))
-    weights = 2 ** torch.arange(8, device=support.device)
-    return (padded.view(d2, (k + 7) // 8, 8) * weights).sum(-1).to(torch.uint8)
+    shifts = torch.arange(8, device=support.device, dtype=torch.uint8)
+    return (padded.view(d2, (k + 7) // 8, 8) << shifts).sum(-1, dtype=torch.uint8)
 
 
 def unpack_support(mask: Tensor, k: int) -> Tensor:
@@ -52,20 +52,20 @@ def to_codes(values: Tensor, value_bits: int) -> Tensor:
         values: float32 (nnz,), finite.
         value_bits: 10 to 16: sign 1, exponent 8, mantissa value_bits - 9.
     Returns:
-        int64 (nnz,) in [0, 2 ** value_bits).
+        int32 (nnz,) in [0, 2 ** value_bits).
     """
     drop = 32 - value_bits
-    pattern = values.contiguous().view(torch.int32).to(torch.int64)
+    pattern = values.contiguous().view(torch.int32)
     magnitude = pattern & 0x7FFFFFFF
-    rounded = (magnitude + (1 << (drop - 1)) - 1 + ((magnitude >> drop) & 1)) >> drop
+    rounded = ((magnitude >> drop) & 1).add_(magnitude).add_((1 << (drop - 1)) - 1).bitwise_right_shift_(drop)
     largest_finite = (0x7F800000 >> drop) - 1
-    return rounded.clamp(max=largest_finite) | ((pattern < 0).to(torch.int64) << (value_bits - 1))
+    sign = (pattern >> drop).bitwise_and_(1 << (value_bits - 1))
+    return rounded.clamp_(max=largest_finite).bitwise_or_(sign)
 
 
 def from_codes(codes: Tensor, value_bits: int) -> Tensor:
-    """Inverse of `to_codes` on its range: int64 (nnz,) -> float32 (nnz,), exact."""
-    pattern = codes << (32 - value_bits)
-    return torch.where(pattern > 0x7FFFFFFF, pattern - (1 << 32), pattern).to(torch.int32).view(torch.float32)
+    """Inverse of `to_codes` on its range: int32 (nnz,) -> float32 (nnz,), exact."""
+    return (codes << (32 - value_bits)).view(torch.float32)
 
 
 def pack_values(values: Tensor, value_bits: int) -> Tensor:
@@ -80,13 +80,16 @@ def pack_values(values: Tensor, value_bits: int) -> Tensor:
     codes = to_codes(values.float(), value_bits)
     if value_bits == 16:
         return from_codes(codes, 16).to(torch.bfloat16)
-    # `per` values fill a whole number of bytes and fit an int64: 4 values in 7 bytes at 14 bits.
+    # `per` values fill a whole number of bytes and fit a 64-bit word: 4 values in 7 bytes at 14 bits.
     per, size = _group(value_bits)
     nnz = codes.numel()
-    words = torch.nn.functional.pad(codes, (0, -nnz % per)).view(-1, per)
-    word = (words << (value_bits * torch.arange(per, device=codes.device))).sum(-1, keepdim=True)
-    stream = (word >> (8 * torch.arange(size, device=codes.device))) & 0xFF
-    return stream.to(torch.uint8).flatten()[: (nnz * value_bits + 7) // 8].clone()
+    columns = torch.nn.functional.pad(codes, (0, -nnz % per)).view(-1, per).to(torch.int64)
+    word = torch.zeros(len(columns), dtype=torch.int64, device=codes.device)
+    for i in range(per):
+        word |= columns[:, i] << (value_bits * i)
+    # The lowest byte comes first in memory on every machine that torch runs on.
+    stream = word.view(torch.uint8).view(-1, 8)[:, :size]
+    return stream.flatten()[: (nnz * value_bits + 7) // 8].clone()
 
 
 def unpack_values(stream: Tensor, nnz: int, value_bits: int) -> Tensor:
@@ -94,9 +97,10 @@ def unpack_values(stream: Tensor, nnz: int, value_bits: int) -> Tensor:
     if value_bits == 16:
         return stream.float()
     per, size = _group(value_bits)
-    padded = torch.nn.functional.pad(stream, (0, -stream.numel() % size)).view(-1, size).to(torch.int64)
-    word = (padded << (8 * torch.arange(size, device=stream.device))).sum(-1, keepdim=True)
-    codes = (word >> (value_bits * torch.arange(per, device=stream.device))) & ((1 << value_bits) - 1)
+    padded = torch.nn.functional.pad(stream, (0, -stream.numel() % size)).view(-1, size)
+    word = torch.nn.functional.pad(padded, (0, 8 - size)).view(torch.int64)
+    mask = (1 << value_bits) - 1
+    codes = torch.cat([(word >> (value_bits * i)).bitwise_and_(mask).to(torch.int32) for i in range(per)], dim=1)
     return from_codes(codes.flatten()[:nnz], value_bits)
 
 
