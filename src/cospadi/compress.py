@@ -125,6 +125,8 @@ def compress(
     if experts := dense_experts(model):
         log.warning("experts that are not nn.Linear stay dense: %s", kinds_of(experts))
     plan = make_plan(selected, recipe)
+    if target is not None:
+        check_space(model, plan, target)
 
     sequences: Tensor | None = None
     if calibrated:
@@ -171,6 +173,17 @@ def describe(recipe: Recipe, sequences: Tensor | None, packed: Sequence[Packed])
                 "gram_shift": item.shift,
             }
     return manifest
+
+
+def check_space(model: nn.Module, plan: Plan, output: Path) -> None:
+    """Refuse a disk that will be too full, before any work is done."""
+    replaced = [_weight(model, member) for group in plan.groups for member in group.members]
+    needed = sum(map(_nbytes, model.parameters())) - sum(map(_nbytes, replaced)) + plan.bytes
+    free = shutil.disk_usage(checkpoint.nearest_folder(output)).free
+    if needed > free:
+        raise UserError(
+            f"output {output} needs {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free. Free some or write elsewhere"
+        )
 
 
 def needs_text(recipe: Recipe) -> bool:
@@ -347,12 +360,6 @@ def write(
     """Write the checkpoint beside `output`, then rename; returns the manifest with the files' hashes."""
     from transformers import GenerationConfig
 
-    needed = sum(p.numel() * p.element_size() for p in model.parameters()) + plan.bytes
-    free = _free_bytes(output)
-    if needed > free:
-        raise UserError(
-            f"{output} needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free. Free some or write elsewhere"
-        )
     with checkpoint.staged(output) as staging:
         kept = model.generation_config
         if folder is not None and (folder / "generation_config.json").exists():
@@ -392,10 +399,6 @@ def _saturate(values: Tensor) -> Tensor:
 
 def _nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _free_bytes(output: Path) -> int:
-    return shutil.disk_usage(checkpoint.nearest_folder(output)).free
 
 
 def _source_name(recipe: Recipe) -> str | None:
