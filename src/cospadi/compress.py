@@ -182,7 +182,7 @@ def check_space(model: nn.Module, plan: Plan, output: Path) -> None:
     free = shutil.disk_usage(checkpoint.nearest_folder(output)).free
     if needed > free:
         raise UserError(
-            f"output {output} needs {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free. Free some or write elsewhere"
+            f"output {output} needs {needed / 1e6:.1f} MB; {free / 1e6:.1f} MB are free. Free some or write elsewhere"
         )
 
 
