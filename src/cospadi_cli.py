@@ -229,6 +229,9 @@ def demo(
 def main() -> None:
     """Entry point: exit code 0, 2 for the user's mistake, 1 for ours, 130 after Ctrl-C."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # OpenMP's threads then sleep while they wait. Spinning, they slow the many small products of sparse coding
+    # several times as soon as anything else wants a core. Read when torch is loaded, which has not happened yet.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = app(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
@@ -266,8 +269,6 @@ def _recipe(flags: dict[str, Any]) -> Any:
     from cospadi.recipe import Recipe
 
     given = {name: flags[name] for name in Recipe.model_fields if flags.get(name) is not None}
-    if "target" in given:
-        given["target"] = tuple(word.strip() for word in given["target"].split(",") if word.strip())
     for name in ("include", "exclude"):
         if name in given:
             given[name] = tuple(given[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cospadi
-from cospadi import checkpoint
+from cospadi import UserError, checkpoint, source
 
 WRITTEN = ("model.safetensors", "config.json", "cospadi.json")
 GATE = "model.layers.1.mlp.gate_proj"
@@ -577,3 +578,49 @@ def test_output_that_links_to_another_folder_is_written(companions: Path, tmp_pa
     cospadi.compress(companions, {"iterations": 1, "data_free": True}, tmp_path / "out", overwrite=True)
     checkpoint.verify(tmp_path / "out")
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")]
+
+
+def test_a_stale_index_beside_one_file_does_no_harm(whole: Path, tmp_path: Path) -> None:
+    """transformers leaves the index behind when it saves whole over shards, and reads the whole file."""
+    folder = tmp_path / "copy"
+    shutil.copytree(whole, folder)
+    stale = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(stale))
+    load(folder)
+    checkpoint.verify(folder)
+    assert source.load_model(folder, torch.device("cpu")) is not None
+
+
+def test_a_loaded_model_survives_pickling_and_copies(whole: Path, prompt: Tensor, tmp_path: Path) -> None:
+    model = load(whole)
+    torch.save(model, tmp_path / "model.pt")
+    for twin in (torch.load(tmp_path / "model.pt", weights_only=False), copy.deepcopy(model)):
+        assert torch.equal(logits(twin, prompt), logits(model, prompt))
+        twin.save_pretrained(tmp_path / "again")
+        assert (tmp_path / "again" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_uploading_from_save_pretrained_is_refused(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="push_to_hub"):
+        load(whole).save_pretrained(tmp_path / "out", push_to_hub=True)
+
+
+def test_frozen_trained_values_are_still_saved_packed(whole: Path, prompt: Tensor, tmp_path: Path) -> None:
+    model = load(whole)
+    expected = logits(model, prompt)
+    for layer in model.modules():
+        if isinstance(layer, cospadi.SparseDictionaryLinear):
+            layer.unpack_values()
+    model.requires_grad_(False)
+    torch.testing.assert_close(logits(model, prompt), expected)
+    model.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_compressed_model_in_memory_is_not_compressed_again(whole: Path) -> None:
+    with pytest.raises(UserError, match="already compressed or quantized"):
+        cospadi.compress(load(whole), {"data_free": True})
+
+
+def test_load_gives_a_model_that_runs(whole: Path, prompt: Tensor) -> None:
+    assert torch.equal(logits(cospadi.load(whole, device="cpu"), prompt), logits(load(whole), prompt))

@@ -6,7 +6,14 @@ import torch
 from sklearn.linear_model import orthogonal_mp_gram
 
 from cospadi.factorization import SOLVERS, Problem, SolverOptions
-from cospadi.factorization.ksvd import POWER_ITERATIONS, initial_dictionary, ksvd, update_atoms, update_mod
+from cospadi.factorization.ksvd import (
+    POWER_ITERATIONS,
+    _leading_direction,
+    initial_dictionary,
+    ksvd,
+    update_atoms,
+    update_mod,
+)
 from cospadi.factorization.omp import omp, scatter_codes
 
 
@@ -211,3 +218,10 @@ def test_truncated_svd_is_eckart_young(solver: str) -> None:
     assert solution.support is None
     wide = SOLVERS[solver].solve(Problem(target), 25, 0, SolverOptions())
     assert wide.errors[0] < 1e-12
+
+
+def test_pca_of_few_columns_is_the_leading_singular_vector() -> None:
+    for n in (3, 40):
+        error = torch.randn(n, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+        _, _, right = np.linalg.svd(error.numpy())
+        assert abs(float(_leading_direction(error) @ torch.from_numpy(right[0]))) == pytest.approx(1, abs=1e-12)

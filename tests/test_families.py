@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -29,6 +30,7 @@ from transformers import (
 import cospadi
 from cospadi import checkpoint
 from cospadi.linear import LowRankLinear, SparseDictionaryLinear
+from cospadi.plan import outlook
 
 SIZES: dict[str, Any] = {
     "vocab_size": 260,
@@ -396,3 +398,21 @@ def test_whole_model_compiles_exports_and_trains(
     layer = model.get_submodule("model.layers.0.mlp.up_proj")
     factor = layer.left if solver == "svd-llm" else layer.dictionary
     assert factor.grad.abs().max() > 0
+
+
+def test_plan_of_a_sharded_hub_model_needs_no_weights(
+    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The download without weights brings the index of the shards but none of them."""
+    dense = make_model(None, torch.bfloat16, max_shard_size="30KB")
+    for name in ("config.json", "model.safetensors.index.json"):
+        shutil.copyfile(dense / name, tmp_path / name)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", lambda *_, **__: 1 / 0)
+    found = outlook("someone/model", cospadi.Recipe(ratio=0.3))
+    assert found.plan.bytes == outlook(dense, cospadi.Recipe(ratio=0.3)).plan.bytes
+    assert found.before is None
+
+
+def test_recipe_lists_may_be_one_string() -> None:
+    assert cospadi.Recipe.build({"target": "up, gate", "exclude": "*.0.*"}).target == ("up", "gate")

@@ -9,6 +9,7 @@ from cospadi.compress import Compressed, compress
 from cospadi.errors import CheckpointError, UserError
 from cospadi.linear import LowRankLinear, SparseDictionaryLinear
 from cospadi.recipe import Recipe
+from cospadi.source import load
 
 __all__ = [
     "CheckpointError",
@@ -19,4 +20,5 @@ __all__ = [
     "UserError",
     "__version__",
     "compress",
+    "load",
 ]

@@ -154,7 +154,8 @@ def check_files(files: Sequence[Path], projections: Mapping[str, StoredProjectio
     }
     present: set[str] = set()
     for path in files:
-        with open_file(path) as file:
+        # transformers calls this while it builds a model on the meta device; what is read here is real.
+        with torch.device("cpu"), open_file(path) as file:
             names = list(file.keys())
             present.update(names)
             for tensor in names:
@@ -167,22 +168,24 @@ def check_files(files: Sequence[Path], projections: Mapping[str, StoredProjectio
                         f"{path}: tensor {tensor} is {view.get_dtype()} {list(view.get_shape())}, "
                         f"config.json asks for {dtype} {shape}"
                     )
-                _check_content(path, tensor, file.get_tensor(tensor), projections[name])
+                _check_content(path, tensor, view, projections[name])
     missing = [tensor for tensor in expected if tensor not in present]
     if missing:
         raise CheckpointError(f"{files[0].parent}: tensor {missing[0]} is in none of the checkpoint's files")
     return present
 
 
-def _check_content(path: Path, tensor: str, value: torch.Tensor, entry: StoredProjection) -> None:
+def _check_content(path: Path, tensor: str, view: Any, entry: StoredProjection) -> None:
+    """Check a mask whole and a value stream's last byte; nothing else is read."""
     part = tensor.rpartition(".")[2]
-    if part == SUPPORT and entry.layout == "sparse-dictionary":
+    if part == SUPPORT:
+        value = view[:]
         count = packing.popcount(value)
         if count != entry.nnz:
             raise CheckpointError(f"{path}: mask {tensor} has {count} bits set, config.json says {entry.nnz} nonzeros")
         if packing.has_padding_bits(value, entry.k):
             raise CheckpointError(f"{path}: mask {tensor} has bits set past atom {entry.k - 1}")
-    if part == VALUES and packing.unused_value_bits_set(value, entry.nnz, entry.value_bits):
+    if part == VALUES and packing.unused_value_bits_set(view[-1:], entry.nnz, entry.value_bits):
         raise CheckpointError(f"{path}: tensor {tensor} has bits set past its last value")
 
 
@@ -217,13 +220,15 @@ def tensor_bytes(folder: Path) -> int:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers reads in a model folder: those of the index, or model.safetensors, or
+    """The safetensors files that transformers reads in a model folder: model.safetensors, or those of the index, or
     every one there is. (Some public models carry a second copy of their weights under other names.)
 
     Raises:
         CheckpointError: an index that is malformed or names a file outside the folder.
     """
-    index = folder / "model.safetensors.index.json"
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
     if index.exists():
         named = read_json(index).get("weight_map")
         if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
@@ -232,8 +237,7 @@ def weight_files(folder: Path) -> list[Path]:
             if Path(name).name != name:
                 raise CheckpointError(f"{index} names {name}, a path that leaves its folder")
         return [folder / name for name in sorted(set(named.values()))]
-    single = folder / "model.safetensors"
-    return [single] if single.exists() else all_safetensors(folder)
+    return all_safetensors(folder)
 
 
 def all_safetensors(folder: Path) -> list[Path]:
@@ -245,16 +249,26 @@ def hash_files(folder: Path) -> dict[str, Any]:
     """sha256 of every safetensors file in a folder and of every tensor's bytes in it."""
     hashes: dict[str, Any] = {}
     for path in all_safetensors(folder):
-        index = tensor_index(path)
-        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            view = memoryview(data)
-            tensors = {
-                name: hashlib.sha256(view[slice(*entry["data_offsets"])]).hexdigest() for name, entry in index.items()
-            }
-            whole = hashlib.sha256(view).hexdigest()
-            view.release()
-        hashes[path.name] = {"bytes": path.stat().st_size, "sha256": whole, "tensors": tensors}
+        with path.open("rb") as stream:
+            whole = hashlib.file_digest(stream, "sha256").hexdigest()
+        hashes[path.name] = {"bytes": path.stat().st_size, "sha256": whole, "tensors": _hash_tensors(path)}
     return hashes
+
+
+def weights_digest(folder: Path) -> str:
+    """One sha256 for all tensors of a model, whatever files they are spread over: of their names and hashes."""
+    hashes = {name: digest for path in weight_files(folder) for name, digest in _hash_tensors(path).items()}
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+
+def _hash_tensors(path: Path) -> dict[str, str]:
+    index = tensor_index(path)
+    with (
+        path.open("rb") as stream,
+        mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        memoryview(data) as view,
+    ):
+        return {name: hashlib.sha256(view[slice(*at["data_offsets"])]).hexdigest() for name, at in index.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -393,6 +407,11 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise UserError(f"output {output} is a file. Name a folder")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise UserError(f"output folder {output} is not empty. Name another, or pass --overwrite to replace it")
+    if output.is_mount() or output.resolve() == Path.cwd():
+        raise UserError(
+            f"output {output} is a mount point or the current folder, which cannot be replaced whole. "
+            "Name a folder inside it"
+        )
     parent = nearest_folder(output)
     if not os.access(parent, os.W_OK):
         raise UserError(f"output {output} cannot be written: no permission in {parent}")
@@ -436,16 +455,19 @@ def staged(output: Path) -> Iterator[Path]:
         raise
 
 
-COPIED_FOLDERS = ("additional_chat_templates",)
-NOT_COPIED = {"config.json", "README.md", ".gitattributes", MANIFEST}
-WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt", ".index"}
+COMPANIONS = (
+    *("*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.tiktoken"),
+    *("LICENSE*", "NOTICE*", "USE_POLICY*", "additional_chat_templates/*"),
+)
+"""What belongs to a model beside its weights: configuration, tokenizer, chat templates, generation config, licence."""
+
+NOT_COPIED = {"config.json", MANIFEST}
 
 
 def copy_companions(source: Path, destination: Path) -> None:
-    """Copy what belongs to a model beside weights and config: tokenizer, chat template, generation config, licence."""
-    for path in sorted(source.iterdir()):
-        if path.is_dir():
-            if path.name in COPIED_FOLDERS:
-                shutil.copytree(path, destination / path.name)
-        elif path.name not in NOT_COPIED and path.suffix not in WEIGHT_SUFFIXES and ".index." not in path.name:
-            shutil.copyfile(path, destination / path.name)
+    """Copy a model's companions, but for its config and the index of its shards."""
+    for path in sorted(path for pattern in COMPANIONS for path in source.glob(pattern)):
+        if path.is_file() and path.name not in NOT_COPIED and not path.name.endswith(".index.json"):
+            copy = destination / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)

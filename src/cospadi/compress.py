@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +97,8 @@ def compress(
     """Compress a causal language model after training.
 
     Args:
-        model: folder, hub name, "demo", or a loaded transformers model (which is changed in place).
+        model: folder, hub name, "demo", or a loaded transformers model on one device (which is changed in place, and
+            for which the recipe's device and revision mean nothing).
         recipe: a Recipe, a YAML file, or a mapping of its fields.
         output: folder to write the checkpoint to; None leaves the result in memory.
         tokenizer: needed with a loaded model, unless the recipe is data-free.
@@ -114,19 +117,29 @@ def compress(
     device = source.pick_device(recipe.device)
 
     folder: Path | None = None
+    hub_name: str | None = None
     if not isinstance(model, nn.Module):
+        hub_name = None if Path(model).exists() else str(model)
         with stages.stage("load", 1):
             folder = source.resolve(model, recipe.revision)
             source.load_config(folder)  # refuses what cannot be compressed before any weight is read
             model = source.load_model(folder, device)
             if calibrated and tokenizer is None:
                 tokenizer = source.load_tokenizer(folder)
+    elif getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None):
+        raise UserError("the model is already compressed or quantized. Compress the original model instead")
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        raise UserError("the model is spread over several devices. Load it on one to compress it")
+    model.eval()
+    before = checkpoint.tensor_bytes(folder) if folder else None
     selected = select(find_projections(model), recipe.include, recipe.exclude, recipe.target)
     if experts := dense_experts(model):
         log.warning("experts that are not nn.Linear stay dense: %s", kinds_of(experts))
     plan = make_plan(selected, recipe)
     if target is not None:
         check_space(model, plan, target)
+
+    origin = {"model": hub_name, "weights_sha256": checkpoint.weights_digest(folder) if folder else None}
 
     sequences: Tensor | None = None
     if calibrated:
@@ -143,21 +156,25 @@ def compress(
                 packed.append(factorize(model, group, metrics[group.members[0].name], recipe, progress))
 
     load_factors(model, packed)
-    manifest = describe(recipe, sequences, packed)
+    manifest = describe(recipe, origin, sequences, packed)
     quantizer_of(model).manifest = manifest
-    before, after = checkpoint.tensor_bytes(folder) if folder else None, None
+    after = None
     if target is not None:
-        with stages.stage("write", 1):
-            manifest = write(model, target, manifest, plan, folder, tokenizer)
+        log.info("writing %s", target)
+        with stages.stage("write", _written_bytes(model)) as progress:
+            manifest = write(model, target, manifest, plan, folder, tokenizer, progress)
             after = checkpoint.tensor_bytes(target)
     errors = {name: error for item in packed for name, error in item.errors.items()}
     return Compressed(model, plan, manifest, errors, before, after, stages.seconds)
 
 
-def describe(recipe: Recipe, sequences: Tensor | None, packed: Sequence[Packed]) -> dict[str, Any]:
-    """The manifest but for the hashes of files: the recipe, the calibration, and what each projection became."""
+def describe(
+    recipe: Recipe, origin: dict[str, Any], sequences: Tensor | None, packed: Sequence[Packed]
+) -> dict[str, Any]:
+    """The manifest but for the hashes of files: source, recipe, calibration, and what each projection became."""
     manifest: dict[str, Any] = {
         "package_version": __about__.__version__,
+        "source": origin,
         "recipe": recipe.model_dump(mode="json") | {"calibration": _source_name(recipe)},
         "projections": {},
     }
@@ -208,6 +225,7 @@ def walk(
     for groups in _ranges(plan.groups, owner):
         readers = list(dict.fromkeys(owner[member.name] for group in groups for member in group.members))
         last = max(member.block for group in groups for member in group.members)
+        log.info("calibrating up to block %d on %d sequences of %d tokens", last, *sequences.shape)
         with stages.stage("calibrate", len(sequences)) as progress:
             grams = accumulate_grams(
                 model, readers, sequences, recipe.batch_size, blocks[last], lambda n: progress.advance(n)
@@ -219,9 +237,12 @@ def walk(
             if inputs not in whitened:
                 gram = torch.stack([grams[name] for name in inputs]).mean(0) if len(inputs) > 1 else grams[inputs[0]]
                 whitened[inputs] = whiten(gram, sequences.numel(), recipe.damping)
+                if recipe.group_layers == 1:
+                    grams[inputs[0]] = torch.empty(0)  # has done its work
                 if whitened[inputs].factor is None:
                     log.warning("%s reads only zeros on the calibration text: solved without whitening", inputs[0])
             metrics[group.members[0].name] = whitened[inputs]
+        del grams
         yield groups, metrics
 
 
@@ -283,6 +304,8 @@ def pack(group: Group, solution: Factorization, metric: Whitening, target: Tenso
         solution: of A / scale.
         target: A = L W, float64 (d1, sum of d2).
     """
+    if not (torch.isfinite(solution.dictionary).all() and torch.isfinite(solution.coefficients).all()):
+        raise RuntimeError(f"the solver returned numbers that are not finite for {group.members[0].name}")
     norms = torch.linalg.vector_norm(solution.dictionary.double(), dim=0)
     atom_scale = torch.where(norms > 0, metric.scale / norms, torch.ones_like(norms))
     dictionary = _saturate(metric.undo(solution.dictionary.double() * atom_scale)).to(torch.bfloat16)  # D (d1, k)
@@ -355,7 +378,13 @@ def load_factors(model: nn.Module, packed: Sequence[Packed]) -> None:
 
 
 def write(
-    model: Any, output: Path, manifest: dict[str, Any], plan: Plan, folder: Path | None, tokenizer: Any
+    model: Any,
+    output: Path,
+    manifest: dict[str, Any],
+    plan: Plan,
+    folder: Path | None,
+    tokenizer: Any,
+    progress: Stage,
 ) -> dict[str, Any]:
     """Write the checkpoint beside `output`, then rename; returns the manifest with the files' hashes."""
     from transformers import GenerationConfig
@@ -366,7 +395,8 @@ def write(
             # The source's own file is copied below; some public ones would not pass the check that saving makes.
             model.generation_config = GenerationConfig()
         try:
-            model.save_pretrained(staging)
+            with _following(staging, progress):
+                model.save_pretrained(staging)
         finally:
             model.generation_config = kept
         if folder is not None:
@@ -376,6 +406,30 @@ def write(
         (staging / "README.md").write_text(model_card(plan, manifest), encoding="utf-8")
         written = checkpoint.write_manifest(staging, manifest)
     return written
+
+
+def _written_bytes(model: Any) -> int:
+    """Bytes of tensors that saving a compressed model writes."""
+    state, _ = quantizer_of(model).get_state_dict_and_metadata(model)
+    return sum({tensor.data_ptr(): _nbytes(tensor) for tensor in state.values()}.values())
+
+
+@contextmanager
+def _following(folder: Path, progress: Stage) -> Iterator[None]:
+    """Show how much of the safetensors files in a folder is there, while another library writes them."""
+    done = threading.Event()
+
+    def follow() -> None:
+        while not done.wait(0.2):
+            progress.reach(sum(path.stat().st_size for path in checkpoint.all_safetensors(folder)))
+
+    follower = threading.Thread(target=follow, daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        done.set()
+        follower.join()
 
 
 def _work(group: Group) -> float:

@@ -59,6 +59,8 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} is a folder, not a text file") from None
     except UnicodeDecodeError:
         raise UserError(f"text file {path} is not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"text file {path} cannot be read: {error.strerror}") from None
     if not text.strip():
         raise UserError(f"text file {path} is empty")
     return text
@@ -89,7 +91,7 @@ def perplexity(
             on_batch(len(batch))
     count, length = windows.shape
     mean = total / (count * (length - 1))
-    return Perplexity(math.exp(mean) if mean < 700 else math.inf, count, length)
+    return Perplexity(math.inf if mean >= 700 else math.exp(mean), count, length)
 
 
 def evaluate_models(
@@ -123,6 +125,7 @@ def evaluate_models(
         windows = text_windows(tokenizer, content, sequence_length(length, source.positions(model)))
         with stages.stage("evaluate", len(windows)) as progress:
             results.append((str(name), perplexity(model, windows, batch_size, progress.advance)))
+        del model  # before the next one is loaded
     return results
 
 

@@ -63,7 +63,7 @@ class SparseDictionaryLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d1) -> (..., d2), in x's dtype."""
         z = nn.functional.linear(x, self.dictionary.to(x.dtype))
-        trainable = self.values.requires_grad
+        trainable = isinstance(self.values, nn.Parameter)
         y: Tensor = ops.sparse_matmul(
             z,
             self.support,
@@ -87,7 +87,7 @@ class SparseDictionaryLinear(nn.Module):
 
     def coefficients(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """S transposed as a dense matrix (d2, k), exact in float32 and bf16."""
-        bits = 0 if self.values.requires_grad else self.value_bits
+        bits = 0 if isinstance(self.values, nn.Parameter) else self.value_bits
         return ops.reference.coefficients(self.support, self.values.detach(), self.k, bits, dtype)
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -99,7 +99,7 @@ class SparseDictionaryLinear(nn.Module):
 
         The state dict still holds the packed form (rounded again) under the same name.
         """
-        if not self.values.requires_grad:
+        if not isinstance(self.values, nn.Parameter):
             values = packing.unpack_values(self.values, self.nnz, self.value_bits)
             del self.values
             self._dense = None
@@ -109,7 +109,7 @@ class SparseDictionaryLinear(nn.Module):
 
     def packed_values(self) -> Tensor:
         """The nonzeros as the checkpoint stores them."""
-        if self.values.requires_grad:
+        if isinstance(self.values, nn.Parameter):
             return packing.pack_values(self.values.detach(), self.value_bits)
         return self.values.to(torch.bfloat16) if self.value_bits == 16 else self.values
 
@@ -119,7 +119,7 @@ class SparseDictionaryLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self._dense = None
-        if self.values.requires_grad and prefix + "values" in state_dict:
+        if isinstance(self.values, nn.Parameter) and prefix + "values" in state_dict:
             packed = state_dict[prefix + "values"]
             state_dict = dict(state_dict)
             state_dict[prefix + "values"] = packing.unpack_values(packed, self.nnz, self.value_bits)

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from cospadi import budget
+
 
 def pack_support(support: Tensor) -> Tensor:
     """Boolean support -> bit mask.
@@ -89,7 +91,7 @@ def pack_values(values: Tensor, value_bits: int) -> Tensor:
         word |= columns[:, i] << (value_bits * i)
     # The lowest byte comes first in memory on every machine that torch runs on.
     stream = word.view(torch.uint8).view(-1, 8)[:, :size]
-    return stream.flatten()[: (nnz * value_bits + 7) // 8].clone()
+    return stream.flatten()[: budget.value_stream_bytes(nnz, value_bits)].clone()
 
 
 def unpack_values(stream: Tensor, nnz: int, value_bits: int) -> Tensor:

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from cospadi import budget, source
 from cospadi.budget import Parts
 from cospadi.errors import UserError
@@ -105,7 +103,7 @@ class Outlook:
 
     Attributes:
         plan: groups, k, s and bytes.
-        before, after: bytes of the whole checkpoint's tensors as stored; None where the headers are not to be had.
+        before, after: bytes of the whole checkpoint's tensors as stored; None where the headers do not tell.
         experts: modules that stay dense because their experts are not nn.Linear, for reading; may be empty.
     """
 
@@ -124,9 +122,10 @@ def outlook(model: str | Path, recipe: Recipe) -> Outlook:
     skeleton = source.load_skeleton(model, recipe.revision)
     selected = select(find_projections(skeleton.model), recipe.include, recipe.exclude, recipe.target)
     plan = make_plan(selected, recipe)
-    after = None
-    if skeleton.stored_bytes is not None:
-        weights = [skeleton.model.get_submodule(projection.name).weight for projection in selected]
-        removed = sum(w.numel() * w.element_size() for w in weights if isinstance(w, Tensor))
-        after = skeleton.stored_bytes - removed + plan.bytes
-    return Outlook(plan, skeleton.stored_bytes, after, kinds_of(dense_experts(skeleton.model)))
+    before = after = None
+    if skeleton.sizes is not None:
+        before = sum(skeleton.sizes.values())
+        removed = [skeleton.sizes.get(f"{projection.name}.weight") for projection in selected]
+        if None not in removed:  # else the checkpoint uses other names than the model
+            after = before - sum(size for size in removed if size) + plan.bytes
+    return Outlook(plan, before, after, kinds_of(dense_experts(skeleton.model)))

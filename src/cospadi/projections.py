@@ -86,6 +86,8 @@ def select(
         leaf = projection.kind.rpartition(".")[2]
         return leaf == word or leaf.startswith(word + "_")
 
+    if not projections:
+        raise UserError("the decoder blocks have no plain nn.Linear projections; subclasses of it are not compressed")
     kinds = ", ".join(dict.fromkeys(projection.kind for projection in projections))
     for option, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:

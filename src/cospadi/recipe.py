@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cospadi.errors import UserError
 
@@ -29,7 +29,7 @@ class Recipe(BaseModel):
     update: Literal["power", "pca", "mod"] = Field("power", description="dictionary update of ksvd")
     iterations: int = Field(60, ge=1, description="alternations T of ksvd")
     tolerance: float = Field(0.0, ge=0, lt=1, description="stop once an iteration gains less than this; 0: never")
-    seed: int = Field(42, description="of the initial dictionary and the choice of calibration text")
+    seed: int = Field(42, ge=0, lt=2**63, description="of the initial dictionary and the choice of calibration text")
     group_layers: int = Field(1, ge=1, description="consecutive layers whose like projections share a dictionary")
     data_free: bool = Field(False, description="no calibration: minimise the error of the weights themselves")
     damping: float = Field(1e-6, gt=0, lt=1, description="diagonal shift of a singular Gram, in mean diagonals")
@@ -50,6 +50,12 @@ class Recipe(BaseModel):
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+
+    @field_validator("include", "exclude", "target", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        """One string is a list separated by commas, as on the command line."""
+        return tuple(word.strip() for word in value.split(",") if word.strip()) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -9,7 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from cospadi.budget import DENSE_BITS
+from cospadi.budget import dense_bytes
 from cospadi.checkpoint import StoredProjection
 from cospadi.compress import Compressed
 from cospadi.demo.job import Row
@@ -128,7 +128,7 @@ def inspect_json(
             "nnz": entry.nnz,
             "value_bits": entry.value_bits,
             "dictionary": entry.dictionary,
-            "dense_bytes": entry.d1 * entry.d2 * DENSE_BITS // 8,
+            "dense_bytes": dense_bytes(entry.d1, entry.d2),
             "bytes": sum(sizes[tensor] for tensor in entry.tensors(name)),
             "relative_error": recorded.get(name, {}).get("relative_error"),
         }
@@ -174,14 +174,19 @@ def perplexity_json(results: Sequence[tuple[str, Perplexity]]) -> dict[str, Any]
     """Perplexity of each model; of two, also the difference and ln of the ratio, first against second."""
     data: dict[str, Any] = {
         "models": [
-            {"model": name, "perplexity": result.value, "windows": result.windows, "length": result.length}
+            {"model": name, "perplexity": _finite(result.value), "windows": result.windows, "length": result.length}
             for name, result in results
         ]
     }
     if len(results) == 2:
         first, second = (result.value for _, result in results)
-        data |= {"difference": first - second, "log_ratio": math.log(first / second)}
+        data |= {"difference": _finite(first - second), "log_ratio": _finite(math.log(first / second))}
     return data
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity and no NaN."""
+    return value if math.isfinite(value) else None
 
 
 def perplexity_lines(results: Sequence[tuple[str, Perplexity]]) -> list[str]:
@@ -191,7 +196,7 @@ def perplexity_lines(results: Sequence[tuple[str, Perplexity]]) -> list[str]:
         for name, result in results
     ]
     data = perplexity_json(results)
-    if "difference" in data:
+    if data.get("difference") is not None:
         lines.append(f"difference {data['difference']:+.4f}, ln of the ratio {data['log_ratio']:+.4f}")
     return lines
 

@@ -19,19 +19,18 @@ DEFAULT_POSITIONS = 2048
 DEMO = "demo"
 """Model name that stands for the built-in demo model."""
 
-_COMPANIONS = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "additional_chat_templates/*"]
-
 
 @dataclass(frozen=True)
 class Skeleton:
     """A model's architecture without its weights.
 
     Attributes:
-        model: on the meta device. stored_bytes: of all tensors in the checkpoint, by its headers; None if unknown.
+        model: on the meta device.
+        sizes: tensor name -> bytes of all tensors in the checkpoint, by its headers; None if they are not to be had.
     """
 
     model: nn.Module
-    stored_bytes: int | None
+    sizes: dict[str, int] | None
 
 
 def resolve(model: str | Path, revision: str | None = None, weights: bool = True) -> Path:
@@ -57,11 +56,16 @@ def resolve(model: str | Path, revision: str | None = None, weights: bool = True
     import huggingface_hub
 
     try:
-        patterns = [*_COMPANIONS, "*.safetensors"] if weights else _COMPANIONS
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+        wanted = [*checkpoint.COMPANIONS, *(["*.safetensors"] if weights else [])]
+        # Some models carry a second copy of their weights, which transformers does not read.
+        unwanted = ["consolidated*", "original/*"]
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted)
+        )
     except Exception as error:  # many kinds: no network, no such repository, no access, a bad name
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise UserError(f"model {name} is neither a local folder nor to be had from the hub: {reason}") from None
+        raise UserError(
+            f"model {name} is neither a local folder nor to be had from the hub: {_first_line(error)}"
+        ) from None
 
 
 def load_config(folder: Path) -> Any:
@@ -74,8 +78,8 @@ def load_config(folder: Path) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a config class may raise anything on values it does not expect
+        raise UserError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from None
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = (quantization if isinstance(quantization, dict) else quantization.to_dict()).get("quant_method")
@@ -92,14 +96,15 @@ def load_skeleton(model: str | Path, revision: str | None = None) -> Skeleton:
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=False)
-    except ValueError as error:
-        raise UserError(f"{model} is not a causal language model: {str(error).splitlines()[0]}") from None
-    return Skeleton(skeleton, _stored_bytes(model, folder, revision))
+    except Exception as error:  # a model class may raise anything on a config it cannot build
+        raise UserError(f"{model} does not build a causal language model: {_first_line(error)}") from None
+    return Skeleton(skeleton, _stored_sizes(model, folder, revision))
 
 
-def _stored_bytes(model: str | Path, folder: Path, revision: str | None) -> int | None:
-    if checkpoint.weight_files(folder):
-        return checkpoint.tensor_bytes(folder)
+def _stored_sizes(model: str | Path, folder: Path, revision: str | None) -> dict[str, int] | None:
+    files = checkpoint.weight_files(folder)
+    if files and all(path.exists() for path in files):
+        return checkpoint.tensor_sizes(folder)
     if Path(model).exists():
         return None
     import huggingface_hub
@@ -108,8 +113,11 @@ def _stored_bytes(model: str | Path, folder: Path, revision: str | None) -> int 
         metadata = huggingface_hub.get_safetensors_metadata(str(model), revision=revision)
     except Exception:  # the figure is a courtesy
         return None
-    tensors = (t for file in metadata.files_metadata.values() for t in file.tensors.values())
-    return sum(t.data_offsets[1] - t.data_offsets[0] for t in tensors)
+    return {
+        name: tensor.data_offsets[1] - tensor.data_offsets[0]
+        for file in metadata.files_metadata.values()
+        for name, tensor in file.tensors.items()
+    }
 
 
 def load_model(folder: Path, device: torch.device) -> nn.Module:
@@ -135,9 +143,28 @@ def load_model(folder: Path, device: torch.device) -> nn.Module:
         )
     except UserError:
         raise
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
-        raise UserError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    except (ValueError, OSError, RuntimeError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{folder} cannot be loaded: {_first_line(error)}") from None
     return model.to(device).eval()
+
+
+def load(model: str | Path, device: str = "auto", revision: str | None = None) -> nn.Module:
+    """A compressed or dense model, ready to run, in the dtype it is stored in.
+
+    Args:
+        model: folder, hub name or "demo".
+        device: auto, cpu, cuda or cuda:N.
+
+    Raises:
+        UserError: nothing to load. CheckpointError: damaged files.
+    """
+    return load_model(resolve(model, revision), pick_device(device))
+
+
+def _first_line(error: BaseException) -> str:
+    """An error in one line, without its final stop."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -151,7 +178,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"{folder} has no tokenizer that loads: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"{folder} has no tokenizer that loads: {_first_line(error)}") from None
 
 
 def positions(model: nn.Module) -> int:

@@ -89,7 +89,7 @@ def _documents(recipe: Recipe, length: int) -> Iterator[str]:
         return _passages("\n".join(_builtin_text()), recipe.seed, length)
     if source is None:
         return _hub_documents(DEFAULT_DATASET, recipe)
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.suffix == ".txt" or (path.suffix in LOADERS and path.exists()):
         if not path.is_file():
             raise UserError(f"calibration file {path} does not exist")
@@ -116,6 +116,8 @@ def _read_text(path: Path) -> str:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise UserError(f"calibration file {path} is not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"calibration file {path} cannot be read: {error.strerror}") from None
     if not text.strip():
         raise UserError(f"calibration file {path} holds only white space")
     return text

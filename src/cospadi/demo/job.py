@@ -49,7 +49,9 @@ def run_demo(ratio: float, iterations: int, stages: Stages) -> list[Row]:
     rows: list[Row] = []
     dense_perplexity = measure(dense)
     for solver in ("svd-llm", "ksvd"):
-        recipe = Recipe(ratio=ratio, solver=solver, iterations=iterations, calibration="builtin", sequences=SEQUENCES)
+        recipe = Recipe.build(
+            {"ratio": ratio, "solver": solver, "calibration": "builtin"}, iterations=iterations, sequences=SEQUENCES
+        )
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as scratch:
             output = Path(scratch) / "model"

@@ -84,8 +84,7 @@ def update_atoms(
         error = residual[columns].addr_(coefficients[atom, columns], dictionary[:, atom])  # without this atom
         direction = dictionary[:, atom]
         if method == "pca":
-            _, vectors = torch.linalg.eigh(error.T @ error)
-            direction = vectors[:, -1]
+            direction = _leading_direction(error)
         else:
             for _ in range(POWER_ITERATIONS):
                 direction = torch.mv(error.T, torch.mv(error, direction))
@@ -99,6 +98,15 @@ def update_atoms(
         coefficients[atom, columns] = weights
         residual[columns] = error.addr_(weights, direction, alpha=-1)
     return dictionary, coefficients
+
+
+def _leading_direction(error: Tensor) -> Tensor:
+    """Leading right singular vector of (n, d1), by the smaller of its two Gram matrices."""
+    if error.shape[0] >= error.shape[1]:
+        direction: Tensor = torch.linalg.eigh(error.T @ error)[1][:, -1]
+        return direction
+    leading = torch.linalg.eigh(error @ error.T)[1][:, -1]
+    return _normalise(torch.mv(error.T, leading)[:, None])[:, 0]
 
 
 def update_mod(target: Tensor, dictionary: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ def omp(gram: Tensor, correlations: Tensor, s: int, memory_bytes: int = 256 * 2*
         gram: D^T D, float (k, k).
         correlations: D^T A, float (k, d2).
         s: atoms a column, 1 <= s <= k.
-        memory_bytes: working memory a batch may take; the result does not depend on it.
+        memory_bytes: working memory a batch may take; beyond rounding the result does not depend on it.
 
     Returns:
         support: int64 (d2, s), the chosen atoms in the order of choice, s different ones in each row.
@@ -52,8 +52,8 @@ def _omp_batch(gram: Tensor, target: Tensor, s: int) -> tuple[Tensor, Tensor]:
     """One batch; `target` is (D^T A)^T, float (n, k)."""
     n, k = target.shape
     diagonal = gram.diagonal()
-    # An atom whose part outside the chosen span is below this has been chosen already, as far as rounding can tell.
-    floor = diagonal.max() * k * torch.finfo(gram.dtype).eps
+    # An atom whose share outside the chosen span is below this depends on them, as far as rounding can tell.
+    dependent = 16 * torch.finfo(gram.dtype).eps
     rows = torch.arange(n, device=gram.device)
     support = torch.zeros(n, s, dtype=torch.int64, device=gram.device)
     basis = torch.zeros(n, s, s, dtype=gram.dtype, device=gram.device)  # T
@@ -70,8 +70,8 @@ def _omp_batch(gram: Tensor, target: Tensor, s: int) -> tuple[Tensor, Tensor]:
         chosen[rows, atom] = True
         inner = spread[:, :i].gather(2, atom[:, None, None].expand(n, i, 1)).squeeze(2)  # of the new atom with each q
         outside = diagonal[atom] - inner.square().sum(1)  # squared norm of what is new in the atom
-        usable = outside > floor
-        scale = torch.where(usable, outside.clamp(min=floor).rsqrt(), torch.zeros_like(outside))
+        usable = outside > dependent * diagonal[atom]
+        scale = torch.where(usable, outside, torch.inf).rsqrt()
         basis[:, i, :i] = _times_lower(inner, basis) * -scale[:, None]
         basis[:, i, i] = scale
         weights.scatter_(1, support[:, : i + 1], basis[:, i, : i + 1])

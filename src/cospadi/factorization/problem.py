@@ -47,7 +47,7 @@ class SolverOptions:
         update: dictionary update of K-SVD.
         tolerance: stop once an iteration lowers the error by less than this fraction; 0 runs all of them.
         seed: of the initial dictionary.
-        memory_bytes: working memory that batched sparse coding may take; results do not depend on it.
+        memory_bytes: working memory that batched sparse coding may take; beyond rounding, results do not depend on it.
         on_iteration: called with (iteration from 1, relative error).
     """
 

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cospadi import checkpoint
 from cospadi.checkpoint import DICTIONARY, LEFT, SENTINEL, StoredProjection
-from cospadi.errors import CheckpointError
+from cospadi.errors import CheckpointError, UserError
 from cospadi.linear import LowRankLinear, SparseDictionaryLinear
 
 CompressedLinear = SparseDictionaryLinear | LowRankLinear
@@ -96,7 +95,7 @@ class CospadiQuantizer(HfQuantizer):
         return manifest
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        _save_with_manifest_from_now_on(model)
+        model.save_pretrained = SavePretrained(model)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -188,17 +187,22 @@ def quantizer_of(model: Any) -> CospadiQuantizer:
     return quantizer
 
 
-def _save_with_manifest_from_now_on(model: Any) -> None:
-    model.save_pretrained = MethodType(_save_pretrained, model)
+class SavePretrained:
+    """A compressed model's `save_pretrained`: that of its class, then a new manifest for what it wrote.
 
+    It stands on the instance, since the class is transformers'; a class of its own lets the model be pickled.
+    """
 
-def _save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-    """`PreTrainedModel.save_pretrained`, then a new manifest for what it wrote."""
-    kwargs.setdefault("save_original_format", False)
-    type(model).save_pretrained(model, save_directory, *args, **kwargs)
-    if kwargs.get("is_main_process", True):
-        quantizer = quantizer_of(model)
-        content = quantizer.manifest or {
-            "projections": {name: {} for name in quantizer.quantization_config.projections}
-        }
-        checkpoint.write_manifest(Path(save_directory), content)
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`; to upload, use `model.push_to_hub`, which calls this first."""
+        if kwargs.get("push_to_hub"):
+            raise UserError("save_pretrained would upload before the manifest is written. Use model.push_to_hub(NAME)")
+        kwargs.setdefault("save_original_format", False)
+        type(self.model).save_pretrained(self.model, save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            quantizer = quantizer_of(self.model)
+            unknown: dict[str, Any] = {"projections": {name: {} for name in quantizer.quantization_config.projections}}
+            checkpoint.write_manifest(Path(save_directory), quantizer.manifest or unknown)
