@@ -112,5 +112,17 @@ def table() -> None:
             )
 
 
+@app.command()
+def summary() -> None:
+    """Print one line a model and ratio: perplexity of dense, SVD-LLM and K-SVD."""
+    rows = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    found = {(row["model"], row["solver"], row["ratio_asked"]): row["perplexity"] for row in rows}
+    print("| model | ratio | dense | SVD-LLM | CoSpaDi (`ksvd`, T = 60) |\n|---|---|---|---|---|")
+    for model, solver, ratio in sorted(found):
+        if solver == "ksvd":
+            values = [found[model, "dense", 0.0], found[model, "svd-llm", ratio], found[model, solver, ratio]]
+            print(f"| {model} | {ratio:g} | {' | '.join(f'{value:.2f}' for value in values)} |")
+
+
 if __name__ == "__main__":
     app()

@@ -273,11 +273,12 @@ def factorize(model: nn.Module, group: Group, metric: Whitening, recipe: Recipe,
     weights = [_weight(model, member) for member in group.members]
     target = metric.apply(torch.cat(weights, dim=1))  # A = L W, float64 (d1, sum of d2)
     scale = target.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
-    name, done = group.members[0].name, progress.done
+    first, done = group.members[0], progress.done
+    short = f"{first.block}.{first.kind.rpartition('.')[2]}"
 
     def report(iteration: int, error: float) -> None:
         share = iteration / recipe.iterations
-        progress.reach(done + share * _work(group), f"{name}  iteration {iteration}  error {error:.4f}")
+        progress.reach(done + share * _work(group), f"{short} T {iteration} error {error:.4f}")
 
     options = SolverOptions(
         iterations=recipe.iterations,

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 log = logging.getLogger("cospadi")
 
@@ -27,15 +28,16 @@ class Stages:
         self._bars: Progress | None = None
         if console is not None:
             self._bars = Progress(
-                TextColumn("{task.description:<10}"),
-                BarColumn(),
+                TextColumn("{task.description:<9}"),
+                BarColumn(bar_width=14),
                 TextColumn("{task.percentage:>3.0f} %"),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
                 console=console,
                 transient=True,
+                expand=True,
             )
 
     @contextmanager
@@ -67,13 +69,15 @@ class Stage:
         self._bars = bars
         self._task = bars.add_task(name, total=total, note="") if bars else None
 
-    def advance(self, amount: float, note: str = "") -> None:
-        """Some work is done; `note` is shown beside the bar."""
+    def advance(self, amount: float, note: str | None = None) -> None:
+        """Some work is done; `note` is shown beside the bar until there is another."""
         self.done += amount
         if self._bars is not None and self._task is not None:
-            self._bars.update(self._task, advance=amount, note=note)
+            self._bars.update(self._task, advance=amount)
+            if note is not None:
+                self._bars.update(self._task, note=note)
 
-    def reach(self, done: float, note: str = "") -> None:
+    def reach(self, done: float, note: str | None = None) -> None:
         """So much work is done in all."""
         self.advance(done - self.done, note)
 

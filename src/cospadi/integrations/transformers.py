@@ -122,7 +122,8 @@ def _lexical(path: Path) -> Path:
 def build_layer(entry: StoredProjection, dtype: torch.dtype | None, device: torch.device | str) -> CompressedLinear:
     """An empty layer for a stored projection in a model of dtype `dtype`.
 
-    In an fp16 model the factors stay bf16, as stored: fp16 would round what bf16 holds.
+    In an fp16 model the factors are made as bf16, as stored, so that what `compress` writes is not rounded by fp16
+    first. (from_pretrained casts what it loads to the model's dtype.)
     """
     factors = torch.bfloat16 if dtype == torch.float16 else dtype
     if entry.layout == "low-rank":
