@@ -532,11 +532,21 @@ def test_signal_in_the_middle_of_the_work_leaves_nothing(
 ) -> None:
     endless = ["--calibration", text_file, "--sequences", "1000", "--length", "32", "--iterations", "1000000000"]
     words = [*COMMAND, "compress", dense_folder, "-o", tmp_path / "out", *endless]
-    with subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        list(map(str, words)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts its background jobs with SIGINT ignored, and so their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         assert process.stderr
         first = process.stderr.readline()  # the text is read; calibration and the endless solving follow
         process.send_signal(number)
-        out, err = process.communicate()
+        try:
+            out, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert "1000 were asked for" in first
     assert process.returncode == code
     assert out == ""
