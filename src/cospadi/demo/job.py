@@ -14,7 +14,7 @@ from cospadi.compress import compress
 from cospadi.progress import Stages
 from cospadi.recipe import Recipe
 
-ITERATIONS = 6
+ITERATIONS = 10
 """T of K-SVD in the demo: as many as fit its five minutes on two slow cores; the paper runs 60."""
 SEQUENCES = 64
 WINDOWS = 64
