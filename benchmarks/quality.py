@@ -22,6 +22,7 @@ import typer
 
 import cospadi
 from cospadi import evaluate, source
+from cospadi.calibration.text import read_text
 from cospadi.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "quality"
@@ -74,7 +75,7 @@ def _row(
             }
         loaded = source.load_model(folder, torch.device("cpu"))
         tokenizer = source.load_tokenizer(folder)
-        windows = evaluate.text_windows(tokenizer, evaluate.read_text(text), min(1024, source.positions(loaded)))
+        windows = evaluate.text_windows(tokenizer, read_text(text), min(1024, source.positions(loaded)))
         measured = evaluate.perplexity(loaded, windows)
     return row | {
         "perplexity": measured.value,

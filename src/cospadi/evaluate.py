@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cospadi import source
-from cospadi.calibration.text import sequence_length
+from cospadi.calibration.text import read_text, sequence_length
 from cospadi.errors import UserError
 from cospadi.linear import set_low_memory
 from cospadi.progress import Stages
@@ -43,27 +43,6 @@ def text_windows(tokenizer: Any, text: str, length: int) -> Tensor:
     if count == 0:
         raise UserError(f"the text has {len(tokens)} tokens, less than one window of {length}. Give a longer text")
     return torch.tensor(tokens[: count * length], dtype=torch.int64).view(count, length)
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 text file.
-
-    Raises:
-        UserError: missing, empty or not text.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"text file {path} does not exist") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder, not a text file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"text file {path} is not UTF-8 text") from None
-    except OSError as error:
-        raise UserError(f"text file {path} cannot be read: {error.strerror}") from None
-    if not text.strip():
-        raise UserError(f"text file {path} is empty")
-    return text
 
 
 @torch.inference_mode()

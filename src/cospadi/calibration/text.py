@@ -95,7 +95,11 @@ def _documents(recipe: Recipe, length: int) -> Iterator[str]:
             raise UserError(f"calibration file {path} does not exist")
         if path.stat().st_size == 0:
             raise UserError(f"calibration file {path} is empty")
-        return _passages(_read_text(path), recipe.seed, length) if path.suffix == ".txt" else _file_rows(path, recipe)
+        return (
+            _passages(read_text(path, "calibration file"), recipe.seed, length)
+            if path.suffix == ".txt"
+            else _file_rows(path, recipe)
+        )
     if path.exists() or path.suffix in LOADERS or source.startswith((".", "/", "~")):
         reason = "is not a .txt, .jsonl or .parquet file" if path.exists() else "does not exist"
         raise UserError(f"calibration file {path} {reason}")
@@ -111,15 +115,24 @@ def _builtin_text() -> list[str]:
         raise UserError(f"the built-in calibration text is not there: {error}") from None
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path, what: str = "text file") -> str:
+    """A UTF-8 text file; `what` names it in messages.
+
+    Raises:
+        UserError: missing, empty or not text.
+    """
     try:
         text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{what} {path} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"{what} {path} is a folder") from None
     except UnicodeDecodeError:
-        raise UserError(f"calibration file {path} is not UTF-8 text") from None
+        raise UserError(f"{what} {path} is not UTF-8 text") from None
     except OSError as error:
-        raise UserError(f"calibration file {path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{what} {path} cannot be read: {error.strerror}") from None
     if not text.strip():
-        raise UserError(f"calibration file {path} holds only white space")
+        raise UserError(f"{what} {path} " + ("holds only white space" if text else "is empty"))
     return text
 
 
