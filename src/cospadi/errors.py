@@ -7,3 +7,9 @@ class UserError(ValueError):
 
 class CheckpointError(UserError):
     """A checkpoint that is damaged or not what it says it is. The message names the file and the tensor."""
+
+
+def first_line(error: BaseException) -> str:
+    """Another library's error in one line, without its final stop, to stand inside a sentence of ours."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")

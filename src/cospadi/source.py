@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from cospadi import checkpoint
-from cospadi.errors import UserError
+from cospadi.errors import UserError, first_line
 
 log = logging.getLogger("cospadi")
 
@@ -64,7 +64,7 @@ def resolve(model: str | Path, revision: str | None = None, weights: bool = True
         )
     except Exception as error:  # many kinds: no network, no such repository, no access, a bad name
         raise UserError(
-            f"model {name} is neither a local folder nor to be had from the hub: {_first_line(error)}"
+            f"model {name} is neither a local folder nor to be had from the hub: {first_line(error)}"
         ) from None
 
 
@@ -79,7 +79,7 @@ def load_config(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a config class may raise anything on values it does not expect
-        raise UserError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from None
+        raise UserError(f"{folder / 'config.json'} cannot be used: {first_line(error)}") from None
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = (quantization if isinstance(quantization, dict) else quantization.to_dict()).get("quant_method")
@@ -97,7 +97,7 @@ def load_skeleton(model: str | Path, revision: str | None = None) -> Skeleton:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=False)
     except Exception as error:  # a model class may raise anything on a config it cannot build
-        raise UserError(f"{model} does not build a causal language model: {_first_line(error)}") from None
+        raise UserError(f"{model} does not build a causal language model: {first_line(error)}") from None
     return Skeleton(skeleton, _stored_sizes(model, folder, revision))
 
 
@@ -144,7 +144,7 @@ def load_model(folder: Path, device: torch.device) -> nn.Module:
     except UserError:
         raise
     except (ValueError, OSError, RuntimeError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"{folder} cannot be loaded: {_first_line(error)}") from None
+        raise UserError(f"{folder} cannot be loaded: {first_line(error)}") from None
     return model.to(device).eval()
 
 
@@ -161,12 +161,6 @@ def load(model: str | Path, device: str = "auto", revision: str | None = None) -
     return load_model(resolve(model, revision), pick_device(device))
 
 
-def _first_line(error: BaseException) -> str:
-    """An error in one line, without its final stop."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")
-
-
 def load_tokenizer(folder: Path) -> Any:
     """The model's tokenizer.
 
@@ -178,7 +172,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"{folder} has no tokenizer that loads: {_first_line(error)}") from None
+        raise UserError(f"{folder} has no tokenizer that loads: {first_line(error)}") from None
 
 
 def positions(model: nn.Module) -> int:

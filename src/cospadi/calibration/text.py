@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cospadi.errors import UserError
+from cospadi.errors import UserError, first_line
 from cospadi.recipe import Recipe
 
 log = logging.getLogger("cospadi")
@@ -154,7 +154,7 @@ def _file_rows(path: Path, recipe: Recipe) -> Iterator[str]:
     except UserError:
         raise
     except (DatasetGenerationError, ValueError, OSError, RuntimeError) as error:
-        raise UserError(f"calibration file {path} cannot be read as {path.suffix[1:]}: {_first_line(error)}") from None
+        raise UserError(f"calibration file {path} cannot be read as {path.suffix[1:]}: {first_line(error)}") from None
 
 
 def _hub_documents(name: str, recipe: Recipe) -> Iterator[str]:
@@ -171,7 +171,7 @@ def _hub_documents(name: str, recipe: Recipe) -> Iterator[str]:
     except UserError:
         raise
     except Exception as error:  # datasets and hub raise many kinds for network, access and naming trouble
-        raise UserError(f"calibration data set {name} cannot be read: {_first_line(error)}. {help_offline}") from None
+        raise UserError(f"calibration data set {name} cannot be read: {first_line(error)}. {help_offline}") from None
 
 
 def _texts(rows: Iterable[dict[str, Any]], source: str, recipe: Recipe) -> Iterator[str]:
@@ -189,8 +189,3 @@ def _texts(rows: Iterable[dict[str, Any]], source: str, recipe: Recipe) -> Itera
             raise UserError(f"field '{field}' of calibration text {source} holds {type(row[field]).__name__}, not text")
         if row[field].strip():
             yield row[field]
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")
