@@ -68,7 +68,7 @@ def _row(
                 "bytes": result.plan.bytes,
                 "mean_relative_error": sum(result.errors.values()) / len(result.errors),
                 "relative_errors": result.errors,
-                "iterations": iterations if solver == "ksvd" else None,
+                "iterations": iterations if solver in ("ksvd", "procrustes") else None,
                 "seconds_solve": round(result.seconds["solve"], 1),
                 "calibration": result.manifest["recipe"]["calibration"],
                 "sequences": result.manifest["calibration"]["sequences"],

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cospadi
 from cospadi import UserError, checkpoint, source
+from cospadi.factorization import SOLVERS
 
 WRITTEN = ("model.safetensors", "config.json", "cospadi.json")
 GATE = "model.layers.1.mlp.gate_proj"
@@ -134,7 +135,7 @@ def test_shared_dictionaries_survive_saving_again(
     make_llama: Callable[..., Path], prompt: Tensor, tmp_path: Path
 ) -> None:
     recipe = {"ratio": 0.3, "iterations": 1, "data_free": True, "group_layers": 2}
-    for solver in ("ksvd", "svd-llm"):
+    for solver in SOLVERS:
         first, second = tmp_path / solver / "first", tmp_path / solver / "second"
         cospadi.compress(make_llama(), recipe | {"solver": solver}, first)
         model = load(first)

@@ -329,7 +329,7 @@ def test_hub_text_while_offline_names_the_two_ways_out(
         (["--ratio", "1.5"], ["ratio", "less than 1", "1.5"]),
         (["--ratio", "0"], ["ratio", "greater than 0"]),
         (["--ratio", "nan"], ["ratio"]),
-        (["--solver", "magic"], ["solver magic is not known", "ksvd, svd-llm, svd"]),
+        (["--solver", "magic"], ["solver magic is not known", "ksvd, procrustes, eigen, svd-llm, svd"]),
         (["--accounting", "eq11", "--rho", "3"], ["accounting eq11 holds only at rho 2", "rho is 3"]),
         (["--accounting", "eq11", "--value-bits", "16"], ["eq11 means 14-bit values"]),
         (["--value-bits", "15"], ["value_bits", "15"]),

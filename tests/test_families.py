@@ -29,6 +29,7 @@ from transformers import (
 
 import cospadi
 from cospadi import checkpoint
+from cospadi.factorization import SOLVERS, Factorization, Problem, Solver, SolverOptions
 from cospadi.linear import LowRankLinear, SparseDictionaryLinear
 from cospadi.plan import outlook
 
@@ -168,7 +169,7 @@ def test_sharded_weights_give_the_same_checkpoint_as_one_file(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("solver", ["ksvd", "svd-llm"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_source_dtype_is_kept_and_factors_are_bf16(
     dtype: torch.dtype,
     solver: str,
@@ -192,6 +193,38 @@ def test_source_dtype_is_kept_and_factors_are_bf16(
             assert tensors[tensor].dtype == {"BF16": torch.bfloat16, "U8": torch.uint8}[stored_as]
     assert tensors["model.norm.weight"].dtype == dtype
     assert tensors["model.layers.0.self_attn.q_proj.bias"].dtype == dtype
+
+
+@pytest.mark.parametrize("solver", [name for name, found in SOLVERS.items() if found.layout == "sparse-dictionary"])
+def test_a_wide_projection_may_get_more_atoms_than_inputs(
+    solver: str, make_llama: Callable[..., Path], quick: dict[str, Any], prompt: Tensor, tmp_path: Path
+) -> None:
+    dense, output = make_llama(hidden_size=24, intermediate_size=200), tmp_path / "out"
+    result = cospadi.compress(dense, quick | {"solver": solver, "ratio": 0.1, "target": ["up"]}, output)
+    assert all(group.k > group.d1 for group in result.plan.groups)
+    assert torch.equal(logits(load(output), prompt), logits(result.model, prompt))
+    check_bytes(result, output)
+
+
+def test_solvers_are_told_how_to_undo_the_whitening(
+    dense_folder: Path, quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problems: list[Problem] = []
+
+    def spy(problem: Problem, k: int, s: int, options: SolverOptions) -> Factorization:
+        problems.append(problem)
+        return SOLVERS["eigen"].solve(problem, k, s, options)
+
+    monkeypatch.setitem(SOLVERS, "spy", Solver(spy, "sparse-dictionary"))
+    weight = stored(dense_folder)["model.layers.0.mlp.up_proj.weight"].double().T
+    recipe = quick | {"solver": "spy", "include": ["*.0.mlp.up_proj"]}
+    cospadi.compress(dense_folder, recipe)
+    cospadi.compress(dense_folder, recipe | {"data_free": True})
+    whitened, plain = problems
+    assert whitened.unwhiten is not None
+    undone = whitened.unwhiten(whitened.target)
+    torch.testing.assert_close(undone / undone.norm(), weight / weight.norm(), rtol=1e-3, atol=1e-4)
+    assert plain.unwhiten is None
 
 
 @pytest.mark.parametrize("value_bits", [14, 16])
@@ -245,10 +278,9 @@ def test_mixture_of_experts_compresses_attention_and_warns_of_what_stays_dense(
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in kept.items())
 
 
-@pytest.mark.parametrize(("solver", "shared"), [("ksvd", "dictionary"), ("svd-llm", "left")])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_layers_of_a_group_share_one_stored_dictionary(
     solver: str,
-    shared: str,
     make_llama: Callable[..., Path],
     quick: dict[str, Any],
     prompt: Tensor,
@@ -261,6 +293,7 @@ def test_layers_of_a_group_share_one_stored_dictionary(
     assert torch.equal(logits(loaded, prompt), logits(result.model, prompt))
     check_equals_dense_stand_in(dense, output, prompt)
     check_bytes(result, output)
+    shared = "left" if SOLVERS[solver].layout == "low-rank" else "dictionary"
     tensors, layers = stored(output), compressed_layers(loaded)
     for kind in ("self_attn.q_proj", "mlp.down_proj"):
         names = [f"model.layers.{block}.{kind}" for block in range(3)]
@@ -380,7 +413,7 @@ def test_trained_model_with_odd_sizes_round_trips(
     check_bytes(result, output)
 
 
-@pytest.mark.parametrize("solver", ["ksvd", "svd-llm"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_whole_model_compiles_exports_and_trains(
     dense_folder: Path, quick: dict[str, Any], prompt: Tensor, solver: str, tmp_path: Path
 ) -> None:
@@ -396,7 +429,7 @@ def test_whole_model_compiles_exports_and_trains(
 
     model(input_ids=prompt, labels=prompt).loss.backward()
     layer = model.get_submodule("model.layers.0.mlp.up_proj")
-    factor = layer.left if solver == "svd-llm" else layer.dictionary
+    factor = layer.left if SOLVERS[solver].layout == "low-rank" else layer.dictionary
     assert factor.grad.abs().max() > 0
 
 

@@ -288,7 +288,8 @@ def factorize(model: nn.Module, group: Group, metric: Whitening, recipe: Recipe,
         memory_bytes=SOLVER_MEMORY["cuda" if target.is_cuda else "cpu"],
         on_iteration=report,
     )
-    solution = find_solver(recipe.solver).solve(Problem((target / scale).float()), group.k, group.s, options)
+    problem = Problem((target / scale).float(), None if metric.factor is None else metric.undo)
+    solution = find_solver(recipe.solver).solve(problem, group.k, group.s, options)
     progress.reach(done + _work(group))  # a solver may have stopped early
     result = pack(group, solution, metric, target, float(scale))
     log.info(

@@ -17,7 +17,9 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     ratio: float = Field(0.2, gt=0, lt=1, description="share of the selected projections' bytes to remove")
-    solver: str = Field("ksvd", description="ksvd (the paper's), svd-llm or svd (low-rank comparators)")
+    solver: str = Field(
+        "ksvd", description="ksvd (the paper's), procrustes (COMPOT), eigen (ROCKET), svd-llm or svd (low-rank)"
+    )
     accounting: Literal["exact", "eq10", "eq11"] = Field(
         "exact", description="exact: real bytes; eq10, eq11: the paper's own k and s"
     )
@@ -27,7 +29,7 @@ class Recipe(BaseModel):
     rho: float = Field(2.0, ge=1, allow_inf_nan=False, description="k / s")
 
     update: Literal["power", "pca", "mod"] = Field("power", description="dictionary update of ksvd")
-    iterations: int = Field(60, ge=1, description="alternations T of ksvd")
+    iterations: int = Field(60, ge=1, description="alternations T of ksvd and procrustes")
     tolerance: float = Field(0.0, ge=0, lt=1, description="stop once an iteration gains less than this; 0: never")
     seed: int = Field(42, ge=0, lt=2**63, description="of the initial dictionary and the choice of calibration text")
     group_layers: int = Field(1, ge=1, description="consecutive layers whose like projections share a dictionary")

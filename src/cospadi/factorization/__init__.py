@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cospadi.errors import UserError
+from cospadi.factorization.eigen import eigen
 from cospadi.factorization.ksvd import ksvd
 from cospadi.factorization.problem import Factorization, Problem, SolverOptions
+from cospadi.factorization.procrustes import procrustes
 from cospadi.factorization.svd import truncated_svd
 
 __all__ = ["SOLVERS", "Factorization", "Problem", "Solver", "SolverOptions", "find_solver"]
@@ -31,6 +33,8 @@ class Solver:
 
 SOLVERS: dict[str, Solver] = {
     "ksvd": Solver(ksvd, "sparse-dictionary"),
+    "procrustes": Solver(procrustes, "sparse-dictionary"),
+    "eigen": Solver(eigen, "sparse-dictionary"),
     "svd-llm": Solver(truncated_svd, "low-rank"),
     "svd": Solver(truncated_svd, "low-rank", whitened=False),
 }

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from cospadi.factorization.least_squares import refit_dictionary
 from cospadi.factorization.omp import omp, scatter_codes
 from cospadi.factorization.problem import Factorization, Problem, SolverOptions
 
@@ -110,16 +111,8 @@ def _leading_direction(error: Tensor) -> Tensor:
 
 
 def update_mod(target: Tensor, dictionary: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-    """Method of optimal directions: D = A S^T (S S^T)^-1 with S fixed, then unit atoms, S scaled to match.
-
-    Solved in float64 by the pseudo-inverse of S S^T, which is singular where atoms are unused or tied.
-    """
-    codes = coefficients.double()
-    updated = target.double() @ codes.T @ torch.linalg.pinv(codes @ codes.T, hermitian=True)
-    norms = torch.linalg.vector_norm(updated, dim=0)
-    dictionary = torch.where(norms > 0, updated / norms.clamp(min=torch.finfo(norms.dtype).tiny), dictionary.double())
-    coefficients = (codes * norms[:, None]).to(target)
-    dictionary = dictionary.to(target)
+    """Method of optimal directions: least squares with S fixed; unused atoms become the worst-represented columns."""
+    dictionary, coefficients = refit_dictionary(target, dictionary, coefficients)
     residual = (target - dictionary @ coefficients).T
     for atom, column in zip(_unused(coefficients), _worst_columns(residual), strict=False):
         dictionary[:, atom] = _normalise(target[:, column : column + 1])[:, 0]

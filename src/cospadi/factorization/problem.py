@@ -16,9 +16,12 @@ class Problem:
 
     Attributes:
         target: A = L W, float (d1, d2).
+        unwhiten: D_L (d1, n) -> L^-1 D_L in float64, for solvers that ask how large an atom is in the weights; None
+            where L = I.
     """
 
     target: Tensor
+    unwhiten: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
