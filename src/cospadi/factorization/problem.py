@@ -18,10 +18,12 @@ class Problem:
         target: A = L W, float (d1, d2).
         unwhiten: D_L (d1, n) -> L^-1 D_L in float64, for solvers that ask how large an atom is in the weights; None
             where L = I.
+        members: d2 of each projection side by side in A; empty for one.
     """
 
     target: Tensor
     unwhiten: Callable[[Tensor], Tensor] | None = None
+    members: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class SolverOptions:
         tolerance: stop once an iteration lowers the error by less than this fraction; 0 runs all of them.
         seed: of the initial dictionary.
         memory_bytes: working memory that batched sparse coding may take; beyond rounding, results do not depend on it.
+        start: a solution to begin from, for solvers that can.
         on_iteration: called with (iteration from 1, relative error).
     """
 
@@ -59,6 +62,7 @@ class SolverOptions:
     tolerance: float = 0.0
     seed: int = 42
     memory_bytes: int = 256 * 2**20
+    start: Factorization | None = None
     on_iteration: Callable[[int, float], None] | None = None
 
 

@@ -1,0 +1,295 @@
+"""The default solver: dictionary by MOD, codes by hard thresholding pursuit, sparsity reached step by step.
+
+An iteration is matrix products and passes over S; no loop runs over atoms or columns. With G = D^T D and B = D^T A:
+
+1. Support: a gradient step from S along R = B - G S, then the n largest entries of the whole matrix stay (iterative
+   hard thresholding, Blumensath and Davies 2009). How many of them a column gets is free. The step is twice the best
+   one of each column, which leaves the error where it was and lets more entries trade places.
+2. Codes: conjugate gradients on the chosen support (hard thresholding pursuit, Foucart 2011).
+3. Dictionary: D = A S^T (S S^T)^-1, the method of optimal directions (Engan, Aase, Husoy 1999). Steps 1 and 2 of the
+   next iteration use D carried on along its last change (heavy ball, Polyak 1964), unless the error has just risen.
+
+n falls from all entries to the asked number on a cubic schedule (as in gradual pruning, Zhu and Gupta 2017), from the
+truncated SVD, which is the best start there is while n is large. docs/solvers.md has the reasons and measurements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from cospadi.factorization.orthogonal import leading_directions
+from cospadi.factorization.problem import Factorization, Problem, SolverOptions, relative_error
+
+DESCENT = 0.6
+"""Share of the iterations over which the number of nonzeros falls to the target."""
+MOMENTUM = 0.95
+MOMENTUM_RAMP = 2.0
+"""Momentum grows by this, divided by the number of iterations, each iteration since the start or the last rise."""
+OVERSHOOT = 2.0
+CG_STEPS = 1
+RIDGE = 1e-7
+"""Added to the diagonal of S S^T once that is scaled to ones."""
+EXACT_ITERATIONS = 3
+"""Last iterations, whose products are all in full float32."""
+BLOCK_ENTRIES = {"cpu": 2**20, "cuda": 2**27}
+"""Entries of S worked on at once; on a CPU few enough to stay in cache."""
+
+TINY = torch.finfo(torch.float32).tiny
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+def mod_htp(problem: Problem, k: int, nonzeros: int, options: SolverOptions) -> Factorization:
+    """min ||A - D S||_F over D (d1, k) and S (k, d2) with `nonzeros` nonzeros in all; the best pair seen.
+
+    Deterministic without a seed. k may exceed d1 and d2. Memory: A, and three matrices of the size of S.
+    Of several members each gets a multiple of four nonzeros where `nonzeros` is one, so that 14-bit values fill bytes.
+    `options.start` replaces the truncated SVD; the schedule then begins at its number of nonzeros.
+    """
+    scale = problem.target.abs().max().clamp(min=TINY)
+    columns = (problem.target.T / scale).contiguous()  # a column of A a row: (d2, d1)
+    norm = float(torch.linalg.vector_norm(columns, dtype=torch.float64))
+    d2, d1 = columns.shape
+    atoms, codes = _start(problem.target / scale, k) if options.start is None else _given(options.start, scale)
+    dense = d2 * min(k, d1) if options.start is None else max(nonzeros, int(codes.count_nonzero()))
+    rows = max(1, BLOCK_ENTRIES[columns.device.type] // max(k, d1))
+    blocks = _blocks(slice(0, d2), rows)
+    members = problem.members or (d2,)
+    shares: list[int] | None = None  # each member's nonzeros, fixed once the schedule has come down
+    quick = _product_bf16 if _bf16_is_fast(columns.device) else torch.mm
+
+    best, best_error = (atoms, codes.clone()), float("inf")
+    if options.start is not None and int(codes.count_nonzero()) <= nonzeros:
+        best_error = relative_error(columns, codes @ atoms)
+    correlations = torch.empty_like(codes)
+    previous, momentum = atoms, 0.0
+    errors: list[float] = []
+    for iteration in range(1, options.iterations + 1):
+        n = _scheduled(iteration / options.iterations, dense, nonzeros)
+        exact = iteration > options.iterations - EXACT_ITERATIONS
+        product: Product = torch.mm if exact else quick
+        with _float32_products("highest" if exact else "medium"):
+            lead = _unit_rows(atoms + momentum * (atoms - previous))
+            coherence = lead @ lead.T  # G less its unit diagonal, so that low precision touches small numbers only
+            coherence.diagonal().zero_()
+            lead_t = lead.T.contiguous()
+            for block in blocks:
+                torch.mm(columns[block], lead_t, out=correlations[block])
+                _gradient_step(codes[block], correlations[block], coherence, product)
+            if n > nonzeros:
+                keep_largest_entries(codes, n, blocks)
+            else:
+                shares = shares or _shares(codes, n, members, blocks)
+                for member, share in zip(_spans(members), shares, strict=True):
+                    keep_largest_entries(codes, share, _blocks(member, rows))
+            for block in blocks:
+                _fit_codes(codes[block], correlations[block], coherence, product)
+            previous = atoms
+            atoms, distance = _fit_dictionary(_self_product(codes), codes.T @ columns, lead, norm)
+        norms = torch.linalg.vector_norm(atoms, dim=1)
+        atoms = atoms / norms[:, None]
+        codes *= norms
+        error = distance / norm if norm > 0 else 0.0
+
+        settled = n == nonzeros
+        if settled and error < best_error:
+            best, best_error = (atoms, best[1].copy_(codes)), error
+        last = errors[-1] if errors else float("inf")
+        momentum = 0.0 if settled and error > last else min(MOMENTUM, momentum + MOMENTUM_RAMP / options.iterations)
+        errors.append(error)
+        if options.on_iteration:
+            options.on_iteration(iteration, error)
+        if settled and (error == 0.0 or (options.tolerance > 0 and error > (1 - options.tolerance) * last)):
+            break
+    atoms, codes = best
+    support = codes != 0
+    for member, share in zip(_spans(members), shares or _shares(codes, nonzeros, members, blocks), strict=True):
+        _fill(support[member], share)
+    return Factorization(atoms.T.contiguous(), (codes * scale).T.contiguous(), support.T.contiguous(), errors)
+
+
+def _scheduled(progress: float, dense: int, nonzeros: int) -> int:
+    """Nonzeros at a progress in (0, 1]: falls from `dense` to `nonzeros` as a cubic over DESCENT, then stays."""
+    return nonzeros + round(max(0, dense - nonzeros) * max(0.0, 1 - progress / DESCENT) ** 3)
+
+
+def _start(target: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """D^T (k, d1): the leading left singular vectors of A, and S^T (d2, k): A over them.
+
+    Atoms beyond d1 are columns of A, evenly spaced; S is then the smallest one that meets A.
+    """
+    (d1, d2), dictionary = target.shape, leading_directions(target, k)
+    if k <= d1:
+        return dictionary.T.contiguous(), target.T @ dictionary
+    dictionary[:, d1:] = target[:, torch.arange(k - d1, device=target.device) * d2 // (k - d1)]
+    dictionary[:, d1:] += TINY
+    atoms = _unit_rows(dictionary.T)
+    gram = atoms.T.double() @ atoms.double()  # D D^T, which contains I
+    codes: Tensor = torch.linalg.solve(gram, target.double()).T @ atoms.T.double()
+    return atoms.contiguous(), codes.float()
+
+
+def _given(start: Factorization, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """D^T with unit rows and S^T of a solution, for A / scale."""
+    norms = torch.linalg.vector_norm(start.dictionary, dim=0)
+    return _unit_rows(start.dictionary.T).contiguous(), (start.coefficients.T * norms / scale).contiguous()
+
+
+def _gradient_step(codes: Tensor, correlations: Tensor, coherence: Tensor, product: Product) -> None:
+    """S + OVERSHOOT t R in place, R = B - G S, with t the best step of each column (here: row)."""
+    residual = correlations - codes
+    residual -= product(codes, coherence)
+    curved = product(residual, coherence).add_(residual)
+    step = torch.linalg.vecdot(residual, residual) / torch.linalg.vecdot(residual, curved).clamp(min=TINY)
+    codes.addcmul_(residual, step[:, None], value=OVERSHOOT)
+
+
+def _fit_codes(codes: Tensor, correlations: Tensor, coherence: Tensor, product: Product) -> None:
+    """CG_STEPS conjugate-gradient steps in place towards G S = B on the support of S."""
+    support = (codes != 0).to(codes.dtype)
+    residual = correlations - codes
+    residual.sub_(product(codes, coherence)).mul_(support)
+    direction = residual.clone() if CG_STEPS > 1 else residual
+    squared = torch.linalg.vecdot(residual, residual)
+    for remaining in reversed(range(CG_STEPS)):
+        image = product(direction, coherence).add_(direction)
+        step = (squared / torch.linalg.vecdot(direction, image).clamp(min=TINY))[:, None]
+        codes.addcmul_(direction, step)
+        if remaining:
+            residual.addcmul_(image, step, value=-1).mul_(support)
+            before, squared = squared, torch.linalg.vecdot(residual, residual)
+            direction = residual.addcmul(direction, (squared / before.clamp(min=TINY))[:, None])
+
+
+def _fit_dictionary(outer: Tensor, cross: Tensor, unused: Tensor, norm: float) -> tuple[Tensor, float]:
+    """D^T = (S S^T)^-1 S A^T, and ||A - D S||.
+
+    Args:
+        outer: S S^T (k, k). cross: S A^T (k, d1). norm: ||A||.
+        unused: the atoms (k, d1) that stay where S has an empty row.
+    """
+    size = outer.diagonal().sqrt()
+    used = size > 0
+    size = torch.where(used, size, torch.ones_like(size))
+    scaled = outer / size / size[:, None]
+    scaled.diagonal().fill_(1 + RIDGE)
+    factor, failed = torch.linalg.cholesky_ex(scaled)
+    if failed.item():  # atoms tied to float32's precision
+        scaled = scaled.double()
+        scaled.diagonal().fill_(1 + 100 * RIDGE)
+        factor = torch.linalg.cholesky(scaled)
+    solution = torch.cholesky_solve((cross / size[:, None]).to(factor.dtype), factor).to(cross.dtype) / size[:, None]
+    atoms = torch.where(used[:, None], solution, unused)
+    gained = 2 * (atoms * cross).sum(dtype=torch.float64) - ((outer @ atoms) * atoms).sum(dtype=torch.float64)
+    return atoms, max(norm**2 - float(gained), 0.0) ** 0.5
+
+
+def keep_largest_entries(matrix: Tensor, n: int, blocks: Sequence[slice]) -> None:
+    """Set all but the n largest magnitudes of some rows to zero, in place; of equal ones the first stay. No sort.
+
+    Float32 magnitudes order as their bit patterns do: a histogram of the upper half of the bits finds the bin that
+    holds the threshold, and only what lies in that bin is looked at again.
+
+    Args:
+        matrix: float32 (rows, k), contiguous. blocks: the rows concerned, in pieces.
+    """
+    if n >= sum(block.stop - block.start for block in blocks) * matrix.shape[1]:
+        return
+
+    def bits(block: slice) -> Tensor:
+        return matrix[block].abs().view(torch.int32)
+
+    histogram = torch.zeros(2**15, dtype=torch.int64, device=matrix.device)
+    for block in blocks:
+        histogram += torch.bincount((bits(block) >> 16).flatten(), minlength=2**15)
+    above = histogram.flip(0).cumsum(0)
+    place = int(torch.searchsorted(above, n))
+    bin_ = 2**15 - 1 - place
+    missing = n - int(above[place] - histogram[bin_])
+    candidates = torch.cat([row[(row >> 16) == bin_] for row in map(bits, blocks)])
+    threshold = int(torch.kthvalue(candidates, len(candidates) - missing + 1).values)
+    surplus = int((candidates >= threshold).sum()) - missing
+    for block in reversed(blocks):
+        magnitudes = bits(block)
+        matrix[block].mul_(magnitudes >= threshold)
+        if surplus and threshold:
+            ties = (magnitudes == threshold).flatten().nonzero()[:, 0]
+            matrix[block].view(-1)[ties[max(0, len(ties) - surplus) :]] = 0
+            surplus = max(0, surplus - len(ties))
+
+
+def _shares(codes: Tensor, nonzeros: int, members: Sequence[int], blocks: Sequence[slice]) -> list[int]:
+    """Nonzeros of each member as the largest entries of all fall, in multiples of four where the sum is one."""
+    if len(members) == 1:
+        return [nonzeros]
+    kept = codes.clone()
+    keep_largest_entries(kept, nonzeros, blocks)
+    counts = [int(kept[member].count_nonzero()) for member in _spans(members)]
+    room = [width * codes.shape[1] for width in members]
+    unit = 4 if nonzeros % 4 == 0 and all(most % 4 == 0 for most in room) else 1
+    shares = [count // unit * unit for count in counts]
+    while (left := nonzeros - sum(shares)) > 0:  # less than one unit a member, unless A is nearly zero
+        neediest = max(
+            (member for member in range(len(members)) if shares[member] < room[member]),
+            key=lambda member: counts[member] - shares[member],
+        )
+        step = min(room[neediest] - shares[neediest], unit * max(1, left // unit // len(members)))
+        shares[neediest] += step
+    return shares
+
+
+def _fill(support: Tensor, n: int) -> None:
+    """Add the first free entries until `n` are set, in place: coefficients that came out as 0 are stored as such."""
+    missing = n - int(support.sum())
+    if missing > 0:
+        free = (~support).nonzero()[:missing]
+        support[free[:, 0], free[:, 1]] = True
+
+
+def _spans(widths: Sequence[int]) -> list[slice]:
+    """Where each member's rows are."""
+    ends = [sum(widths[: i + 1]) for i in range(len(widths))]
+    return [slice(end - width, end) for width, end in zip(widths, ends, strict=True)]
+
+
+def _blocks(span: slice, rows: int) -> list[slice]:
+    """A range of rows in pieces."""
+    return [slice(start, min(start + rows, span.stop)) for start in range(span.start, span.stop, rows)]
+
+
+def _unit_rows(matrix: Tensor) -> Tensor:
+    return matrix / torch.linalg.vector_norm(matrix, dim=1, keepdim=True).clamp(min=TINY)
+
+
+def _self_product(codes: Tensor) -> Tensor:
+    """S S^T (k, k) for S^T (d2, k), its lower half copied from the upper one: 5/8 of the work of the full product."""
+    k = codes.shape[1]
+    if k < 512:
+        return codes.T @ codes
+    outer = torch.empty(k, k, dtype=codes.dtype, device=codes.device)
+    for panel in _blocks(slice(0, k), -(-k // 4)):
+        outer[panel, panel.start :] = codes[:, panel].T @ codes[:, panel.start :]
+        outer[panel.start :, panel] = outer[panel, panel.start :].T
+    return outer
+
+
+def _product_bf16(left: Tensor, right: Tensor) -> Tensor:
+    return (left.bfloat16() @ right.bfloat16()).float()
+
+
+def _bf16_is_fast(device: torch.device) -> bool:
+    return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+
+
+@contextmanager
+def _float32_products(precision: str) -> Iterator[None]:
+    """How float32 products may be computed inside this block: "highest", or "medium" (TF32 or bf16 parts)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
