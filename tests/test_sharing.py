@@ -191,6 +191,10 @@ def test_copies_and_pickles_keep_the_mechanism_to_themselves(x: Tensor) -> None:
         assert torch.equal(parent(x), expected)
 
 
+def test_shapes_are_told_without_numbers(x: Tensor) -> None:
+    assert Parent().to("meta")(x.to("meta")).shape == (5, 60)
+
+
 def test_threads_do_not_meet() -> None:
     parent, plain = Parent(), Parent(reuse=False)
     barrier = threading.Barrier(4, timeout=60)

@@ -78,7 +78,8 @@ def _multiply(x: Tensor, dictionary: Tensor, group: str | None) -> Tensor:
 def _state(x: Tensor) -> Hashable:
     """What a product with x depends on beside the two tensors."""
     device = x.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    # torch knows no autocast on the meta device, and raises
+    autocast = torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
     state = (x.requires_grad, torch.is_grad_enabled(), autocast)
     if torch.compiler.is_compiling():
         return state
