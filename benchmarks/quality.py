@@ -60,7 +60,8 @@ def _row(
     with tempfile.TemporaryDirectory() as scratch:
         folder = model
         if solver != "dense":
-            recipe = Recipe.build({"ratio": ratio, "solver": solver, "calibration": calibration}, iterations=iterations)
+            fields = {"ratio": ratio, "solver": solver, "share": "none", "calibration": calibration}
+            recipe = Recipe.build(fields, iterations=iterations)
             folder = Path(scratch) / "compressed"
             result = cospadi.compress(model, recipe, folder)
             row |= {

@@ -50,7 +50,10 @@ Update = Annotated[str | None, typer.Option(help="dictionary update: power, pca 
 Iterations = Annotated[int | None, typer.Option(help="alternations T of ksvd and procrustes  [default: 60]")]
 Tolerance = Annotated[float | None, typer.Option(help="stop when an iteration gains less than this fraction")]
 Seed = Annotated[int | None, typer.Option(help="[default: 42]")]
-GroupLayers = Annotated[int | None, typer.Option(help="consecutive layers that share a dictionary  [default: 1]")]
+Share = Annotated[
+    str | None,
+    typer.Option(help="what shares a dictionary: none, input, layers:N or input,layers:N  [default: input]"),
+]
 DataFree = Annotated[bool | None, typer.Option("--data-free", help="no calibration text")]
 Damping = Annotated[float | None, typer.Option(help="shift of a singular Gram, in mean diagonals  [default: 1e-6]")]
 Include = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="projections to compress (repeatable)")]
@@ -85,7 +88,7 @@ def compress(
     iterations: Iterations = None,
     tolerance: Tolerance = None,
     seed: Seed = None,
-    group_layers: GroupLayers = None,
+    share: Share = None,
     data_free: DataFree = None,
     damping: Damping = None,
     include: Include = None,
@@ -125,7 +128,7 @@ def plan(
     accounting: Accounting = None,
     value_bits: ValueBits = None,
     rho: Rho = None,
-    group_layers: GroupLayers = None,
+    share: Share = None,
     include: Include = None,
     exclude: Exclude = None,
     target: Target = None,

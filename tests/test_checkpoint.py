@@ -131,27 +131,30 @@ def test_saved_again_in_shards_it_loads_and_verifies(whole: Path, prompt: Tensor
     assert checkpoint.verify(tmp_path) == checkpoint.verify(whole)
 
 
+@pytest.mark.parametrize("share", ["input", "layers:2", "input,layers:2"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_shared_dictionaries_survive_saving_again(
-    make_llama: Callable[..., Path], prompt: Tensor, tmp_path: Path
+    solver: str, share: str, make_llama: Callable[..., Path], prompt: Tensor, tmp_path: Path
 ) -> None:
-    recipe = {"ratio": 0.3, "iterations": 1, "data_free": True, "group_layers": 2}
-    for solver in SOLVERS:
-        first, second = tmp_path / solver / "first", tmp_path / solver / "second"
-        cospadi.compress(make_llama(), recipe | {"solver": solver}, first)
-        model = load(first)
-        model.save_pretrained(second)
-        for name in WRITTEN:
-            assert (first / name).read_bytes() == (second / name).read_bytes()
-        assert torch.equal(logits(load(second), prompt), logits(model, prompt))
+    recipe = {"ratio": 0.3, "iterations": 1, "data_free": True, "solver": solver, "share": share}
+    first, second = tmp_path / "first", tmp_path / "second"
+    cospadi.compress(make_llama(), recipe, first)
+    model = load(first)
+    model.save_pretrained(second)
+    for name in WRITTEN:
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert torch.equal(logits(load(second), prompt), logits(model, prompt))
 
 
 def test_changed_factors_are_saved_with_new_hashes_and_without_their_old_error(whole: Path, tmp_path: Path) -> None:
     model = load(whole)
-    model.get_submodule(GATE).dictionary.data.mul_(0.5)
+    shared = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
+    for name in (GATE, shared[0]):
+        model.get_submodule(name).dictionary.data.mul_(0.5)
     model.save_pretrained(tmp_path)
     checkpoint.verify(tmp_path)
     recorded = json.loads((tmp_path / "cospadi.json").read_text())["projections"]
-    assert {name for name, entry in recorded.items() if "relative_error" not in entry} == {GATE}
+    assert {name for name, entry in recorded.items() if "relative_error" not in entry} == {GATE, *shared}
     assert torch.equal(load(tmp_path).get_submodule(GATE).dictionary, model.get_submodule(GATE).dictionary)
 
 

@@ -110,9 +110,11 @@ def test_plan_compress_inspect_and_the_disk_agree_on_every_byte(
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--group-layers", "2"],
+        ["--share", "none"],
+        ["--share", "layers:2"],
+        ["--share", "input,layers:2"],
         ["--solver", "svd-llm"],
-        ["--solver", "svd-llm", "--group-layers", "2"],
+        ["--solver", "svd-llm", "--share", "input,layers:2"],
         ["--accounting", "eq10"],
         ["--accounting", "eq11"],
         ["--value-bits", "16", "--rho", "4", "--exclude", "*.o_proj"],
@@ -159,7 +161,7 @@ def test_tables_are_for_reading(
     done = run("compress", dense_folder, "-o", tmp_path / "out", *FREE)
     assert done.code == 0
     assert re.search(r"ratio reached +0\.2\d{3}", done.out)
-    assert "model.layers.0.self_attn.q_proj: k " in done.err
+    assert "model.layers.0.self_attn.o_proj: k " in done.err
 
 
 def test_verify_counts_tensors_and_names_a_damaged_one(
@@ -334,6 +336,8 @@ def test_hub_text_while_offline_names_the_two_ways_out(
         (["--accounting", "eq11", "--value-bits", "16"], ["eq11 means 14-bit values"]),
         (["--value-bits", "15"], ["value_bits", "15"]),
         (["--rho", "inf"], ["rho"]),
+        (["--share", "layers:1"], ["share: use none, input, layers:N or input,layers:N", "at least 2", "'layers:1'"]),
+        (["--share", "everything"], ["share: use none, input, layers:N or input,layers:N", "'everything'"]),
         (["--length", "65"], ["--length 65 is more than the model's 64 positions"]),
         (["--device", "cuda:99"], ["--device cuda:99"]),
         (["--device", "abacus"], ["--device abacus"]),

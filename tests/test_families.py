@@ -105,6 +105,13 @@ def check_bytes(result: cospadi.Compressed, output: Path) -> None:
     assert result.bytes_after == sum(map(nbytes, tensors.values()))
 
 
+def check_foretold(dense: Path, result: cospadi.Compressed) -> None:
+    """`cospadi plan` knows the groups and bytes without weights."""
+    found = outlook(dense, cospadi.Recipe.build(result.manifest["recipe"]))
+    assert found.plan == result.plan
+    assert found.after == result.bytes_after
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_round_trips_through_disk(
     family: str, make_model: Callable[..., Path], quick: dict[str, Any], prompt: Tensor, tmp_path: Path
@@ -119,6 +126,10 @@ def test_every_family_round_trips_through_disk(
     assert torch.equal(logits(loaded, prompt), logits(result.model, prompt))
     check_equals_dense_stand_in(dense, output, prompt)
     check_bytes(result, output)
+    check_foretold(dense, result)
+    shared = {tuple(m.kind.rpartition(".")[2] for m in g.members) for g in result.plan.groups if len(g.members) > 1}
+    fused = family in ("phi3", "gpt-neox")
+    assert shared == (set() if fused else {("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")})
 
     before = stored(dense)
     with_bias = {kind(name) for name, layer in layers.items() if layer.bias is not None}
@@ -269,6 +280,8 @@ def test_mixture_of_experts_compresses_attention_and_warns_of_what_stays_dense(
     layers = compressed_layers(loaded)
     assert len(layers) == 8
     assert all(".self_attn." in name for name in layers)
+    assert len(result.plan.groups) == 4
+    assert outlook(dense, cospadi.Recipe(ratio=0.3)).plan == result.plan
     warnings = [record.getMessage() for record in caplog.records if "dense" in record.getMessage()]
     assert len(warnings) == 1
     assert "model.layers.*.mlp.experts" in warnings[0]
@@ -278,8 +291,21 @@ def test_mixture_of_experts_compresses_attention_and_warns_of_what_stays_dense(
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in kept.items())
 
 
+QKV, OUT, GATE_UP, DOWN = ["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]
+SHARES: dict[str, list[list[str]]] = {
+    "none": [[f"{b}.{kind}"] for b in range(3) for kind in QKV + OUT + GATE_UP + DOWN],
+    "input": [[f"{b}.{kind}" for kind in kinds] for b in range(3) for kinds in (QKV, OUT, GATE_UP, DOWN)],
+    "layers:2": [[f"{b}.{kind}" for b in bs] for bs in ((0, 1), (2,)) for kind in QKV + OUT + GATE_UP + DOWN],
+    "input,layers:2": [
+        [f"{b}.{kind}" for b in bs for kind in kinds] for bs in ((0, 1), (2,)) for kinds in (QKV, OUT, GATE_UP, DOWN)
+    ],
+}
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_layers_of_a_group_share_one_stored_dictionary(
+@pytest.mark.parametrize("share", SHARES)
+def test_projections_of_a_group_share_one_stored_dictionary(
+    share: str,
     solver: str,
     make_llama: Callable[..., Path],
     quick: dict[str, Any],
@@ -287,27 +313,46 @@ def test_layers_of_a_group_share_one_stored_dictionary(
     tmp_path: Path,
 ) -> None:
     dense, output = make_llama(num_hidden_layers=3), tmp_path / "out"
-    result = cospadi.compress(dense, quick | {"solver": solver, "group_layers": 2}, output)
-    assert sorted({len(group.members) for group in result.plan.groups}) == [1, 2]
+    result = cospadi.compress(dense, quick | {"solver": solver, "share": share}, output)
+    groups = [[m.name for m in group.members] for group in result.plan.groups]
+    assert [[f"{n.split('.')[2]}.{n.rpartition('.')[2]}" for n in names] for names in groups] == SHARES[share]
     loaded = load(output)
     assert torch.equal(logits(loaded, prompt), logits(result.model, prompt))
     check_equals_dense_stand_in(dense, output, prompt)
     check_bytes(result, output)
     shared = "left" if SOLVERS[solver].layout == "low-rank" else "dictionary"
+    check_foretold(dense, result)
     tensors, layers = stored(output), compressed_layers(loaded)
-    for kind in ("self_attn.q_proj", "mlp.down_proj"):
-        names = [f"model.layers.{block}.{kind}" for block in range(3)]
-        assert [f"{name}.{shared}" in tensors for name in names] == [True, False, True]
-        factors = [getattr(layers[name], shared) for name in names]
-        assert factors[0] is factors[1]
-        assert factors[0] is not factors[2]
+    for names in groups:
+        assert [f"{name}.{shared}" in tensors for name in names] == [True] + [False] * (len(names) - 1)
+        assert len({id(getattr(layers[name], shared)) for name in names}) == 1
+    assert len({id(getattr(layer, shared)) for layer in layers.values()}) == len(groups)
+
+
+def test_group_has_the_error_of_one_problem_in_the_inputs_own_gram(
+    make_llama: Callable[..., Path], quick: dict[str, Any], tmp_path: Path
+) -> None:
+    """gate and up read one tensor, so what they share is the best low-rank factor of both, to rounding."""
+    dense = load(make_llama(), dtype=torch.float32)
+    weight = (
+        torch.cat([dense.model.layers[0].mlp.gate_proj.weight, dense.model.layers[0].mlp.up_proj.weight])
+        .detach()
+        .double()
+    )
+    recipe = quick | {"solver": "svd", "target": ["gate", "up"], "include": ["*.0.*"]}
+    result = cospadi.compress(dense, recipe | {"data_free": True})
+    (group,) = result.plan.groups
+    best = torch.linalg.svdvals(weight)[group.k :].norm()
+    layers = compressed_layers(result.model).values()
+    found = (weight - torch.cat([layer.dense_weight(torch.float64) for layer in layers])).norm()
+    assert float(best) <= float(found) <= 1.01 * float(best)
 
 
 def test_group_members_may_sit_where_a_pattern_leaves_a_gap(
     make_llama: Callable[..., Path], quick: dict[str, Any], prompt: Tensor, tmp_path: Path
 ) -> None:
     dense = make_llama(num_hidden_layers=3)
-    recipe = quick | {"group_layers": 3, "exclude": ["model.layers.1.*"]}
+    recipe = quick | {"share": "layers:3", "exclude": ["model.layers.1.*"]}
     result = cospadi.compress(dense, recipe, tmp_path / "out")
     assert [[m.block for m in group.members] for group in result.plan.groups] == [[0, 2]] * 7
     assert torch.equal(logits(load(tmp_path / "out"), prompt), logits(result.model, prompt))
@@ -445,6 +490,50 @@ def test_plan_of_a_sharded_hub_model_needs_no_weights(
     found = outlook("someone/model", cospadi.Recipe(ratio=0.3))
     assert found.plan.bytes == outlook(dense, cospadi.Recipe(ratio=0.3)).plan.bytes
     assert found.before is None
+
+
+def test_plan_without_a_forward_pass_says_that_it_shares_nothing(
+    dense_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("cospadi.plan.shared_inputs", lambda *_: 1 / 0)
+    with caplog.at_level(logging.WARNING, "cospadi"):
+        found = outlook(dense_folder, cospadi.Recipe(ratio=0.3))
+    assert found.plan == outlook(dense_folder, cospadi.Recipe(ratio=0.3, share="none")).plan
+    assert "once the weights are there" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("share", "canonical", "shares_input", "layers"),
+    [
+        ("none", "none", False, 1),
+        ("input", "input", True, 1),
+        ("layers:3", "layers:3", False, 3),
+        ("layers:12, input", "input,layers:12", True, 12),
+    ],
+)
+def test_share_is_read(share: str, canonical: str, shares_input: bool, layers: int) -> None:
+    recipe = cospadi.Recipe.build({"share": share})
+    assert (recipe.share, recipe.shares_input, recipe.layers_shared) == (canonical, shares_input, layers)
+
+
+@pytest.mark.parametrize(
+    "share",
+    [
+        "",
+        "all",
+        "layers",
+        "layers:",
+        "layers:1",
+        "layers:-2",
+        "layers:2.5",
+        "none,input",
+        "input,input",
+        "layers:2,layers:3",
+    ],
+)
+def test_share_that_means_nothing_is_refused(share: str) -> None:
+    with pytest.raises(cospadi.UserError, match="share: use none, input, layers:N or input,layers:N"):
+        cospadi.Recipe.build({"share": share})
 
 
 def test_recipe_lists_may_be_one_string() -> None:

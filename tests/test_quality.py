@@ -43,7 +43,7 @@ def test_stories260k(update: str, shared_model: Callable[[str], Path], tmp_path:
     windows = evaluate.text_windows(tokenizer, evaluate.read_text(data / "stories_heldout.txt"), 512)[:32]
     found = {}
     for solver in ("svd-llm", "ksvd"):
-        recipe = {"ratio": 0.2, "solver": solver, "update": update, "iterations": 8, "sequences": 64}
+        recipe = {"ratio": 0.2, "solver": solver, "share": "none", "update": update, "iterations": 8, "sequences": 64}
         recipe |= {"calibration": str(data / "stories_calibration.jsonl")}
         result = cospadi.compress(folder, recipe, tmp_path / solver)
         assert result.plan.ratio >= 0.2

@@ -379,14 +379,19 @@ def verify(folder: Path) -> int:
 def new_manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     """`content` with the hashes of the folder's files as they are now.
 
-    Where a projection's tensors are not those that `content` has hashes for, its recorded error is dropped.
+    Where a projection's tensors, or the dictionary that it shares, are not those that `content` has hashes for, its
+    recorded error is dropped.
     """
     files = hash_files(folder)
     before = {
         tensor: digest for entry in content.get("files", {}).values() for tensor, digest in entry["tensors"].items()
     }
     now = {tensor: digest for entry in files.values() for tensor, digest in entry["tensors"].items()}
-    changed = {tensor.rpartition(".")[0] for tensor, digest in before.items() if now.get(tensor) != digest}
+    differing = {tensor for tensor, digest in before.items() if now.get(tensor) != digest}
+    changed = {tensor.rpartition(".")[0] for tensor in differing}
+    for name, entry in read_config(folder).items():
+        if f"{entry.dictionary}.{LEFT if entry.layout == 'low-rank' else DICTIONARY}" in differing:
+            changed.add(name)
     projections = {
         name: {key: value for key, value in entry.items() if key != "relative_error" or name not in changed}
         for name, entry in content.get("projections", {}).items()

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +135,8 @@ def compress(
     selected = select(find_projections(model), recipe.include, recipe.exclude, recipe.target)
     if experts := dense_experts(model):
         log.warning("experts that are not nn.Linear stay dense: %s", kinds_of(experts))
-    plan = make_plan(selected, recipe)
+    owner = shared_inputs(model, selected)
+    plan = make_plan(selected, recipe, owner)
     if target is not None:
         check_space(model, plan, target)
 
@@ -149,7 +150,7 @@ def compress(
             sequences = token_sequences(tokenizer, recipe, source.positions(model))
 
     packed: list[Packed] = []
-    for groups, metrics in walk(model, plan, sequences, recipe, stages):
+    for groups, metrics in walk(model, plan, owner, sequences, recipe, stages):
         with stages.stage("solve", sum(map(_work, plan.groups))) as progress:
             progress.reach(sum(map(_work, plan.groups[: len(packed)])))
             for group in groups:
@@ -209,9 +210,17 @@ def needs_text(recipe: Recipe) -> bool:
 
 
 def walk(
-    model: nn.Module, plan: Plan, sequences: Tensor | None, recipe: Recipe, stages: Stages
+    model: nn.Module,
+    plan: Plan,
+    owner: Mapping[str, str],
+    sequences: Tensor | None,
+    recipe: Recipe,
+    stages: Stages,
 ) -> Iterator[tuple[list[Group], dict[str, Whitening]]]:
     """The decoder blocks in order, as many at a time as their Gram matrices fit in memory.
+
+    Args:
+        owner: projection -> the first reader of its input.
 
     Yields:
         The groups of these blocks, and the whitening of each group by its first member's name.
@@ -219,8 +228,6 @@ def walk(
     if sequences is None:
         yield list(plan.groups), {group.members[0].name: IDENTITY for group in plan.groups}
         return
-    selected = [member for group in plan.groups for member in group.members]
-    owner = shared_inputs(model, selected)
     _, blocks = decoder_blocks(model)
     for groups in _ranges(plan.groups, owner):
         readers = list(dict.fromkeys(owner[member.name] for group in groups for member in group.members))
@@ -233,11 +240,11 @@ def walk(
         metrics: dict[str, Whitening] = {}
         whitened: dict[tuple[str, ...], Whitening] = {}
         for group in groups:
-            inputs = tuple(owner[member.name] for member in group.members)
+            inputs = tuple(dict.fromkeys(owner[member.name] for member in group.members))
             if inputs not in whitened:
                 gram = torch.stack([grams[name] for name in inputs]).mean(0) if len(inputs) > 1 else grams[inputs[0]]
                 whitened[inputs] = whiten(gram, sequences.numel(), recipe.damping)
-                if recipe.group_layers == 1:
+                if recipe.layers_shared == 1:
                     grams[inputs[0]] = torch.empty(0)  # has done its work
                 if whitened[inputs].factor is None:
                     log.warning("%s reads only zeros on the calibration text: solved without whitening", inputs[0])
@@ -246,7 +253,7 @@ def walk(
         yield groups, metrics
 
 
-def _ranges(groups: Sequence[Group], owner: dict[str, str]) -> Iterator[list[Group]]:
+def _ranges(groups: Sequence[Group], owner: Mapping[str, str]) -> Iterator[list[Group]]:
     """Consecutive groups whose distinct Gram matrices fit GRAM_MEMORY; never splits what ends in the same block."""
     current: list[Group] = []
     readers: set[str] = set()

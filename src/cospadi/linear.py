@@ -2,12 +2,90 @@
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from collections.abc import Hashable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cospadi import budget, ops, packing
+
+
+class _Product(NamedTuple):
+    """z = x D with everything it depends on; holds x alive, so that no other tensor gets its identity."""
+
+    x: Tensor
+    dictionary: Tensor
+    state: Hashable
+    z: Tensor
+
+
+class _OpenGroups(threading.local):
+    """Groups of which a parent is being called in this thread -> their last product, None before the first."""
+
+    def __init__(self) -> None:
+        self.product: dict[str, _Product | None] = {}
+
+
+_open_groups = _OpenGroups()
+
+
+def reuse_products(parent: nn.Module, layers: Sequence[SparseDictionaryLinear | LowRankLinear], group: str) -> None:
+    """Have layers that hold one dictionary multiply an input that they share once in each call of their parent.
+
+    The product lives no longer than the call and belongs to its thread. torch.compile traces all this away: the graph
+    has one product. (Left to itself, the compiler merges equal products in training only.) Where x has no version, in
+    inference mode and under torch.compile, its change in place between two of the layers would go unnoticed;
+    `shared_inputs` takes no such tensor for a shared input.
+
+    Args:
+        parent: a module whose forward calls all of them.
+        group: a name for the group, best the same in every block: torch.compile compiles anew for each name it meets.
+    """
+    for layer in layers:
+        layer.group = group
+    # State of these hooks is the group's name alone, which a copied or unpickled model keeps.
+    before = parent.register_forward_pre_hook(partial(_open_group, group))
+    after = parent.register_forward_hook(partial(_close_group, group), always_call=True)
+    # torch numbers hooks through the whole process, and torch.compile would compile each block anew for its numbers.
+    tables: Any = parent._forward_pre_hooks, parent._forward_hooks, parent._forward_hooks_always_called
+    for hooks, number in zip(tables, (before.id, after.id, after.id), strict=True):
+        hooks[f"cospadi {group}"] = hooks.pop(number)
+
+
+def _open_group(group: str, *_: object) -> None:
+    _open_groups.product[group] = None
+
+
+def _close_group(group: str, *_: object) -> None:
+    _open_groups.product.pop(group, None)
+
+
+def _multiply(x: Tensor, dictionary: Tensor, group: str | None) -> Tensor:
+    """z = x D in x's dtype, or the one that another layer of the group has just made of the same x."""
+    if group is None or group not in _open_groups.product:
+        return nn.functional.linear(x, dictionary.to(x.dtype))
+    last, state = _open_groups.product[group], _state(x)
+    if last is not None and last.x is x and last.dictionary is dictionary and last.state == state:
+        return last.z
+    z = nn.functional.linear(x, dictionary.to(x.dtype))
+    _open_groups.product[group] = _Product(x, dictionary, state, z)
+    return z
+
+
+def _state(x: Tensor) -> Hashable:
+    """What a product with x depends on beside the two tensors."""
+    device = x.device.type
+    # torch knows no autocast on the meta device, and raises
+    autocast = torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
+    state = (x.requires_grad, torch.is_grad_enabled(), autocast)
+    if torch.compiler.is_compiling():
+        return state
+    version = None if x.is_inference() else x._version
+    stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
+    return *state, torch.is_inference_mode_enabled(), version, stream
 
 
 class SparseDictionaryLinear(nn.Module):
@@ -30,6 +108,7 @@ class SparseDictionaryLinear(nn.Module):
     """
 
     low_memory = False
+    group: str | None = None
 
     def __init__(
         self,
@@ -62,7 +141,7 @@ class SparseDictionaryLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d1) -> (..., d2), in x's dtype."""
-        z = nn.functional.linear(x, self.dictionary.to(x.dtype))
+        z = _multiply(x, self.dictionary, self.group)
         trainable = isinstance(self.values, nn.Parameter)
         y: Tensor = ops.sparse_matmul(
             z,
@@ -150,6 +229,8 @@ class LowRankLinear(nn.Module):
     Parameters: left (r, d1), right (d2, r), bias (d2,) or None. The layers of a group hold the same `left`.
     """
 
+    group: str | None = None
+
     def __init__(
         self,
         in_features: int,
@@ -167,7 +248,7 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d1) -> (..., d2), in x's dtype."""
-        z = nn.functional.linear(x, self.left.to(x.dtype))
+        z = _multiply(x, self.left, self.group)
         return nn.functional.linear(z, self.right.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cospadi import budget, source
 from cospadi.budget import Parts
 from cospadi.errors import UserError
 from cospadi.factorization import find_solver
-from cospadi.projections import Projection, dense_experts, find_projections, kinds_of, select
+from cospadi.projections import Projection, dense_experts, find_projections, kinds_of, select, shared_inputs
 from cospadi.recipe import Recipe
+
+log = logging.getLogger("cospadi")
 
 
 @dataclass(frozen=True)
@@ -66,20 +72,34 @@ class Plan:
         return 1 - self.bytes / self.dense_bytes
 
 
-def make_plan(projections: Sequence[Projection], recipe: Recipe) -> Plan:
+def make_plan(projections: Sequence[Projection], recipe: Recipe, owner: Mapping[str, str]) -> Plan:
     """Uniform budget: every group gets the recipe's ratio.
+
+    Args:
+        owner: projection -> the first reader of its input, as `shared_inputs` finds; used if the recipe shares inputs.
 
     Raises:
         UserError: a group is too small for the ratio; the message names its first projection.
     """
-    return Plan(tuple(_plan_group(members, recipe) for members in group_layers(projections, recipe.group_layers)))
+    readers = owner if recipe.shares_input else {p.name: p.name for p in projections}
+    groups = group_projections(projections, readers, recipe.layers_shared)
+    return Plan(tuple(_plan_group(members, recipe) for members in groups))
 
 
-def group_layers(projections: Sequence[Projection], layers: int) -> list[tuple[Projection, ...]]:
-    """Groups of like projections (same kind and shape) of `layers` consecutive blocks, in model order."""
-    groups: dict[tuple[int, str, int, int], list[Projection]] = {}
+def group_projections(
+    projections: Sequence[Projection], owner: Mapping[str, str], layers: int
+) -> list[tuple[Projection, ...]]:
+    """Sets of projections of one block that read the same input, like sets of `layers` consecutive blocks together.
+
+    Two sets are alike when they have the same kinds and shapes. Groups and their members are in model order.
+    """
+    sets: dict[tuple[int, str], list[Projection]] = {}
     for p in projections:
-        groups.setdefault((p.block // layers, p.kind, p.d1, p.d2), []).append(p)
+        sets.setdefault((p.block, owner[p.name]), []).append(p)
+    groups: dict[tuple[object, ...], list[Projection]] = {}
+    for (block, _), members in sets.items():
+        alike = tuple((p.kind, p.d1, p.d2) for p in members)
+        groups.setdefault((block // layers, alike), []).extend(members)
     return [tuple(members) for members in groups.values()]
 
 
@@ -94,7 +114,11 @@ def _plan_group(members: tuple[Projection, ...], recipe: Recipe) -> Group:
         k, s = budget.size_for_ratio(recipe.ratio, d1, d2s, recipe.rho, bits, recipe.accounting)
         return Group(members, layout, k, s, bits, budget.sparse_bytes(d1, d2s, k, s, bits))
     except UserError as error:
-        raise UserError(f"{members[0].name}: {error}. Leave it dense with --exclude '*.{members[0].kind}'") from None
+        kinds = dict.fromkeys(member.kind for member in members)
+        exclude = " ".join(f"--exclude '*.{kind}'" for kind in kinds)
+        raise UserError(
+            f"{members[0].name}: {error}. Leave {'it' if len(kinds) == 1 else 'them'} dense with {exclude}"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -121,7 +145,7 @@ def outlook(model: str | Path, recipe: Recipe) -> Outlook:
     """
     skeleton = source.load_skeleton(model, recipe.revision)
     selected = select(find_projections(skeleton.model), recipe.include, recipe.exclude, recipe.target)
-    plan = make_plan(selected, recipe)
+    plan = make_plan(selected, recipe, _owner_without_weights(skeleton.model, selected) if recipe.shares_input else {})
     before = after = None
     if skeleton.sizes is not None:
         before = sum(skeleton.sizes.values())
@@ -129,3 +153,16 @@ def outlook(model: str | Path, recipe: Recipe) -> Outlook:
         if None not in removed:  # else the checkpoint uses other names than the model
             after = before - sum(size for size in removed if size) + plan.bytes
     return Outlook(plan, before, after, kinds_of(dense_experts(skeleton.model)))
+
+
+def _owner_without_weights(skeleton: nn.Module, selected: Sequence[Projection]) -> dict[str, str]:
+    """`shared_inputs` of a model on the meta device; each reads its own where that fails."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return shared_inputs(skeleton, selected)
+    except Exception as error:  # a model that asks for a number may raise anything
+        log.debug("no forward pass without weights: %s", error)
+        log.warning(
+            "which projections share a dictionary is only known once the weights are there: planned as --share none"
+        )
+        return {projection.name: projection.name for projection in selected}

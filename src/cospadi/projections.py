@@ -132,13 +132,14 @@ def shared_inputs(model: nn.Module, projections: Sequence[Projection]) -> dict[s
         A projection that did not run (an expert that got no token) comes last and reads its own.
     """
     owner_of: dict[str, str] = {}
-    first_reader: dict[int, str] = {}
+    first_reader: dict[tuple[int, int | None], str] = {}
     alive: list[Tensor] = []  # keeps every input alive, so that no id is given twice
 
     def hook(name: str) -> Any:
         def before(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             alive.append(args[0])
-            owner_of[name] = first_reader.setdefault(id(args[0]), name)
+            version = None if args[0].is_inference() else args[0]._version  # one that changed in place is another
+            owner_of[name] = first_reader.setdefault((id(args[0]), version), name)
 
         return before
 

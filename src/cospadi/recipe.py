@@ -32,7 +32,9 @@ class Recipe(BaseModel):
     iterations: int = Field(60, ge=1, description="alternations T of ksvd and procrustes")
     tolerance: float = Field(0.0, ge=0, lt=1, description="stop once an iteration gains less than this; 0: never")
     seed: int = Field(42, ge=0, lt=2**63, description="of the initial dictionary and the choice of calibration text")
-    group_layers: int = Field(1, ge=1, description="consecutive layers whose like projections share a dictionary")
+    share: str = Field(
+        "input", description="which projections share a dictionary: none, input, layers:N, input,layers:N"
+    )
     data_free: bool = Field(False, description="no calibration: minimise the error of the weights themselves")
     damping: float = Field(1e-6, gt=0, lt=1, description="diagonal shift of a singular Gram, in mean diagonals")
 
@@ -59,6 +61,19 @@ class Recipe(BaseModel):
         """One string is a list separated by commas, as on the command line."""
         return tuple(word.strip() for word in value.split(",") if word.strip()) if isinstance(value, str) else value
 
+    @field_validator("share")
+    @classmethod
+    def _sharing(cls, value: str) -> str:
+        """Spaces and order do not matter."""
+        words = sorted(word.strip() for word in value.split(","))
+        layers = [word.removeprefix("layers:") for word in words if word.startswith("layers:")]
+        known = words in (["none"], ["input"]) or (
+            len(layers) == 1 and words in ([f"layers:{layers[0]}"], ["input", f"layers:{layers[0]}"])
+        )
+        if not known or not all(count.isdecimal() and int(count) >= 2 for count in layers):
+            raise ValueError("use none, input, layers:N or input,layers:N, where N is at least 2")
+        return ",".join(words)
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.accounting == "eq11" and self.rho != 2:
@@ -76,6 +91,16 @@ class Recipe(BaseModel):
     def stored_value_bits(self) -> int:
         """Bits a stored coefficient really has."""
         return self.value_bits or (16 if self.accounting == "eq10" else 14)
+
+    @property
+    def shares_input(self) -> bool:
+        """Whether projections that read the same tensor share a dictionary."""
+        return "input" in self.share.split(",")
+
+    @property
+    def layers_shared(self) -> int:
+        """Consecutive blocks whose like projections share a dictionary; 1: each block has its own."""
+        return int(self.share.partition("layers:")[2] or 1)
 
     @classmethod
     def build(cls, source: Recipe | Path | str | dict[str, Any] | None = None, **overrides: Any) -> Recipe:

@@ -88,14 +88,19 @@ def load_config(folder: Path) -> Any:
 
 
 def load_skeleton(model: str | Path, revision: str | None = None) -> Skeleton:
-    """Read config and safetensors headers only, and build the model on the meta device."""
+    """Read config and safetensors headers only, and build the model on the meta device.
+
+    Its experts multiply in the one way that runs there in every dtype.
+    """
     from transformers import AutoModelForCausalLM
 
     folder = resolve(model, revision, weights=False)
     config = load_config(folder)
     try:
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=False)
+            skeleton = AutoModelForCausalLM.from_config(
+                config, dtype=config.dtype, trust_remote_code=False, experts_implementation="batched_mm"
+            ).eval()
     except Exception as error:  # a model class may raise anything on a config it cannot build
         raise UserError(f"{model} does not build a causal language model: {first_line(error)}") from None
     return Skeleton(skeleton, _stored_sizes(model, folder, revision))

@@ -50,7 +50,9 @@ def run_demo(ratio: float, iterations: int, stages: Stages) -> list[Row]:
     dense_perplexity = measure(dense)
     for solver in ("svd-llm", "ksvd"):
         recipe = Recipe.build(
-            {"ratio": ratio, "solver": solver, "calibration": "builtin"}, iterations=iterations, sequences=SEQUENCES
+            {"ratio": ratio, "solver": solver, "share": "none", "calibration": "builtin"},
+            iterations=iterations,
+            sequences=SEQUENCES,
         )
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as scratch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from cospadi import checkpoint
 from cospadi.checkpoint import DICTIONARY, LEFT, SENTINEL, StoredProjection
 from cospadi.errors import CheckpointError, UserError
-from cospadi.linear import LowRankLinear, SparseDictionaryLinear
+from cospadi.linear import LowRankLinear, SparseDictionaryLinear, reuse_products
 
 CompressedLinear = SparseDictionaryLinear | LowRankLinear
 
@@ -164,11 +164,38 @@ def swap_in_layers(
             setattr(layers[name], shared, getattr(layers[entry.dictionary], shared))
             tied[f"{name}.{shared}"] = f"{entry.dictionary}.{shared}"
     model.all_tied_weights_keys = tied
+    for members in _siblings(projections):
+        reuse_products(_parent(model, members), [layers[name] for name in members], _in_block(members[0])[1])
     ignored = {rf"^{re.escape(name)}\.{SENTINEL}$" for name in projections}
     model._keys_to_ignore_on_load_unexpected = (
         set(getattr(model, "_keys_to_ignore_on_load_unexpected", ()) or ()) | ignored
     )
     return layers
+
+
+def _siblings(projections: Mapping[str, StoredProjection]) -> list[list[str]]:
+    """The names of projections of one block that hold the same dictionary, where there are several."""
+    siblings: dict[tuple[str, str], list[str]] = {}
+    for name, entry in projections.items():
+        siblings.setdefault((entry.dictionary, _in_block(name)[0]), []).append(name)
+    return [members for members in siblings.values() if len(members) > 1]
+
+
+def _in_block(name: str) -> tuple[str, str]:
+    """model.layers.3.mlp.up_proj -> (model.layers.3., mlp.up_proj)."""
+    block = re.match(r".*?\.\d+\.", name)
+    return (block[0], name[block.end() :]) if block else ("", name)
+
+
+def _parent(model: nn.Module, names: Sequence[str]) -> nn.Module:
+    """The innermost module that has all of these in it and is called, which lists of modules are not."""
+    path = names[0].rpartition(".")[0]
+    while path and (
+        not all(name.startswith(f"{path}.") for name in names)
+        or isinstance(model.get_submodule(path), (nn.ModuleList, nn.ModuleDict))
+    ):
+        path = path.rpartition(".")[0]
+    return model.get_submodule(path)
 
 
 def mark_compressed(model: Any, entries: Mapping[str, StoredProjection]) -> None:
