@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from cospadi.errors import UserError
-
 DENSE_BITS = 16
 """Bits a weight costs in a dense projection, whatever the dtype it came in (the paper's bf16 words)."""
+
+VALUE_UNIT = 4
+"""Values that fill whole bytes at every width: four of 14 bits are seven bytes."""
 
 Accounting = Literal["exact", "eq10", "eq11"]
 
@@ -67,6 +68,15 @@ def sparse_bytes(d1: int, d2s: Sequence[int], k: int, s: int, value_bits: int) -
         dictionary=d1 * k * DENSE_BITS // 8,
         support=sum(d2 * support_row_bytes(k) for d2 in d2s),
         values=sum(value_stream_bytes(s * d2, value_bits) for d2 in d2s),
+    )
+
+
+def free_bytes(d1: int, d2s: Sequence[int], k: int, nonzeros: int, value_bits: int) -> Parts:
+    """Bytes on disk of a group whose `nonzeros` lie anywhere, each member holding a multiple of VALUE_UNIT of them."""
+    return Parts(
+        dictionary=d1 * k * DENSE_BITS // 8,
+        support=sum(d2 * support_row_bytes(k) for d2 in d2s),
+        values=value_stream_bytes(nonzeros, value_bits),
     )
 
 
@@ -121,40 +131,19 @@ def exact_size(budget: int, d1: int, d2s: Sequence[int], rho: float, value_bits:
     return k, _largest(lambda s: fits(k, s), k)
 
 
-def size_for_ratio(
-    ratio: float, d1: int, d2s: Sequence[int], rho: float, value_bits: int, accounting: Accounting
-) -> tuple[int, int]:
-    """(k, s) of the sparse-dictionary layout for a group at a ratio, by one of the three accountings.
+def free_size(budget: int, d1: int, d2s: Sequence[int], rho: float, value_bits: int) -> tuple[int, int]:
+    """Largest k whose k d2 / rho nonzeros fit the budget, then the most nonzeros for that k, in units of VALUE_UNIT.
 
-    Raises:
-        UserError: the group is too small for the ratio.
+    Returns (0, 0) where not even one atom fits.
     """
     d2 = sum(d2s)
-    if accounting == "eq10":
-        k, s = eq10_size(ratio, d1, d2, rho)
-    elif accounting == "eq11":
-        k, s = eq11_size(ratio, d1, d2, rho)
-    else:
-        k, s = exact_size(byte_budget(ratio, d1, d2s), d1, d2s, rho, value_bits)
-    if k < 1 or s < 1:
-        raise _too_small(ratio, d1, d2)
-    return k, s
 
+    def most(k: int) -> int:
+        left = budget - free_bytes(d1, d2s, k, 0, value_bits).total
+        return max(0, min(left * 8 // value_bits, k * d2) // VALUE_UNIT * VALUE_UNIT)
 
-def rank_for_ratio(ratio: float, d1: int, d2s: Sequence[int]) -> int:
-    """Rank of the low-rank layout for a group at a ratio (Eq. 9 counts real bytes already).
-
-    Raises:
-        UserError: the group is too small for the ratio.
-    """
-    r = exact_rank(byte_budget(ratio, d1, d2s), d1, d2s)
-    if r < 1:
-        raise _too_small(ratio, d1, sum(d2s))
-    return r
-
-
-def _too_small(ratio: float, d1: int, d2: int) -> UserError:
-    return UserError(f"a projection of {d1} x {d2} is too small for ratio {ratio:g}: not one atom fits")
+    k = _largest(lambda k: most(k) * _decimal(rho) >= k * d2 - VALUE_UNIT * _decimal(rho), budget // (d1 * 2))
+    return (k, most(k)) if k and most(k) else (0, 0)
 
 
 def _decimal(value: float) -> Fraction:

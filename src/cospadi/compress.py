@@ -6,9 +6,9 @@ import hashlib
 import logging
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from cospadi import __about__, checkpoint, packing, source
+from cospadi.allocation import Option, interpolate, knapsack
+from cospadi.budget import byte_budget, dense_bytes
+from cospadi.calibration.fisher import output_fisher
 from cospadi.calibration.gram import IDENTITY, Whitening, accumulate_grams, whiten
 from cospadi.calibration.text import DEFAULT_DATASET, token_sequences
 from cospadi.card import model_card
 from cospadi.checkpoint import StoredProjection
 from cospadi.errors import UserError
+from cospadi.evaluate import mean_loss
 from cospadi.factorization import Factorization, Problem, SolverOptions, find_solver
 from cospadi.factorization.problem import relative_error
 from cospadi.integrations.transformers import mark_compressed, quantizer_of, swap_in_layers
-from cospadi.plan import Group, Plan, make_plan
+from cospadi.plan import Group, Plan, check_plan, dense_group, fill_up, make_plan, read_plan, size_group
 from cospadi.progress import Stage, Stages
 from cospadi.projections import (
     Projection,
@@ -44,6 +48,38 @@ GRAM_MEMORY = 4 * 2**30
 
 SOLVER_MEMORY = {"cpu": 2**28, "cuda": 2**32}
 """Bytes that batched sparse coding may take. Fixed, not what is free, so that equal runs give equal bytes."""
+
+
+QUICK_ITERATIONS = 8
+"""Iterations of the solver runs that budgets are measured by."""
+
+RHOS = (1.5, 2.2, 3.2, 4.8)
+"""k / s that budgets choose from, unless the recipe gives one."""
+
+SPANS = (0.0, 0.1, 0.2, 1.0)
+"""How far from the asked ratio a group's own may lie: one allocation each, of which the loss on text chooses."""
+
+
+@dataclass
+class Job:
+    """What all stages of one compression look at.
+
+    Attributes:
+        owner: projection -> the first reader of its input.
+        sequences: calibration tokens, int64 (sequences, tokens); None without calibration.
+        metrics: inputs of a group -> their whitening, kept if all of them fit GRAM_MEMORY together.
+    """
+
+    model: nn.Module
+    recipe: Recipe
+    owner: Mapping[str, str]
+    sequences: Tensor | None
+    stages: Stages
+    metrics: dict[tuple[str, ...], Whitening] = field(default_factory=dict)
+
+    def inputs(self, group: Group) -> tuple[str, ...]:
+        """The tensors that a group's members read, each by its first reader."""
+        return tuple(dict.fromkeys(self.owner[member.name] for member in group.members))
 
 
 @dataclass(frozen=True)
@@ -90,6 +126,7 @@ def compress(
     recipe: Recipe | Path | str | dict[str, Any] | None = None,
     output: str | Path | None = None,
     *,
+    plan: Plan | Path | str | None = None,
     tokenizer: Any = None,
     overwrite: bool = False,
     stages: Stages | None = None,
@@ -101,6 +138,7 @@ def compress(
             for which the recipe's device and revision mean nothing).
         recipe: a Recipe, a YAML file, or a mapping of its fields.
         output: folder to write the checkpoint to; None leaves the result in memory.
+        plan: groups and their sizes from `measure_plan`, or the file they were saved to; None measures them here.
         tokenizer: needed with a loaded model, unless the recipe is data-free.
         overwrite: replace an output folder that is not empty.
         stages: where to show progress.
@@ -135,29 +173,37 @@ def compress(
     selected = select(find_projections(model), recipe.include, recipe.exclude, recipe.target)
     if experts := dense_experts(model):
         log.warning("experts that are not nn.Linear stay dense: %s", kinds_of(experts))
-    owner = shared_inputs(model, selected)
-    plan = make_plan(selected, recipe, owner)
+    job = Job(model, recipe, shared_inputs(model, selected), None, stages)
+    uniform = make_plan(selected, recipe, job.owner)
+    if isinstance(plan, (str, Path)):
+        plan = read_plan(Path(plan), selected)
+    elif plan is not None:
+        check_plan(plan, selected)
     if target is not None:
-        check_space(model, plan, target)
-
+        check_space(model, plan or uniform, target)
     origin = {"model": hub_name, "weights_sha256": checkpoint.weights_digest(folder) if folder else None}
-
-    sequences: Tensor | None = None
     if calibrated:
         if tokenizer is None:
             raise UserError("calibration needs the model's tokenizer: pass tokenizer=, or make the recipe data_free")
         with stages.stage("text", 1):
-            sequences = token_sequences(tokenizer, recipe, source.positions(model))
+            job.sequences = token_sequences(tokenizer, recipe, source.positions(model))
+
+    fisher = estimate_fisher(job, uniform)
+    if plan is None:
+        plan = allocate(job, uniform, fisher)
+    compressed = [group for group in plan.groups if group.layout != "dense"]
+    if not compressed:
+        raise UserError("the plan leaves every projection dense: nothing to compress. Ask for a higher --ratio")
 
     packed: list[Packed] = []
-    for groups, metrics in walk(model, plan, owner, sequences, recipe, stages):
-        with stages.stage("solve", sum(map(_work, plan.groups))) as progress:
-            progress.reach(sum(map(_work, plan.groups[: len(packed)])))
+    for groups, metrics in walk(job, compressed):
+        with stages.stage("solve", sum(map(_work, compressed))) as progress:
+            progress.reach(sum(map(_work, compressed[: len(packed)])))
             for group in groups:
-                packed.append(factorize(model, group, metrics[group.members[0].name], recipe, progress))
+                packed.append(factorize(job, group, metrics[job.inputs(group)], fisher, progress))
 
     load_factors(model, packed)
-    manifest = describe(recipe, origin, sequences, packed)
+    manifest = describe(recipe, origin, job.sequences, plan, packed)
     quantizer_of(model).manifest = manifest
     after = None
     if target is not None:
@@ -170,7 +216,7 @@ def compress(
 
 
 def describe(
-    recipe: Recipe, origin: dict[str, Any], sequences: Tensor | None, packed: Sequence[Packed]
+    recipe: Recipe, origin: dict[str, Any], sequences: Tensor | None, plan: Plan, packed: Sequence[Packed]
 ) -> dict[str, Any]:
     """The manifest but for the hashes of files: source, recipe, calibration, and what each projection became."""
     manifest: dict[str, Any] = {
@@ -179,6 +225,9 @@ def describe(
         "recipe": recipe.model_dump(mode="json") | {"calibration": _source_name(recipe)},
         "projections": {},
     }
+    left = [member for group in plan.groups if group.layout == "dense" for member in group.members]
+    if left:
+        manifest["dense"] = {member.name: dense_bytes(member.d1, member.d2) for member in left}
     if sequences is not None:
         digest = hashlib.sha256(sequences.numpy().tobytes()).hexdigest()
         manifest["calibration"] = {"sequences": len(sequences), "length": sequences.shape[1], "tokens_sha256": digest}
@@ -209,48 +258,222 @@ def needs_text(recipe: Recipe) -> bool:
     return not recipe.data_free and find_solver(recipe.solver).whitened
 
 
-def walk(
-    model: nn.Module,
-    plan: Plan,
-    owner: Mapping[str, str],
-    sequences: Tensor | None,
-    recipe: Recipe,
-    stages: Stages,
-) -> Iterator[tuple[list[Group], dict[str, Whitening]]]:
+def estimate_fisher(job: Job, uniform: Plan) -> dict[str, Tensor] | None:
+    """What an error at each output costs in the loss (`output_fisher`), or None where the recipe does not ask.
+
+    Taken at the model that a uniform budget and short solver runs make of it: in a damaged model early projections
+    matter more than they do in the whole one, and that is the model that is going to be.
+    """
+    if not (weighs_columns(job.recipe) or allocation_of(job.recipe) == "fisher"):
+        return None
+    text = check_text(job)
+    projections = [member for group in uniform.groups for member in group.members]
+    with job.stages.stage("fisher", 2 * len(text)) as progress:
+        fisher = output_fisher(job.model, projections, text, progress.advance)
+        stand_ins = quick_weights(job, uniform, fisher)
+        with replaced_weights(job.model, stand_ins):
+            return output_fisher(job.model, projections, text, progress.advance)
+
+
+def check_text(job: Job) -> Tensor:
+    """The calibration sequences that gradients and losses are taken on."""
+    assert job.sequences is not None
+    return job.sequences[: job.recipe.fisher_sequences]
+
+
+def allocate(job: Job, uniform: Plan, fisher: dict[str, Tensor] | None) -> Plan:
+    """Spread the byte budget over the groups so that the errors cost the model least; never worse than `uniform`.
+
+    Each group is solved in short runs at a few ratios and rho, which gives its cost against bytes. A knapsack then
+    chooses for all groups, for several bounds on how far a group may stray from the asked ratio: costs are quadratic
+    and sum up only while errors are small. The loss on text of the models that the candidates make decides, the
+    uniform one among them.
+    """
+    recipe = job.recipe
+    if allocation_of(recipe) == "uniform":
+        return uniform
+    budget = byte_budget(recipe.ratio, 1, [uniform.dense_bytes // 2])
+    runs = len(job_ratios(recipe)) * len(job_rhos(recipe))
+    with job.stages.stage("allocate", (runs + len(SPANS) + 1) * len(uniform.groups)) as progress:
+        curves: list[list[Option]] = []
+        for groups, metrics in walk(job, uniform.groups):
+            for group in groups:
+                curves.append(cost_curve(job, group, metrics[job.inputs(group)], fisher, progress))
+        candidates = [uniform]
+        for span in SPANS:
+            plan = _spread(uniform, curves, budget, span, recipe)
+            if plan is not None and plan not in candidates:
+                candidates.append(plan)
+        losses = []
+        for plan in candidates:
+            with replaced_weights(job.model, quick_weights(job, plan, fisher)):
+                losses.append(mean_loss(job.model, check_text(job), recipe.batch_size))
+            progress.advance(len(plan.groups), f"loss {losses[-1]:.4f}")
+    best = min(range(len(candidates)), key=lambda index: losses[index])
+    log.info(
+        "budgets: loss %.4f with a uniform ratio, %s spread", losses[0], ", ".join(f"{loss:.4f}" for loss in losses[1:])
+    )
+    if best == 0:
+        log.warning("no other spread of the bytes gives a lower loss on the calibration text: the budget is uniform")
+    return candidates[best]
+
+
+def job_ratios(recipe: Recipe) -> list[float]:
+    """Ratios at which groups are measured, around the asked one."""
+    r = recipe.ratio
+    return [0.3 * r, r, r + 0.25 * (1 - r), r + 0.5 * (1 - r)]
+
+
+def job_rhos(recipe: Recipe) -> tuple[float, ...]:
+    """k / s at which groups are measured."""
+    if find_solver(recipe.solver).layout == "low-rank":
+        return (recipe.uniform_rho,)  # means nothing there
+    return RHOS if recipe.rho is None else (recipe.rho,)
+
+
+def cost_curve(
+    job: Job, group: Group, metric: Whitening, fisher: dict[str, Tensor] | None, progress: Stage
+) -> list[Option]:
+    """What a group costs at the measured ratios and rho: sum over outputs j of F_j ||L e_j||^2.
+
+    e_j is column j of W - D S. With `--allocate output` F_j is one over the energy ||L W||^2 of the projection.
+    Rounding of the stored values is added as its expectation.
+    """
+    target = _target(job.model, group, metric)
+    importance = []
+    for part, member in zip(torch.split(target, group.d2s, dim=1), group.members, strict=True):
+        if allocation_of(job.recipe) == "fisher":
+            assert fisher is not None
+            importance.append(fisher[member.name])
+        else:
+            importance.append((1 / part.square().sum().clamp(min=1e-300)).expand(member.d2))
+    weight = torch.cat(importance)
+    floor = float((target.square().sum(0) * weight).sum()) * packing.rounding_error(group.value_bits) ** 2
+    options = []
+    for ratio in job_ratios(job.recipe):
+        for rho in job_rhos(job.recipe):
+            progress.advance(1)
+            sized = size_group(group.members, ratio, rho, job.recipe)
+            if sized is None:
+                continue
+            solution = solve(job, sized, metric, target, fisher, QUICK_ITERATIONS)
+            error = target.float() - solution.dictionary @ solution.coefficients
+            cost = float((error.square().sum(0, dtype=torch.float64) * weight).sum())
+            options.append(Option(sized.parts.total, cost + floor, ratio, rho))
+    return options
+
+
+def _spread(uniform: Plan, curves: Sequence[Sequence[Option]], budget: int, span: float, recipe: Recipe) -> Plan | None:
+    """The plan that a knapsack makes of the groups' cost curves, with ratios within `span` of the asked one."""
+    ratios = sorted({ratio / 100 for ratio in range(2, 98, 2)} | {recipe.ratio})
+    choices = []
+    for group, curve in zip(uniform.groups, curves, strict=True):
+        within = [ratio for ratio in ratios if abs(ratio - recipe.ratio) <= span + 1e-9]
+        options = interpolate(curve, within, group.dense_bytes)
+        if span >= recipe.ratio:
+            options.append(Option(group.dense_bytes, 0.0, 0.0, 0.0))
+        if not options:
+            return None
+        choices.append(options)
+    chosen = knapsack(choices, budget)
+    if chosen is None:
+        return None
+    groups: list[Group] = []
+    for group, option in zip(uniform.groups, chosen, strict=True):
+        dense = option.ratio == 0
+        sized = dense_group(group.members) if dense else size_group(group.members, option.ratio, option.rho, recipe)
+        if sized is None:
+            return None
+        groups.append(sized)
+    if find_solver(recipe.solver).free_support:
+        for index in sorted(range(len(groups)), key=lambda index: -groups[index].parts.total):
+            if groups[index].layout != "dense":
+                groups[index] = fill_up(groups[index], budget - sum(group.parts.total for group in groups))
+    plan = Plan(tuple(groups))
+    return plan if plan.bytes <= budget else None
+
+
+def quick_weights(job: Job, plan: Plan, fisher: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """The weights (d2, d1) that short solver runs make of a plan's groups, in the model's dtype."""
+    weights: dict[str, Tensor] = {}
+    for groups, metrics in walk(job, [group for group in plan.groups if group.layout != "dense"]):
+        for group in groups:
+            metric = metrics[job.inputs(group)]
+            solution = solve(job, group, metric, _target(job.model, group, metric), fisher, QUICK_ITERATIONS)
+            dictionary = metric.undo(solution.dictionary).float()
+            parts = torch.split(solution.coefficients, group.d2s, dim=1)
+            for member, coefficients in zip(group.members, parts, strict=True):
+                dtype = _weight(job.model, member).dtype
+                weights[member.name] = (dictionary @ coefficients).T.contiguous().to(dtype)
+    return weights
+
+
+@contextmanager
+def replaced_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other weights for some projections inside this block."""
+    modules = {name: model.get_submodule(name) for name in weights}
+    kept = {name: module.weight.data for name, module in modules.items()}
+    try:
+        for name, module in modules.items():
+            module.weight.data = weights[name]
+        yield
+    finally:
+        for name, module in modules.items():
+            module.weight.data = kept[name]
+
+
+def allocation_of(recipe: Recipe) -> str:
+    """How a recipe spreads bytes."""
+    if recipe.allocate is not None:
+        return recipe.allocate
+    return "fisher" if needs_text(recipe) and recipe.accounting == "exact" else "uniform"
+
+
+def weighs_columns(recipe: Recipe) -> bool:
+    """Whether a recipe's solver weighs outputs by what they cost in the loss."""
+    return recipe.weight_columns == "fisher" or (recipe.weight_columns is None and needs_text(recipe))
+
+
+def walk(job: Job, groups: Sequence[Group]) -> Iterator[tuple[Sequence[Group], Mapping[tuple[str, ...], Whitening]]]:
     """The decoder blocks in order, as many at a time as their Gram matrices fit in memory.
 
-    Args:
-        owner: projection -> the first reader of its input.
-
     Yields:
-        The groups of these blocks, and the whitening of each group by its first member's name.
+        Groups, and the whitening of each by its inputs (`Job.inputs`).
     """
-    if sequences is None:
-        yield list(plan.groups), {group.members[0].name: IDENTITY for group in plan.groups}
+    if job.sequences is None:
+        yield groups, {job.inputs(group): IDENTITY for group in groups}
         return
-    _, blocks = decoder_blocks(model)
-    for groups in _ranges(plan.groups, owner):
-        readers = list(dict.fromkeys(owner[member.name] for group in groups for member in group.members))
-        last = max(member.block for group in groups for member in group.members)
-        log.info("calibrating up to block %d on %d sequences of %d tokens", last, *sequences.shape)
-        with stages.stage("calibrate", len(sequences)) as progress:
-            grams = accumulate_grams(
-                model, readers, sequences, recipe.batch_size, blocks[last], lambda n: progress.advance(n)
-            )
-        metrics: dict[str, Whitening] = {}
-        whitened: dict[tuple[str, ...], Whitening] = {}
-        for group in groups:
-            inputs = tuple(dict.fromkeys(owner[member.name] for member in group.members))
-            if inputs not in whitened:
-                gram = torch.stack([grams[name] for name in inputs]).mean(0) if len(inputs) > 1 else grams[inputs[0]]
-                whitened[inputs] = whiten(gram, sequences.numel(), recipe.damping)
-                if recipe.layers_shared == 1:
-                    grams[inputs[0]] = torch.empty(0)  # has done its work
-                if whitened[inputs].factor is None:
-                    log.warning("%s reads only zeros on the calibration text: solved without whitening", inputs[0])
-            metrics[group.members[0].name] = whitened[inputs]
-        del grams
-        yield groups, metrics
+    if all(job.inputs(group) in job.metrics for group in groups):
+        yield groups, job.metrics
+        return
+    ranges = list(_ranges(groups, job.owner))
+    for some in ranges:
+        metrics = calibrate(job, some)
+        if len(ranges) == 1:
+            job.metrics.update(metrics)
+        yield some, metrics
+
+
+def calibrate(job: Job, groups: Sequence[Group]) -> dict[tuple[str, ...], Whitening]:
+    """Run the calibration text through the model and whiten the inputs of some groups."""
+    assert job.sequences is not None
+    _, blocks = decoder_blocks(job.model)
+    readers = list(dict.fromkeys(job.owner[member.name] for group in groups for member in group.members))
+    last = max(member.block for group in groups for member in group.members)
+    log.info("calibrating up to block %d on %d sequences of %d tokens", last, *job.sequences.shape)
+    with job.stages.stage("calibrate", len(job.sequences)) as progress:
+        grams = accumulate_grams(
+            job.model, readers, job.sequences, job.recipe.batch_size, blocks[last], lambda n: progress.advance(n)
+        )
+    metrics: dict[tuple[str, ...], Whitening] = {}
+    for inputs in dict.fromkeys(map(job.inputs, groups)):
+        gram = torch.stack([grams[name] for name in inputs]).mean(0) if len(inputs) > 1 else grams[inputs[0]]
+        metrics[inputs] = whiten(gram, job.sequences.numel(), job.recipe.damping)
+        if job.recipe.layers_shared == 1:
+            grams[inputs[0]] = torch.empty(0)  # has done its work
+        if metrics[inputs].factor is None:
+            log.warning("%s reads only zeros on the calibration text: solved without whitening", inputs[0])
+    return metrics
 
 
 def _ranges(groups: Sequence[Group], owner: Mapping[str, str]) -> Iterator[list[Group]]:
@@ -275,42 +498,70 @@ def _ranges(groups: Sequence[Group], owner: Mapping[str, str]) -> Iterator[list[
         yield current
 
 
-def factorize(model: nn.Module, group: Group, metric: Whitening, recipe: Recipe, progress: Stage) -> Packed:
-    """Solve min ||L W - D_L S|| for one group and round the factors to what is stored."""
-    weights = [_weight(model, member) for member in group.members]
-    target = metric.apply(torch.cat(weights, dim=1))  # A = L W, float64 (d1, sum of d2)
-    scale = target.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
-    first, done = group.members[0], progress.done
-    short = f"{first.block}.{first.kind.rpartition('.')[2]}"
+def solve(
+    job: Job,
+    group: Group,
+    metric: Whitening,
+    target: Tensor,
+    fisher: dict[str, Tensor] | None,
+    iterations: int,
+    on_iteration: Callable[[int, float], None] | None = None,
+) -> Factorization:
+    """min ||(A - D S) diag(w)|| for one group, w_j = sqrt(F_j) where columns are weighed, else 1.
 
-    def report(iteration: int, error: float) -> None:
-        share = iteration / recipe.iterations
-        progress.reach(done + share * _work(group), f"{short} T {iteration} error {error:.4f}")
-
+    Args:
+        target: A = L W, float64 (d1, sum of d2).
+    """
+    recipe = job.recipe
+    weighed = target
+    weights = None
+    if weighs_columns(recipe):
+        assert fisher is not None
+        weights = torch.cat([fisher[member.name] for member in group.members]).sqrt()
+        weights = weights / weights.mean()
+        weighed = target * weights
+    scale = weighed.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
     options = SolverOptions(
-        iterations=recipe.iterations,
+        iterations=iterations,
         update=recipe.update,
         tolerance=recipe.tolerance,
         seed=recipe.seed,
         memory_bytes=SOLVER_MEMORY["cuda" if target.is_cuda else "cpu"],
-        on_iteration=report,
+        on_iteration=on_iteration,
     )
-    problem = Problem((target / scale).float(), None if metric.factor is None else metric.undo)
-    solution = find_solver(recipe.solver).solve(problem, group.k, group.s, options)
+    unwhiten = None if metric.factor is None else metric.undo
+    problem = Problem((weighed / scale).float(), unwhiten, tuple(group.d2s))
+    solver = find_solver(recipe.solver)
+    solution = solver.solve(problem, group.k, group.s if solver.free_support else round(group.s), options)
+    factor = scale if weights is None else scale / weights
+    return replace(solution, coefficients=(solution.coefficients * factor).to(solution.coefficients))
+
+
+def factorize(job: Job, group: Group, metric: Whitening, fisher: dict[str, Tensor] | None, progress: Stage) -> Packed:
+    """Solve one group and round the factors to what is stored."""
+    target = _target(job.model, group, metric)
+    first, done = group.members[0], progress.done
+    short = f"{first.block}.{first.kind.rpartition('.')[2]}"
+
+    def report(iteration: int, error: float) -> None:
+        share = iteration / job.recipe.iterations
+        progress.reach(done + share * _work(group), f"{short} T {iteration} error {error:.4f}")
+
+    solution = solve(job, group, metric, target, fisher, job.recipe.iterations, report)
     progress.reach(done + _work(group))  # a solver may have stopped early
-    result = pack(group, solution, metric, target, float(scale))
+    result = pack(group, solution, metric, target)
     log.info(
-        "%s: k %d, s %d, error %.4f", ", ".join(m.name for m in group.members), group.k, group.s,
+        "%s: k %d, s %.4g, error %.4f", ", ".join(m.name for m in group.members), group.k, group.s,
         max(result.errors.values()),
     )  # fmt: skip
     return result
 
 
-def pack(group: Group, solution: Factorization, metric: Whitening, target: Tensor, scale: float) -> Packed:
+def pack(group: Group, solution: Factorization, metric: Whitening, target: Tensor) -> Packed:
     """Undo the whitening, scale the atoms to rms(x d) = 1 over the calibration tokens, round and pack.
 
     Args:
-        solution: of A / scale.
+        solution: of A.
         target: A = L W, float64 (d1, sum of d2).
     """
     if not (torch.isfinite(solution.dictionary).all() and torch.isfinite(solution.coefficients).all()):
@@ -318,7 +569,7 @@ def pack(group: Group, solution: Factorization, metric: Whitening, target: Tenso
     norms = torch.linalg.vector_norm(solution.dictionary.double(), dim=0)
     atom_scale = torch.where(norms > 0, metric.scale / norms, torch.ones_like(norms))
     dictionary = _saturate(metric.undo(solution.dictionary.double() * atom_scale)).to(torch.bfloat16)  # D (d1, k)
-    coefficients = _saturate(solution.coefficients.double() * (scale / atom_scale)[:, None]).float()  # S (k, d2)
+    coefficients = _saturate(solution.coefficients.double() / atom_scale[:, None]).float()  # S (k, d2)
 
     owner = group.members[0]
     entries: dict[str, StoredProjection] = {}
@@ -442,8 +693,13 @@ def _following(folder: Path, progress: Stage) -> Iterator[None]:
 
 
 def _work(group: Group) -> float:
-    """What solving a group costs, in arbitrary units: coding its columns with s atoms out of k."""
-    return sum(group.d2s) * max(group.s, 1) * group.k**2
+    """What solving a group costs, in arbitrary units: products of its codes with a Gram of its atoms."""
+    return sum(group.d2s) * group.k**2
+
+
+def _target(model: nn.Module, group: Group, metric: Whitening) -> Tensor:
+    """A = L W of a group's members side by side, float64 (d1, sum of d2)."""
+    return metric.apply(torch.cat([_weight(model, member) for member in group.members], dim=1))
 
 
 def _weight(model: nn.Module, projection: Projection) -> Tensor:

@@ -45,7 +45,6 @@ def text_windows(tokenizer: Any, text: str, length: int) -> Tensor:
     return torch.tensor(tokens[: count * length], dtype=torch.int64).view(count, length)
 
 
-@torch.inference_mode()
 def perplexity(
     model: nn.Module,
     windows: Tensor,
@@ -59,6 +58,18 @@ def perplexity(
     Args:
         on_batch: called with the number of windows just done.
     """
+    mean = mean_loss(model, windows, batch_size, on_batch)
+    return Perplexity(math.inf if mean >= 700 else math.exp(mean), *windows.shape)
+
+
+@torch.inference_mode()
+def mean_loss(
+    model: nn.Module,
+    windows: Tensor,
+    batch_size: int = 4,
+    on_batch: Callable[[int], None] | None = None,
+) -> float:
+    """Mean negative log-likelihood of every token but the first of each window, int64 (windows, length)."""
     device = next(model.parameters()).device
     total = 0.0
     for start in range(0, len(windows), batch_size):
@@ -69,8 +80,7 @@ def perplexity(
         if on_batch:
             on_batch(len(batch))
     count, length = windows.shape
-    mean = total / (count * (length - 1))
-    return Perplexity(math.inf if mean >= 700 else math.exp(mean), count, length)
+    return total / (count * (length - 1))
 
 
 def evaluate_models(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,18 +28,24 @@ class Group:
 
     Attributes:
         members: in model order; the first owns the dictionary.
-        layout: "sparse-dictionary" or "low-rank".
-        k: atoms, or the rank. s: nonzeros a column (0 for low rank).
-        value_bits: bits a stored coefficient (16 for low rank).
-        parts: bytes on disk.
+        layout: "sparse-dictionary", "low-rank" or "dense".
+        k: atoms, or the rank (0 for dense).
+        nonzeros: of all columns together (0 for low rank and dense).
+        value_bits: bits a stored coefficient (16 for low rank and dense).
+        parts: bytes on disk; for dense, where 16 bits a weight are counted whatever is stored, all in `values`.
     """
 
     members: tuple[Projection, ...]
-    layout: str
+    layout: Literal["sparse-dictionary", "low-rank", "dense"]
     k: int
-    s: int
+    nonzeros: int
     value_bits: int
     parts: Parts
+
+    @property
+    def s(self) -> float:
+        """Nonzeros a column; the mean, where columns differ."""
+        return self.nonzeros / sum(self.d2s)
 
     @property
     def d1(self) -> int:
@@ -83,7 +91,7 @@ def make_plan(projections: Sequence[Projection], recipe: Recipe, owner: Mapping[
     """
     readers = owner if recipe.shares_input else {p.name: p.name for p in projections}
     groups = group_projections(projections, readers, recipe.layers_shared)
-    return Plan(tuple(_plan_group(members, recipe) for members in groups))
+    return Plan(tuple(_uniform_group(members, recipe) for members in groups))
 
 
 def group_projections(
@@ -103,22 +111,163 @@ def group_projections(
     return [tuple(members) for members in groups.values()]
 
 
-def _plan_group(members: tuple[Projection, ...], recipe: Recipe) -> Group:
-    d1, d2s = members[0].d1, [member.d2 for member in members]
-    layout = find_solver(recipe.solver).layout
-    try:
-        if layout == "low-rank":
-            r = budget.rank_for_ratio(recipe.ratio, d1, d2s)
-            return Group(members, layout, r, 0, budget.DENSE_BITS, budget.low_rank_bytes(d1, d2s, r))
-        bits = recipe.stored_value_bits
-        k, s = budget.size_for_ratio(recipe.ratio, d1, d2s, recipe.rho, bits, recipe.accounting)
-        return Group(members, layout, k, s, bits, budget.sparse_bytes(d1, d2s, k, s, bits))
-    except UserError as error:
+def _uniform_group(members: tuple[Projection, ...], recipe: Recipe) -> Group:
+    group = size_group(members, recipe.ratio, recipe.uniform_rho, recipe)
+    if group is None:
         kinds = dict.fromkeys(member.kind for member in members)
-        exclude = " ".join(f"--exclude '*.{kind}'" for kind in kinds)
+        d1, d2 = members[0].d1, sum(member.d2 for member in members)
         raise UserError(
-            f"{members[0].name}: {error}. Leave {'it' if len(kinds) == 1 else 'them'} dense with {exclude}"
-        ) from None
+            f"{members[0].name}: a projection of {d1} x {d2} is too small for ratio {recipe.ratio:g}: not one atom "
+            f"fits. Leave {'it' if len(kinds) == 1 else 'them'} dense with "
+            + " ".join(f"--exclude '*.{kind}'" for kind in kinds)
+        )
+    return group
+
+
+def size_group(members: tuple[Projection, ...], ratio: float, rho: float, recipe: Recipe) -> Group | None:
+    """The largest group of the recipe's layout and accounting at a ratio; None where not even one atom fits."""
+    d1, d2s = members[0].d1, [member.d2 for member in members]
+    d2, allowed = sum(d2s), budget.byte_budget(ratio, d1, d2s)
+    solver, bits = find_solver(recipe.solver), recipe.stored_value_bits
+    if solver.layout == "low-rank":
+        r = budget.exact_rank(allowed, d1, d2s)
+        return Group(members, "low-rank", r, 0, budget.DENSE_BITS, budget.low_rank_bytes(d1, d2s, r)) if r else None
+    if recipe.accounting == "exact" and solver.free_support:
+        k, nonzeros = budget.free_size(allowed, d1, d2s, rho, bits)
+        parts = budget.free_bytes(d1, d2s, k, nonzeros, bits)
+        return Group(members, "sparse-dictionary", k, nonzeros, bits, parts) if k else None
+    if recipe.accounting == "eq10":
+        k, s = budget.eq10_size(ratio, d1, d2, rho)
+    elif recipe.accounting == "eq11":
+        k, s = budget.eq11_size(ratio, d1, d2, rho)
+    else:
+        k, s = budget.exact_size(allowed, d1, d2s, rho, bits)
+    if min(k, s) < 1:
+        return None
+    return Group(members, "sparse-dictionary", k, s * d2, bits, budget.sparse_bytes(d1, d2s, k, s, bits))
+
+
+def dense_group(members: tuple[Projection, ...]) -> Group:
+    """A group that stays as it is."""
+    nbytes = budget.dense_bytes(members[0].d1, sum(member.d2 for member in members))
+    return Group(members, "dense", 0, 0, budget.DENSE_BITS, Parts(0, 0, nbytes))
+
+
+def fill_up(group: Group, nbytes: int) -> Group:
+    """The same group with as many more nonzeros as up to `nbytes` more bytes allow, for a free support."""
+    d2 = sum(group.d2s)
+    most = (group.parts.values + nbytes) * 8 // group.value_bits // budget.VALUE_UNIT * budget.VALUE_UNIT
+    nonzeros = max(group.nonzeros, min(most, group.k * d2 // budget.VALUE_UNIT * budget.VALUE_UNIT))
+    parts = budget.free_bytes(group.d1, group.d2s, group.k, nonzeros, group.value_bits)
+    return replace(group, nonzeros=nonzeros, parts=parts)
+
+
+PLAN_FIELDS = ("members", "layout", "k", "nonzeros", "value_bits", "bytes")
+
+
+def write_plan(plan: Plan, recipe: Recipe, path: Path) -> None:
+    """Save a plan, with the recipe that it belongs to, as JSON; beside its name first, then renamed."""
+    groups = [
+        {
+            "members": [member.name for member in group.members],
+            "layout": group.layout,
+            "k": group.k,
+            "nonzeros": group.nonzeros,
+            "value_bits": group.value_bits,
+            "bytes": group.parts.total,
+        }
+        for group in plan.groups
+    ]
+    content = {"cospadi_plan": 1, "recipe": recipe.model_dump(mode="json"), "bytes": plan.bytes, "groups": groups}
+    staging = path.with_name(path.name + ".tmp")
+    try:
+        staging.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        staging.replace(path)
+    except OSError as error:
+        raise UserError(f"plan {path} cannot be written: {error.strerror}") from None
+
+
+def read_plan_recipe(path: Path) -> Recipe:
+    """The recipe that a saved plan belongs to.
+
+    Raises:
+        UserError: a missing or malformed file.
+    """
+    return Recipe.build(_read_json(path)["recipe"])
+
+
+def read_plan(path: Path, selected: Sequence[Projection]) -> Plan:
+    """A saved plan, for a model with these selected projections.
+
+    Raises:
+        UserError: a missing or malformed file, or one made for another model or selection.
+    """
+    by_name = {projection.name: projection for projection in selected}
+    groups = []
+    for entry in _read_json(path)["groups"]:
+        unknown = [name for name in entry["members"] if name not in by_name]
+        if unknown:
+            raise UserError(f"plan {path} names {unknown[0]}, which is not among the model's selected projections")
+        group = _stored_group(tuple(by_name[name] for name in entry["members"]), entry)
+        if group is None or group.parts.total != entry["bytes"]:
+            raise UserError(
+                f"plan {path}: the bytes of {entry['members'][0]} do not follow from its sizes. Make the plan again"
+            )
+        groups.append(group)
+    plan = Plan(tuple(groups))
+    check_plan(plan, selected)
+    return plan
+
+
+def check_plan(plan: Plan, selected: Sequence[Projection]) -> None:
+    """Raise UserError unless a plan covers the selected projections, each once."""
+    planned = [member.name for group in plan.groups for member in group.members]
+    missing = [projection.name for projection in selected if projection.name not in planned]
+    if missing or len(planned) != len(selected):
+        raise UserError(f"the plan is for another model or selection: {(missing or planned)[0]} is not in both")
+
+
+def _stored_group(members: tuple[Projection, ...], entry: dict[str, Any]) -> Group | None:
+    """A group from its entry; None where the sizes are impossible."""
+    d1, d2s = members[0].d1, [member.d2 for member in members]
+    layout, k, nonzeros, bits = entry["layout"], entry["k"], entry["nonzeros"], entry["value_bits"]
+    if layout == "dense":
+        return dense_group(members)
+    if any(member.d1 != d1 for member in members) or k < 1 or not 0 <= nonzeros <= k * sum(d2s):
+        return None
+    if layout == "low-rank":
+        return Group(members, layout, k, 0, bits, budget.low_rank_bytes(d1, d2s, k))
+    s, rest = divmod(nonzeros, sum(d2s))
+    exact = budget.sparse_bytes(d1, d2s, k, s, bits) if rest == 0 else None
+    if exact is None or exact.total != entry["bytes"]:  # else every column has s, and each member pads its own bytes
+        exact = budget.free_bytes(d1, d2s, k, nonzeros, bits)
+    return Group(members, "sparse-dictionary", k, nonzeros, bits, exact)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"plan {path} does not exist. Make it with cospadi plan MODEL --measure FILE") from None
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise UserError(f"plan {path} cannot be read: {' '.join(str(error).split())}") from None
+    groups = content.get("groups") if isinstance(content, dict) and content.get("cospadi_plan") == 1 else None
+    if not isinstance(groups, list) or not isinstance(content.get("recipe"), dict) or not all(map(_complete, groups)):
+        raise UserError(f"{path} is not a plan that cospadi plan --measure wrote")
+    found: dict[str, Any] = content
+    return found
+
+
+def _complete(entry: object) -> bool:
+    """Whether a group's entry has every field, of the right type."""
+    return (
+        isinstance(entry, dict)
+        and set(entry) == set(PLAN_FIELDS)
+        and isinstance(entry["members"], list)
+        and len(entry["members"]) > 0
+        and entry["layout"] in ("sparse-dictionary", "low-rank", "dense")
+        and all(type(entry[name]) is int for name in ("k", "nonzeros", "value_bits", "bytes"))
+    )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ class Recipe(BaseModel):
 
     ratio: float = Field(0.2, gt=0, lt=1, description="share of the selected projections' bytes to remove")
     solver: str = Field(
-        "ksvd", description="ksvd (the paper's), procrustes (COMPOT), eigen (ROCKET), svd-llm or svd (low-rank)"
+        "mod-htp",
+        description="mod-htp (ours), ksvd (the paper's), procrustes (COMPOT), eigen (ROCKET); svd-llm, svd (low-rank)",
     )
     accounting: Literal["exact", "eq10", "eq11"] = Field(
         "exact", description="exact: real bytes; eq10, eq11: the paper's own k and s"
@@ -26,10 +27,25 @@ class Recipe(BaseModel):
     value_bits: Literal[14, 16] | None = Field(
         None, description="bits a stored coefficient: 16 is bf16 (default 14; 16 with eq10)"
     )
-    rho: float = Field(2.0, ge=1, allow_inf_nan=False, description="k / s")
+    rho: float | None = Field(
+        None,
+        ge=1,
+        allow_inf_nan=False,
+        description="k / s (default: chosen with the budgets; 2 where they are uniform)",
+    )
+    allocate: Literal["fisher", "output", "uniform"] | None = Field(
+        None,
+        description="how the byte budget is spread: by what an error costs in the loss (fisher) or in the projection's "
+        "output, or the same ratio everywhere (default: fisher; uniform without calibration and with eq10, eq11)",
+    )
+    weight_columns: Literal["fisher", "none"] | None = Field(
+        None,
+        description="weigh the outputs of a projection by what they cost in the loss (default: fisher if calibrated)",
+    )
+    fisher_sequences: int = Field(32, ge=1, description="calibration sequences from which those costs are estimated")
 
     update: Literal["power", "pca", "mod"] = Field("power", description="dictionary update of ksvd")
-    iterations: int = Field(60, ge=1, description="alternations T of ksvd and procrustes")
+    iterations: int = Field(60, ge=1, description="alternations T of mod-htp, ksvd and procrustes")
     tolerance: float = Field(0.0, ge=0, lt=1, description="stop once an iteration gains less than this; 0: never")
     seed: int = Field(42, ge=0, lt=2**63, description="of the initial dictionary and the choice of calibration text")
     share: str = Field(
@@ -76,10 +92,16 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.accounting == "eq11" and self.rho != 2:
+        if self.accounting == "eq11" and self.uniform_rho != 2:
             raise ValueError(
                 "accounting eq11 holds only at rho 2, where the dropped value bits pay for the mask; "
                 f"rho is {self.rho:g}. Use accounting exact"
+            )
+        if self.accounting != "exact" and self.allocate in ("fisher", "output"):
+            raise ValueError(f"allocate {self.allocate} spreads real bytes. Use accounting exact, or allocate uniform")
+        if self.data_free and (self.allocate in ("fisher", "output") or self.weight_columns == "fisher"):
+            raise ValueError(
+                "data_free leaves no text to allocate or weigh by. Use allocate uniform, weight_columns none"
             )
         if self.accounting == "eq11" and self.value_bits == 16:
             raise ValueError("accounting eq11 means 14-bit values. Leave value_bits out, or use accounting eq10")
@@ -91,6 +113,11 @@ class Recipe(BaseModel):
     def stored_value_bits(self) -> int:
         """Bits a stored coefficient really has."""
         return self.value_bits or (16 if self.accounting == "eq10" else 14)
+
+    @property
+    def uniform_rho(self) -> float:
+        """k / s where it is not chosen group by group: the paper's 2, unless one was asked for."""
+        return 2.0 if self.rho is None else self.rho
 
     @property
     def shares_input(self) -> bool:

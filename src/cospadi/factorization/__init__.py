@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from cospadi.errors import UserError
 from cospadi.factorization.eigen import eigen
 from cospadi.factorization.ksvd import ksvd
+from cospadi.factorization.mod_htp import mod_htp
 from cospadi.factorization.problem import Factorization, Problem, SolverOptions
 from cospadi.factorization.procrustes import procrustes
 from cospadi.factorization.svd import truncated_svd
@@ -24,14 +25,17 @@ class Solver:
         solve: the function; k is the rank and s is ignored for the low-rank layout.
         layout: how its result is stored.
         whitened: whether it minimises the calibrated error; False means L = I whatever the recipe says.
+        free_support: whether it spreads s d2 nonzeros over the whole matrix, s any number; else a column gets s.
     """
 
-    solve: Callable[[Problem, int, int, SolverOptions], Factorization]
+    solve: Callable[[Problem, int, Any, SolverOptions], Factorization]
     layout: Literal["sparse-dictionary", "low-rank"]
     whitened: bool = True
+    free_support: bool = False
 
 
 SOLVERS: dict[str, Solver] = {
+    "mod-htp": Solver(mod_htp, "sparse-dictionary", free_support=True),
     "ksvd": Solver(ksvd, "sparse-dictionary"),
     "procrustes": Solver(procrustes, "sparse-dictionary"),
     "eigen": Solver(eigen, "sparse-dictionary"),

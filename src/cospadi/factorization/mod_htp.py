@@ -42,17 +42,18 @@ TINY = torch.finfo(torch.float32).tiny
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
-def mod_htp(problem: Problem, k: int, nonzeros: int, options: SolverOptions) -> Factorization:
-    """min ||A - D S||_F over D (d1, k) and S (k, d2) with `nonzeros` nonzeros in all; the best pair seen.
+def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Factorization:
+    """min ||A - D S||_F over D (d1, k) and S (k, d2) with s d2 nonzeros anywhere in S; the best pair seen.
 
     Deterministic without a seed. k may exceed d1 and d2. Memory: A, and three matrices of the size of S.
-    Of several members each gets a multiple of four nonzeros where `nonzeros` is one, so that 14-bit values fill bytes.
+    Of several members each gets a multiple of four nonzeros where s d2 is one, so that 14-bit values fill bytes.
     `options.start` replaces the truncated SVD; the schedule then begins at its number of nonzeros.
     """
     scale = problem.target.abs().max().clamp(min=TINY)
     columns = (problem.target.T / scale).contiguous()  # a column of A a row: (d2, d1)
     norm = float(torch.linalg.vector_norm(columns, dtype=torch.float64))
     d2, d1 = columns.shape
+    nonzeros = round(s * d2)
     atoms, codes = _start(problem.target / scale, k) if options.start is None else _given(options.start, scale)
     dense = d2 * min(k, d1) if options.start is None else max(nonzeros, int(codes.count_nonzero()))
     rows = max(1, BLOCK_ENTRIES[columns.device.type] // max(k, d1))
@@ -261,7 +262,8 @@ def _blocks(span: slice, rows: int) -> list[slice]:
 
 
 def _unit_rows(matrix: Tensor) -> Tensor:
-    return matrix / torch.linalg.vector_norm(matrix, dim=1, keepdim=True).clamp(min=TINY)
+    unit: Tensor = matrix / torch.linalg.vector_norm(matrix, dim=1, keepdim=True).clamp(min=TINY)
+    return unit
 
 
 def _self_product(codes: Tensor) -> Tensor:
