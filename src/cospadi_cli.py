@@ -42,12 +42,24 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 # Recipe fields as flags. None means: as the recipe file says, or its default.
 RecipeFile = Annotated[Path | None, typer.Option(metavar="FILE", help="YAML recipe; flags override its fields")]
 Ratio = Annotated[float | None, typer.Option(help="share of the projections' bytes to remove  [default: 0.2]")]
-SolverFlag = Annotated[str | None, typer.Option(help="ksvd, procrustes, eigen, svd-llm or svd  [default: ksvd]")]
+SolverFlag = Annotated[
+    str | None, typer.Option(help="mod-htp, ksvd, procrustes, eigen, svd-llm or svd  [default: mod-htp]")
+]
 Accounting = Annotated[str | None, typer.Option(help="exact, eq10 or eq11  [default: exact]")]
 ValueBits = Annotated[int | None, typer.Option(help="bits a stored coefficient, 14 or 16  [default: 14]")]
-Rho = Annotated[float | None, typer.Option(help="k / s  [default: 2]")]
-Update = Annotated[str | None, typer.Option(help="dictionary update: power, pca or mod  [default: power]")]
-Iterations = Annotated[int | None, typer.Option(help="alternations T of ksvd and procrustes  [default: 60]")]
+Rho = Annotated[float | None, typer.Option(help="k / s  [default: chosen with the budgets; 2 where they are uniform]")]
+Allocate = Annotated[
+    str | None,
+    typer.Option(help="spread the bytes by fisher, output or uniform  [default: fisher; uniform without calibration]"),
+]
+WeightColumns = Annotated[
+    str | None, typer.Option(help="weigh each output in the solver: fisher or none  [default: fisher if calibrated]")
+]
+FisherSequences = Annotated[
+    int | None, typer.Option(help="calibration sequences that fisher is estimated on  [default: 32]")
+]
+Update = Annotated[str | None, typer.Option(help="dictionary update of ksvd: power, pca or mod  [default: power]")]
+Iterations = Annotated[int | None, typer.Option(help="alternations T of mod-htp, ksvd, procrustes  [default: 60]")]
 Tolerance = Annotated[float | None, typer.Option(help="stop when an iteration gains less than this fraction")]
 Seed = Annotated[int | None, typer.Option(help="[default: 42]")]
 Share = Annotated[
@@ -78,12 +90,18 @@ def compress(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="folder to write")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is in the output folder")] = False,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="sizes and recipe that `cospadi plan --measure` saved")
+    ] = None,
     recipe: RecipeFile = None,
     ratio: Ratio = None,
     solver: SolverFlag = None,
     accounting: Accounting = None,
     value_bits: ValueBits = None,
     rho: Rho = None,
+    allocate: Allocate = None,
+    weight_columns: WeightColumns = None,
+    fisher_sequences: FisherSequences = None,
     update: Update = None,
     iterations: Iterations = None,
     tolerance: Tolerance = None,
@@ -115,37 +133,76 @@ def compress(
         from cospadi.compress import compress as run
 
         with stages.shown():
-            result = run(model, built, output, overwrite=overwrite, stages=stages)
+            result = run(model, built, output, plan=plan, overwrite=overwrite, stages=stages)
     _show(report.compressed_json(result, built), as_json, report.compressed_table(result, built))
 
 
 @app.command()
 def plan(
     model: Model,
+    measure: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="calibrate, choose each group's size, save them for `compress --plan FILE`"),
+    ] = None,
     recipe: RecipeFile = None,
     ratio: Ratio = None,
     solver: SolverFlag = None,
     accounting: Accounting = None,
     value_bits: ValueBits = None,
     rho: Rho = None,
+    allocate: Allocate = None,
+    weight_columns: WeightColumns = None,
+    fisher_sequences: FisherSequences = None,
+    update: Update = None,
+    iterations: Iterations = None,
+    tolerance: Tolerance = None,
+    seed: Seed = None,
     share: Share = None,
+    data_free: DataFree = None,
+    damping: Damping = None,
     include: Include = None,
     exclude: Exclude = None,
     target: Target = None,
+    calibration: Calibration = None,
+    calibration_config: CalibrationConfig = None,
+    calibration_split: CalibrationSplit = None,
+    calibration_field: CalibrationField = None,
+    sequences: Sequences = None,
+    length: Length = None,
+    batch_size: BatchSize = None,
+    device: RecipeDevice = None,
     revision: Revision = None,
     as_json: Json = False,
+    progress: Progress = "auto",
 ) -> None:
-    """Show what `compress` would do, from the model's config and headers alone."""
-    built = _recipe(dict(locals()))
-    _talk("off")
-    from cospadi import report
-    from cospadi.plan import outlook
+    """Show what `compress` would do: from the model's config and headers alone, or measured."""
+    flags = dict(locals())
+    with _if_stopped(f"No plan was written to {measure}." if measure else "Nothing was written."):
+        built = _recipe(flags)
+        stages = _talk(progress if measure else "off")
+        from cospadi import report
+        from cospadi.compress import allocation_of, measure_plan
+        from cospadi.plan import check_plan_file, outlook, write_plan
 
-    found = outlook(model, built)
+        measured = None
+        if measure:
+            check_plan_file(measure)
+            with stages.shown():
+                measured = measure_plan(model, built, stages=stages)
+            write_plan(measured, built, measure)
+        found = outlook(model, built, measured)
     notes = [f"Whole checkpoint: {report.megabytes(found.before)} before, {report.megabytes(found.after)} after."]
     if found.experts:
         notes.append(f"Left dense, experts that are not nn.Linear: {found.experts}")
-    data = report.plan_json(found.plan, built, found.before, found.after)
+    if measure:
+        notes.append(f"Saved to {measure}: cospadi compress {model} --plan {measure} --output DIR")
+    final = measured is not None or allocation_of(built) == "uniform"
+    if not final:
+        notes.append(
+            f"This is the uniform budget. Under --allocate {allocation_of(built)} only the groups and the total are "
+            "final: what each group gets is measured with calibration text, which --measure FILE does."
+        )
+    data = report.plan_json(found.plan, built, found.before, found.after, final)
     _show(data, as_json, report.plan_table(found.plan), *notes)
 
 
@@ -179,7 +236,7 @@ def inspect(folder: Folder, as_json: Json = False) -> None:
     _talk("off")
     from cospadi import checkpoint, report
 
-    data = report.inspect_json(*checkpoint.read_checkpoint(folder), checkpoint.tensor_sizes(folder))
+    data = report.inspect_json(*checkpoint.read_checkpoint(folder), checkpoint.stored_tensors(folder))
     _show(data, as_json, report.inspect_table(data), f"Whole checkpoint: {report.megabytes(data['checkpoint_bytes'])}.")
 
 
@@ -268,14 +325,22 @@ def _fail(message: str, code: int) -> None:
 
 
 def _recipe(flags: dict[str, Any]) -> Any:
-    """A Recipe from the flags that were given, over the recipe file."""
+    """A Recipe from the flags that were given, over the recipe file or the saved plan."""
+    from cospadi.errors import UserError
+    from cospadi.plan import read_plan_recipe
     from cospadi.recipe import Recipe
 
     given = {name: flags[name] for name in Recipe.model_fields if flags.get(name) is not None}
     for name in ("include", "exclude"):
         if name in given:
             given[name] = tuple(given[name])
-    return Recipe.build(flags.get("recipe"), **given)
+    if flags.get("plan") is None:
+        return Recipe.build(flags["recipe"], **given)
+    if flags["recipe"] is not None:
+        raise UserError(
+            f"--recipe would change the plan that {flags['plan']} holds, which has its recipe. Leave it out"
+        )
+    return read_plan_recipe(flags["plan"], **given)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ Importing this package registers its checkpoint format with transformers, so tha
 """
 
 from cospadi.__about__ import __version__
-from cospadi.compress import Compressed, compress
+from cospadi.compress import Compressed, compress, measure_plan
 from cospadi.errors import CheckpointError, UserError
 from cospadi.linear import LowRankLinear, SparseDictionaryLinear
 from cospadi.recipe import Recipe
@@ -21,4 +21,5 @@ __all__ = [
     "__version__",
     "compress",
     "load",
+    "measure_plan",
 ]

@@ -17,6 +17,7 @@ def model_card(plan: Plan, manifest: dict[str, Any]) -> str:
         if calibration
         else "none (data-free)"
     )
+    left = f"| projections left dense by the budget | {len(plan.left_dense)} |\n" if plan.left_dense else ""
     return f"""---
 library_name: transformers
 tags: [cospadi, compressed, sparse-dictionary]
@@ -43,7 +44,7 @@ low-rank factors, by CoSpaDi (arXiv 2509.22075).
 | | |
 |---|---|
 | solver | {recipe["solver"]} |
-| projections, dense at 16 bits | {plan.dense_bytes / 1e6:.2f} MB |
+{left}| projections, dense at 16 bits | {plan.dense_bytes / 1e6:.2f} MB |
 | projections, compressed | {plan.bytes / 1e6:.2f} MB |
 | ratio asked / reached | {recipe["ratio"]:.4f} / {plan.ratio:.4f} |
 | mean relative error, whitened | {sum(errors) / len(errors):.4f} |

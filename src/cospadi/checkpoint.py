@@ -16,10 +16,10 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 
 from cospadi import budget, packing
@@ -92,6 +92,7 @@ class Manifest(BaseModel):
 
     format_version: int
     projections: dict[str, dict[str, Any]] = {}
+    dense: dict[str, StrictInt] = {}
     files: dict[str, FileRecord] = {}
 
 
@@ -206,12 +207,26 @@ def tensor_index(path: Path) -> dict[str, dict[str, Any]]:
     return dict(sorted(header.items()))
 
 
-def tensor_sizes(folder: Path) -> dict[str, int]:
-    """Tensor name -> bytes, of all safetensors files in a folder, by their headers."""
+class StoredTensor(NamedTuple):
+    """What a safetensors header says of one tensor."""
+
+    shape: list[int]
+    nbytes: int
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Tensor name -> shape and bytes, of all safetensors files in a folder, by their headers."""
     indices = (tensor_index(path) for path in weight_files(folder))
     return {
-        name: entry["data_offsets"][1] - entry["data_offsets"][0] for index in indices for name, entry in index.items()
+        name: StoredTensor(entry["shape"], entry["data_offsets"][1] - entry["data_offsets"][0])
+        for index in indices
+        for name, entry in index.items()
     }
+
+
+def tensor_sizes(folder: Path) -> dict[str, int]:
+    """Tensor name -> bytes, of all safetensors files in a folder, by their headers."""
+    return {name: tensor.nbytes for name, tensor in stored_tensors(folder).items()}
 
 
 def tensor_bytes(folder: Path) -> int:
@@ -329,6 +344,14 @@ def read_manifest(folder: Path, projections: Mapping[str, StoredProjection]) -> 
         raise CheckpointError(f"{path}: {_first_problem(error)}") from None
     if set(manifest.projections) != set(projections):
         raise CheckpointError(f"{path} lists other projections than config.json: it belongs to another checkpoint")
+    if manifest.dense:
+        tensors = stored_tensors(folder)
+        for name, nbytes in manifest.dense.items():
+            weight = tensors.get(f"{name}.weight")
+            if weight is None or len(weight.shape) != 2 or nbytes != budget.dense_bytes(*weight.shape):
+                raise CheckpointError(
+                    f"{path} counts {nbytes} bytes for the dense projection {name}, which the checkpoint does not hold"
+                )
     sizes = {file.name: file.stat().st_size for file in all_safetensors(folder)}
     for name, entry in manifest.files.items():
         if name not in sizes:

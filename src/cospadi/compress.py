@@ -28,7 +28,17 @@ from cospadi.evaluate import mean_loss
 from cospadi.factorization import Factorization, Problem, SolverOptions, find_solver
 from cospadi.factorization.problem import relative_error
 from cospadi.integrations.transformers import mark_compressed, quantizer_of, swap_in_layers
-from cospadi.plan import Group, Plan, check_plan, dense_group, fill_up, make_plan, read_plan, size_group
+from cospadi.plan import (
+    Group,
+    Plan,
+    check_plan,
+    dense_group,
+    fill_up,
+    make_plan,
+    read_plan,
+    read_plan_recipe,
+    size_group,
+)
 from cospadi.progress import Stage, Stages
 from cospadi.projections import (
     Projection,
@@ -58,6 +68,9 @@ RHOS = (1.5, 2.2, 3.2, 4.8)
 
 SPANS = (0.0, 0.1, 0.2, 1.0)
 """How far from the asked ratio a group's own may lie: one allocation each, of which the loss on text chooses."""
+
+
+NOTHING_COMPRESSED = "the plan leaves every projection dense: nothing to compress. Ask for a higher --ratio"
 
 
 @dataclass
@@ -138,7 +151,8 @@ def compress(
             for which the recipe's device and revision mean nothing).
         recipe: a Recipe, a YAML file, or a mapping of its fields.
         output: folder to write the checkpoint to; None leaves the result in memory.
-        plan: groups and their sizes from `measure_plan`, or the file they were saved to; None measures them here.
+        plan: groups and their sizes from `measure_plan`, or the file they were saved to, whose recipe is followed
+            where `recipe` is None; None measures them here.
         tokenizer: needed with a loaded model, unless the recipe is data-free.
         overwrite: replace an output folder that is not empty.
         stages: where to show progress.
@@ -146,54 +160,33 @@ def compress(
     Raises:
         UserError: a request that cannot be met; nothing was written.
     """
+    if recipe is None and isinstance(plan, (str, Path)):
+        recipe = read_plan_recipe(Path(plan))
     recipe = Recipe.build(recipe)
-    calibrated = needs_text(recipe)
     stages = stages or Stages()
     target = Path(output) if output is not None else None
     if target is not None:
         checkpoint.check_output(target, overwrite)
-    device = source.pick_device(recipe.device)
-
-    folder: Path | None = None
-    hub_name: str | None = None
-    if not isinstance(model, nn.Module):
-        hub_name = None if Path(model).exists() else str(model)
-        with stages.stage("load", 1):
-            folder = source.resolve(model, recipe.revision)
-            source.load_config(folder)  # refuses what cannot be compressed before any weight is read
-            model = source.load_model(folder, device)
-            if calibrated and tokenizer is None:
-                tokenizer = source.load_tokenizer(folder)
-    elif getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None):
-        raise UserError("the model is already compressed or quantized. Compress the original model instead")
-    if len({parameter.device for parameter in model.parameters()}) > 1:
-        raise UserError("the model is spread over several devices. Load it on one to compress it")
-    model.eval()
+    prepared = prepare(model, recipe, tokenizer, stages)
+    job, uniform, folder = prepared.job, prepared.uniform, prepared.folder
     before = checkpoint.tensor_bytes(folder) if folder else None
-    selected = select(find_projections(model), recipe.include, recipe.exclude, recipe.target)
-    if experts := dense_experts(model):
-        log.warning("experts that are not nn.Linear stay dense: %s", kinds_of(experts))
-    job = Job(model, recipe, shared_inputs(model, selected), None, stages)
-    uniform = make_plan(selected, recipe, job.owner)
     if isinstance(plan, (str, Path)):
-        plan = read_plan(Path(plan), selected)
-    elif plan is not None:
-        check_plan(plan, selected)
+        plan = read_plan(Path(plan), uniform.projections)
+    if plan is not None:
+        check_plan(plan, uniform.projections, recipe)
     if target is not None:
-        check_space(model, plan or uniform, target)
-    origin = {"model": hub_name, "weights_sha256": checkpoint.weights_digest(folder) if folder else None}
-    if calibrated:
-        if tokenizer is None:
-            raise UserError("calibration needs the model's tokenizer: pass tokenizer=, or make the recipe data_free")
-        with stages.stage("text", 1):
-            job.sequences = token_sequences(tokenizer, recipe, source.positions(model))
+        check_space(job.model, plan or uniform, target)
+    origin = {"model": prepared.hub_name, "weights_sha256": checkpoint.weights_digest(folder) if folder else None}
+    prepared.read_text()
 
-    fisher = estimate_fisher(job, uniform)
+    fisher = estimate_fisher(job, uniform) if plan is None or weighs_columns(recipe) else None
     if plan is None:
         plan = allocate(job, uniform, fisher)
-    compressed = [group for group in plan.groups if group.layout != "dense"]
+        if target is not None:
+            check_space(job.model, plan, target)
+    compressed = plan.compressed
     if not compressed:
-        raise UserError("the plan leaves every projection dense: nothing to compress. Ask for a higher --ratio")
+        raise UserError(NOTHING_COMPRESSED)
 
     packed: list[Packed] = []
     for groups, metrics in walk(job, compressed):
@@ -202,17 +195,97 @@ def compress(
             for group in groups:
                 packed.append(factorize(job, group, metrics[job.inputs(group)], fisher, progress))
 
-    load_factors(model, packed)
+    load_factors(job.model, packed)
     manifest = describe(recipe, origin, job.sequences, plan, packed)
-    quantizer_of(model).manifest = manifest
+    quantizer_of(job.model).manifest = manifest
     after = None
     if target is not None:
         log.info("writing %s", target)
-        with stages.stage("write", _written_bytes(model)) as progress:
-            manifest = write(model, target, manifest, plan, folder, tokenizer, progress)
+        with stages.stage("write", _written_bytes(job.model)) as progress:
+            manifest = write(job.model, target, manifest, plan, folder, prepared.tokenizer, progress)
             after = checkpoint.tensor_bytes(target)
     errors = {name: error for item in packed for name, error in item.errors.items()}
-    return Compressed(model, plan, manifest, errors, before, after, stages.seconds)
+    return Compressed(job.model, plan, manifest, errors, before, after, stages.seconds)
+
+
+def measure_plan(
+    model: str | Path | nn.Module,
+    recipe: Recipe | Path | str | dict[str, Any] | None = None,
+    *,
+    tokenizer: Any = None,
+    stages: Stages | None = None,
+) -> Plan:
+    """The plan that `compress` would follow: calibrates, and spreads the bytes, but compresses nothing.
+
+    Args: as of `compress`; a loaded model is left as it was.
+
+    Raises:
+        UserError: a request that cannot be met.
+    """
+    prepared = prepare(model, Recipe.build(recipe), tokenizer, stages or Stages())
+    prepared.read_text()
+    job, uniform = prepared.job, prepared.uniform
+    plan = allocate(job, uniform, estimate_fisher(job, uniform) if allocation_of(job.recipe) != "uniform" else None)
+    if not plan.compressed:
+        raise UserError(NOTHING_COMPRESSED)
+    return plan
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that is ready to be calibrated.
+
+    Attributes:
+        job: without its calibration tokens, until `read_text`.
+        uniform: the plan that gives every group the recipe's ratio.
+        tokenizer: the model's, or None.
+        folder: where the model was read from; None for one that came loaded.
+        hub_name: where the folder came from, or None.
+    """
+
+    job: Job
+    uniform: Plan
+    tokenizer: Any
+    folder: Path | None
+    hub_name: str | None
+
+    def read_text(self) -> None:
+        """Read the calibration text, if the recipe needs one."""
+        if not needs_text(self.job.recipe):
+            return
+        if self.tokenizer is None:
+            raise UserError("calibration needs the model's tokenizer: pass tokenizer=, or make the recipe data_free")
+        with self.job.stages.stage("text", 1):
+            self.job.sequences = token_sequences(self.tokenizer, self.job.recipe, source.positions(self.job.model))
+
+
+def prepare(model: str | Path | nn.Module, recipe: Recipe, tokenizer: Any, stages: Stages) -> Prepared:
+    """Load a model, unless it is loaded, select its projections and plan them at a uniform ratio.
+
+    Raises:
+        UserError: a model that cannot be compressed, a selection or a ratio that cannot be met.
+    """
+    device = source.pick_device(recipe.device)
+    folder: Path | None = None
+    hub_name: str | None = None
+    if not isinstance(model, nn.Module):
+        hub_name = None if Path(model).exists() else str(model)
+        with stages.stage("load", 1):
+            folder = source.resolve(model, recipe.revision)
+            source.load_config(folder)  # refuses what cannot be compressed before any weight is read
+            model = source.load_model(folder, device)
+            if needs_text(recipe) and tokenizer is None:
+                tokenizer = source.load_tokenizer(folder)
+    elif getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None):
+        raise UserError("the model is already compressed or quantized. Compress the original model instead")
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        raise UserError("the model is spread over several devices. Load it on one to compress it")
+    model.eval()
+    selected = select(find_projections(model), recipe.include, recipe.exclude, recipe.target)
+    if experts := dense_experts(model):
+        log.warning("experts that are not nn.Linear stay dense: %s", kinds_of(experts))
+    job = Job(model, recipe, shared_inputs(model, selected), None, stages)
+    return Prepared(job, make_plan(selected, recipe, job.owner), tokenizer, folder, hub_name)
 
 
 def describe(
@@ -225,8 +298,7 @@ def describe(
         "recipe": recipe.model_dump(mode="json") | {"calibration": _source_name(recipe)},
         "projections": {},
     }
-    left = [member for group in plan.groups if group.layout == "dense" for member in group.members]
-    if left:
+    if left := plan.left_dense:
         manifest["dense"] = {member.name: dense_bytes(member.d1, member.d2) for member in left}
     if sequences is not None:
         digest = hashlib.sha256(sequences.numpy().tobytes()).hexdigest()
@@ -244,8 +316,9 @@ def describe(
 
 def check_space(model: nn.Module, plan: Plan, output: Path) -> None:
     """Refuse a disk that will be too full, before any work is done."""
-    replaced = [_weight(model, member) for group in plan.groups for member in group.members]
-    needed = sum(map(_nbytes, model.parameters())) - sum(map(_nbytes, replaced)) + plan.bytes
+    replaced = [_weight(model, member) for group in plan.compressed for member in group.members]
+    needed = sum(map(_nbytes, model.parameters())) - sum(map(_nbytes, replaced))
+    needed += sum(group.parts.total for group in plan.compressed)
     free = shutil.disk_usage(checkpoint.nearest_folder(output)).free
     if needed > free:
         raise UserError(
@@ -396,7 +469,7 @@ def _spread(uniform: Plan, curves: Sequence[Sequence[Option]], budget: int, span
 def quick_weights(job: Job, plan: Plan, fisher: dict[str, Tensor] | None) -> dict[str, Tensor]:
     """The weights (d2, d1) that short solver runs make of a plan's groups, in the model's dtype."""
     weights: dict[str, Tensor] = {}
-    for groups, metrics in walk(job, [group for group in plan.groups if group.layout != "dense"]):
+    for groups, metrics in walk(job, plan.compressed):
         for group in groups:
             metric = metrics[job.inputs(group)]
             solution = solve(job, group, metric, _target(job.model, group, metric), fisher, QUICK_ITERATIONS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,6 +80,21 @@ class Plan:
         """1 - compressed / dense bytes over all selected projections (the paper's CR)."""
         return 1 - self.bytes / self.dense_bytes
 
+    @property
+    def projections(self) -> list[Projection]:
+        """All selected projections."""
+        return [member for group in self.groups for member in group.members]
+
+    @property
+    def compressed(self) -> list[Group]:
+        """The groups that do not stay dense."""
+        return [group for group in self.groups if group.layout != "dense"]
+
+    @property
+    def left_dense(self) -> list[Projection]:
+        """The selected projections that stay dense."""
+        return [member for group in self.groups if group.layout == "dense" for member in group.members]
+
 
 def make_plan(projections: Sequence[Projection], recipe: Recipe, owner: Mapping[str, str]) -> Plan:
     """Uniform budget: every group gets the recipe's ratio.
@@ -144,6 +160,10 @@ def size_group(members: tuple[Projection, ...], ratio: float, rho: float, recipe
         k, s = budget.exact_size(allowed, d1, d2s, rho, bits)
     if min(k, s) < 1:
         return None
+    if solver.free_support:
+        nonzeros = s * d2 // budget.VALUE_UNIT * budget.VALUE_UNIT
+        parts = budget.free_bytes(d1, d2s, k, nonzeros, bits)
+        return Group(members, "sparse-dictionary", k, nonzeros, bits, parts) if nonzeros else None
     return Group(members, "sparse-dictionary", k, s * d2, bits, budget.sparse_bytes(d1, d2s, k, s, bits))
 
 
@@ -185,22 +205,52 @@ def write_plan(plan: Plan, recipe: Recipe, path: Path) -> None:
         staging.replace(path)
     except OSError as error:
         raise UserError(f"plan {path} cannot be written: {error.strerror}") from None
+    finally:
+        staging.unlink(missing_ok=True)
 
 
-def read_plan_recipe(path: Path) -> Recipe:
-    """The recipe that a saved plan belongs to.
+def check_plan_file(path: Path) -> None:
+    """Refuse a name that no plan can be written to, before any work is done."""
+    if path.is_dir():
+        raise UserError(f"plan {path} is a folder. Name a file")
+    if not path.parent.is_dir():
+        raise UserError(f"plan {path} cannot be written: the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"plan {path} cannot be written: no permission in {path.parent}")
+
+
+FIXED_BY_PLAN = (
+    *("ratio", "solver", "accounting", "value_bits", "rho", "allocate", "weight_columns", "share", "data_free"),
+    *("include", "exclude", "target"),
+)
+"""Recipe fields that a plan follows from; the others only say how it is carried out."""
+
+
+def read_plan_recipe(path: Path, **overrides: Any) -> Recipe:
+    """The recipe that a saved plan belongs to, with fields replaced by those of `overrides`.
 
     Raises:
-        UserError: a missing or malformed file.
+        UserError: a missing or malformed file, or an override that would change the plan.
     """
-    return Recipe.build(_read_json(path)["recipe"])
+    for name in FIXED_BY_PLAN:
+        if name in overrides:
+            raise UserError(
+                f"--{name.replace('_', '-')} would change the plan that {path} holds. Leave it out, or make another "
+                "plan with cospadi plan MODEL --measure FILE"
+            )
+    fields = _read_json(path)["recipe"]
+    try:
+        recipe = Recipe.build(fields)
+    except UserError as error:
+        raise UserError(f"plan {path}: {error}") from None
+    return Recipe.build(recipe, **overrides)
 
 
 def read_plan(path: Path, selected: Sequence[Projection]) -> Plan:
     """A saved plan, for a model with these selected projections.
 
     Raises:
-        UserError: a missing or malformed file, or one made for another model or selection.
+        UserError: a missing or malformed file, or one made for another model; `check_plan` tells the rest.
     """
     by_name = {projection.name: projection for projection in selected}
     groups = []
@@ -214,17 +264,20 @@ def read_plan(path: Path, selected: Sequence[Projection]) -> Plan:
                 f"plan {path}: the bytes of {entry['members'][0]} do not follow from its sizes. Make the plan again"
             )
         groups.append(group)
-    plan = Plan(tuple(groups))
-    check_plan(plan, selected)
-    return plan
+    return Plan(tuple(groups))
 
 
-def check_plan(plan: Plan, selected: Sequence[Projection]) -> None:
-    """Raise UserError unless a plan covers the selected projections, each once."""
-    planned = [member.name for group in plan.groups for member in group.members]
+def check_plan(plan: Plan, selected: Sequence[Projection], recipe: Recipe) -> None:
+    """Raise UserError unless a plan covers the selected projections, each once, with what the recipe's solver gives."""
+    planned = [projection.name for projection in plan.projections]
     missing = [projection.name for projection in selected if projection.name not in planned]
     if missing or len(planned) != len(selected):
         raise UserError(f"the plan is for another model or selection: {(missing or planned)[0]} is not in both")
+    solver = find_solver(recipe.solver)
+    for group in plan.compressed:
+        fits = solver.free_support or group.layout == "low-rank" or group.nonzeros % sum(group.d2s) == 0
+        if group.layout != solver.layout or not fits:
+            raise UserError(f"the plan is not for solver {recipe.solver}: {group.members[0].name} does not fit it")
 
 
 def _stored_group(members: tuple[Projection, ...], entry: dict[str, Any]) -> Group | None:
@@ -240,6 +293,8 @@ def _stored_group(members: tuple[Projection, ...], entry: dict[str, Any]) -> Gro
     s, rest = divmod(nonzeros, sum(d2s))
     exact = budget.sparse_bytes(d1, d2s, k, s, bits) if rest == 0 else None
     if exact is None or exact.total != entry["bytes"]:  # else every column has s, and each member pads its own bytes
+        if nonzeros % budget.VALUE_UNIT:
+            return None
         exact = budget.free_bytes(d1, d2s, k, nonzeros, bits)
     return Group(members, "sparse-dictionary", k, nonzeros, bits, exact)
 
@@ -265,8 +320,10 @@ def _complete(entry: object) -> bool:
         and set(entry) == set(PLAN_FIELDS)
         and isinstance(entry["members"], list)
         and len(entry["members"]) > 0
+        and all(isinstance(name, str) for name in entry["members"])
         and entry["layout"] in ("sparse-dictionary", "low-rank", "dense")
         and all(type(entry[name]) is int for name in ("k", "nonzeros", "value_bits", "bytes"))
+        and entry["value_bits"] in (14, 16)
     )
 
 
@@ -286,21 +343,26 @@ class Outlook:
     experts: str
 
 
-def outlook(model: str | Path, recipe: Recipe) -> Outlook:
-    """Plan a model from its config and safetensors headers.
+def outlook(model: str | Path, recipe: Recipe, plan: Plan | None = None) -> Outlook:
+    """Look ahead from a model's config and safetensors headers.
+
+    Args:
+        plan: a measured plan; None takes the one with a uniform budget.
 
     Raises:
         UserError: as `compress` would.
     """
     skeleton = source.load_skeleton(model, recipe.revision)
-    selected = select(find_projections(skeleton.model), recipe.include, recipe.exclude, recipe.target)
-    plan = make_plan(selected, recipe, _owner_without_weights(skeleton.model, selected) if recipe.shares_input else {})
+    if plan is None:
+        selected = select(find_projections(skeleton.model), recipe.include, recipe.exclude, recipe.target)
+        owner = _owner_without_weights(skeleton.model, selected) if recipe.shares_input else {}
+        plan = make_plan(selected, recipe, owner)
     before = after = None
     if skeleton.sizes is not None:
         before = sum(skeleton.sizes.values())
-        removed = [skeleton.sizes.get(f"{projection.name}.weight") for projection in selected]
+        removed = [skeleton.sizes.get(f"{member.name}.weight") for group in plan.compressed for member in group.members]
         if None not in removed:  # else the checkpoint uses other names than the model
-            after = before - sum(size for size in removed if size) + plan.bytes
+            after = before - sum(size for size in removed if size) + sum(group.parts.total for group in plan.compressed)
     return Outlook(plan, before, after, kinds_of(dense_experts(skeleton.model)))
 
 

@@ -10,14 +10,14 @@ from rich import box
 from rich.table import Table
 
 from cospadi.budget import dense_bytes
-from cospadi.checkpoint import StoredProjection
+from cospadi.checkpoint import StoredProjection, StoredTensor
 from cospadi.compress import Compressed
 from cospadi.demo.job import Row
 from cospadi.evaluate import Perplexity
-from cospadi.plan import Plan
+from cospadi.plan import Group, Plan
 from cospadi.recipe import Recipe
 
-SOLVE_STAGES = ("load", "text", "calibrate", "solve", "write")
+SOLVE_STAGES = ("load", "text", "calibrate", "fisher", "allocate", "solve", "write")
 
 
 def megabytes(nbytes: int | None) -> str:
@@ -32,9 +32,12 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def plan_json(plan: Plan, recipe: Recipe, stored_bytes: int | None, left: int | None) -> dict[str, Any]:
-    """The plan for machines; bytes are exact."""
+def plan_json(
+    plan: Plan, recipe: Recipe, stored_bytes: int | None, left: int | None, final: bool = True
+) -> dict[str, Any]:
+    """The plan for machines; bytes are exact. `final`: whether `compress` would follow it as it stands."""
     return {
+        "final": final,
         "ratio_asked": recipe.ratio,
         "ratio_reached": plan.ratio,
         "dense_bytes": plan.dense_bytes,
@@ -62,23 +65,31 @@ def plan_json(plan: Plan, recipe: Recipe, stored_bytes: int | None, left: int | 
 
 
 def plan_table(plan: Plan) -> Table:
-    """A line a group: shape, k, s, bytes before and after."""
-    table = _table("projection", "d1 x d2", "k", "s", "dense bytes", "bytes", "ratio")
+    """A line a group: layout, shape, k, s, bytes before and after."""
+    table = _table("projection", "layout", "d1 x d2", "k", "s", "dense bytes", "bytes", "ratio")
     for group in plan.groups:
         names = group.members[0].name + (f" (+{len(group.members) - 1})" if len(group.members) > 1 else "")
         shape = f"{group.d1} x {'+'.join(map(str, group.d2s))}"
         table.add_row(
             names,
+            group.layout,
             shape,
-            str(group.k),
-            str(group.s) if group.s else "-",
+            str(group.k) if group.k else "-",
+            _nonzeros_a_column(group),
             f"{group.dense_bytes:,}",
             f"{group.parts.total:,}",
             f"{1 - group.parts.total / group.dense_bytes:.4f}",
         )
     table.add_section()
-    table.add_row("all", "", "", "", f"{plan.dense_bytes:,}", f"{plan.bytes:,}", f"{plan.ratio:.4f}")
+    table.add_row("all", "", "", "", "", f"{plan.dense_bytes:,}", f"{plan.bytes:,}", f"{plan.ratio:.4f}")
     return table
+
+
+def _nonzeros_a_column(group: Group) -> str:
+    """s, or the mean with one decimal where columns differ."""
+    if not group.nonzeros:
+        return "-"
+    return f"{group.s:.1f}" if group.nonzeros % sum(group.d2s) else f"{group.s:.0f}"
 
 
 def compressed_json(result: Compressed, recipe: Recipe) -> dict[str, Any]:
@@ -93,6 +104,7 @@ def compressed_json(result: Compressed, recipe: Recipe) -> dict[str, Any]:
         "checkpoint_bytes_after": result.bytes_after,
         "mean_relative_error": sum(errors) / len(errors),
         "relative_errors": result.errors,
+        "left_dense": [projection.name for projection in result.plan.left_dense],
         "seconds": {stage: round(seconds, 3) for stage, seconds in result.seconds.items()},
     }
 
@@ -103,6 +115,8 @@ def compressed_table(result: Compressed, recipe: Recipe) -> Table:
     table = _table("", "value")
     table.add_row("selected projections, dense", megabytes(report["dense_bytes"]))
     table.add_row("selected projections, compressed", megabytes(report["compressed_bytes"]))
+    if report["left_dense"]:
+        table.add_row("of them left dense by the budget", str(len(report["left_dense"])))
     table.add_row("ratio asked", f"{report['ratio_asked']:.4f}")
     table.add_row("ratio reached", f"{report['ratio_reached']:.4f}")
     table.add_row("whole checkpoint, before", megabytes(report["checkpoint_bytes_before"]))
@@ -115,11 +129,13 @@ def compressed_table(result: Compressed, recipe: Recipe) -> Table:
 
 
 def inspect_json(
-    entries: Mapping[str, StoredProjection], manifest: Mapping[str, Any] | None, sizes: Mapping[str, int]
+    entries: Mapping[str, StoredProjection],
+    manifest: Mapping[str, Any] | None,
+    tensors: Mapping[str, StoredTensor],
 ) -> dict[str, Any]:
-    """What is in a checkpoint: a mapping a projection, and totals. `sizes`: every tensor's name -> bytes."""
+    """What is in a checkpoint: a mapping a projection, those that the budget left dense included, and totals."""
     recorded = (manifest or {}).get("projections", {})
-    projections = {
+    projections: dict[str, dict[str, Any]] = {
         name: {
             "layout": entry.layout,
             "d1": entry.d1,
@@ -129,11 +145,17 @@ def inspect_json(
             "value_bits": entry.value_bits,
             "dictionary": entry.dictionary,
             "dense_bytes": dense_bytes(entry.d1, entry.d2),
-            "bytes": sum(sizes[tensor] for tensor in entry.tensors(name)),
+            "bytes": sum(tensors[tensor].nbytes for tensor in entry.tensors(name)),
             "relative_error": recorded.get(name, {}).get("relative_error"),
         }
         for name, entry in entries.items()
     }
+    for name, nbytes in (manifest or {}).get("dense", {}).items():
+        d2, d1 = tensors[f"{name}.weight"].shape
+        projections[name] = {
+            "layout": "dense", "d1": d1, "d2": d2, "k": None, "nnz": 0, "value_bits": None, "dictionary": None,
+            "dense_bytes": nbytes, "bytes": nbytes, "relative_error": None,
+        }  # fmt: skip
     dense = sum(item["dense_bytes"] for item in projections.values())
     compressed = sum(item["bytes"] for item in projections.values())
     return {
@@ -141,7 +163,7 @@ def inspect_json(
         "dense_bytes": dense,
         "compressed_bytes": compressed,
         "ratio": 1 - compressed / dense if dense else 0.0,
-        "checkpoint_bytes": sum(sizes.values()),
+        "checkpoint_bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "recipe": (manifest or {}).get("recipe"),
     }
 
@@ -151,12 +173,12 @@ def inspect_table(report: Mapping[str, Any]) -> Table:
     table = _table("projection", "layout", "d1 x d2", "k", "nonzeros", "dense bytes", "bytes", "ratio", "error")
     for name, item in report["projections"].items():
         error = item["relative_error"]
-        shared = "" if item["dictionary"] == name else " (shared)"
+        shared = "" if item["dictionary"] in (name, None) else " (shared)"
         table.add_row(
             name,
             item["layout"] + shared,
             f"{item['d1']} x {item['d2']}",
-            str(item["k"]),
+            str(item["k"] or "-"),
             f"{item['nnz']:,}" if item["nnz"] else "-",
             f"{item['dense_bytes']:,}",
             f"{item['bytes']:,}",
