@@ -25,6 +25,8 @@ from cospadi import evaluate, source
 from cospadi.calibration.text import read_text
 from cospadi.recipe import Recipe
 
+PAPER = {"share": "none", "allocate": "uniform", "weight_columns": "none", "rho": 2}
+"""The paper's own recipe, whatever this package's defaults are."""
 RESULTS = Path(__file__).parent / "results" / "quality"
 app = typer.Typer(add_completion=False)
 
@@ -60,8 +62,8 @@ def _row(
     with tempfile.TemporaryDirectory() as scratch:
         folder = model
         if solver != "dense":
-            fields = {"ratio": ratio, "solver": solver, "share": "none", "calibration": calibration}
-            recipe = Recipe.build(fields, iterations=iterations)
+            fields = {"ratio": ratio, "solver": solver, "calibration": calibration}
+            recipe = Recipe.build(fields | PAPER, iterations=iterations)
             folder = Path(scratch) / "compressed"
             result = cospadi.compress(model, recipe, folder)
             row |= {

@@ -274,7 +274,7 @@ def demo(
     as_json: Json = False,
     progress: Progress = "auto",
 ) -> None:
-    """The whole job with no network: the built-in model, dense vs SVD-LLM vs CoSpaDi."""
+    """The whole job with no network: the built-in model, dense vs SVD-LLM vs the paper's K-SVD vs CoSpaDi."""
     from dataclasses import asdict
 
     stages = _talk(progress)

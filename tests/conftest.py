@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
+
+import cospadi_cli as cli
 
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)
@@ -117,10 +121,43 @@ def dense_folder(make_model: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def quick(text_file: Path) -> dict[str, Any]:
-    """Recipe fields of a calibrated run that takes a moment."""
-    return {"ratio": 0.3, "iterations": 2, "calibration": str(text_file), "sequences": 8, "length": 32}
+    """Recipe fields of a calibrated run that takes a moment: the default solver, the same ratio everywhere."""
+    fields: dict[str, Any] = {"ratio": 0.3, "iterations": 2, "allocate": "uniform", "weight_columns": "none"}
+    return fields | {"calibration": str(text_file), "sequences": 8, "length": 32}
+
+
+@pytest.fixture(scope="session")
+def default(text_file: Path) -> dict[str, Any]:
+    """Recipe fields of a short run of the default recipe: budgets and columns by their cost in the loss."""
+    fields: dict[str, Any] = {"ratio": 0.3, "iterations": 4, "fisher_sequences": 2}
+    return fields | {"calibration": str(text_file), "sequences": 8, "length": 32}
 
 
 @pytest.fixture(scope="session")
 def prompt() -> torch.Tensor:
     return torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Answer]]:
+    """Run the command in this process: run("plan", folder) -> exit code, stdout, stderr."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.delenv("COSPADI_TRACEBACK", raising=False)
+
+    def call(*words: object) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["cospadi", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        assert isinstance(exit_.value.code, int)
+        return Answer(exit_.value.code, captured.out, captured.err)
+
+    yield call
+    signal.signal(signal.SIGTERM, before)

@@ -1,6 +1,7 @@
 """Storage accounting against the paper's figures, and the promises of the exact accounting."""
 
 import math
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -104,7 +105,7 @@ def test_exact_size_fits_and_nothing_larger_does(shape: tuple[int, list[int], fl
         return budget.sparse_bytes(d1, d2s, k, s, bits).total
 
     def s_of(k: int) -> int:
-        return max(1, math.floor(k / rho))
+        return max(1, math.floor(k / Fraction(str(rho))))
 
     if k == 0:
         assert cost(1, 1) > allowed
@@ -114,6 +115,23 @@ def test_exact_size_fits_and_nothing_larger_does(shape: tuple[int, list[int], fl
     assert 1 - cost(k, s) / budget.dense_bytes(d1, sum(d2s)) >= ratio
     assert cost(k + 1, s_of(k + 1)) > allowed
     assert s == k or cost(k, s + 1) > allowed
+
+
+@given(shapes, st.sampled_from([14, 16]))
+def test_free_size_fills_the_budget_and_every_member_can_hold_its_share(
+    shape: tuple[int, list[int], float, float], bits: int
+) -> None:
+    d1, d2s, ratio, rho = shape
+    allowed = budget.byte_budget(ratio, d1, d2s)
+    k, nonzeros = budget.free_size(allowed, d1, d2s, rho, bits)
+    if k == 0:
+        return
+    room = sum(k * d2 // 4 * 4 for d2 in d2s)
+    assert 0 < nonzeros <= room
+    assert nonzeros % 4 == 0
+    assert budget.free_bytes(d1, d2s, k, nonzeros, bits).total <= allowed
+    assert nonzeros == room or budget.free_bytes(d1, d2s, k, nonzeros + 4, bits).total > allowed
+    assert nonzeros >= min(k * sum(d2s) / Fraction(str(rho)) - 4, room)
 
 
 @given(shapes)

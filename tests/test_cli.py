@@ -7,45 +7,22 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import huggingface_hub
 import pytest
+from conftest import Answer
 from safetensors.torch import load_file, save_file
 
-import cospadi_cli as cli
 from cospadi import checkpoint
 
 COMMAND = [sys.executable, "-c", "from cospadi_cli import main; main()"]
-QUICK = ["--iterations", "2", "--ratio", "0.3", "--sequences", "8", "--length", "32"]
+TEXT = ["--sequences", "8", "--length", "32", "--fisher-sequences", "2"]
+UNIFORM = ["--allocate", "uniform", "--weight-columns", "none"]
+QUICK = ["--iterations", "2", "--ratio", "0.3", *TEXT, *UNIFORM]
 FREE = ["--data-free", "--iterations", "1"]
-
-
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Answer]]:
-    """Run the command in this process: run("plan", folder) -> exit code, stdout, stderr."""
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.delenv("COSPADI_TRACEBACK", raising=False)
-
-    def call(*words: object) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["cospadi", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        captured = capsys.readouterr()
-        assert isinstance(exit_.value.code, int)
-        return Answer(exit_.value.code, captured.out, captured.err)
-
-    yield call
-    signal.signal(signal.SIGTERM, before)
 
 
 def check_mistake(answer: Answer, *mentioned: str) -> None:
@@ -117,6 +94,8 @@ def test_plan_compress_inspect_and_the_disk_agree_on_every_byte(
         ["--solver", "svd-llm", "--share", "input,layers:2"],
         ["--accounting", "eq10"],
         ["--accounting", "eq11"],
+        ["--solver", "ksvd"],
+        ["--solver", "ksvd", "--accounting", "eq11", "--share", "none"],
         ["--value-bits", "16", "--rho", "4", "--exclude", "*.o_proj"],
         ["--target", "up,gate", "--ratio", "0.5"],
     ],
@@ -228,7 +207,7 @@ def test_text_that_is_too_short_is_used_and_counted_in_a_warning(
     dense_folder: Path, text_file: Path, run: Callable[..., Answer], tmp_path: Path
 ) -> None:
     count = len(text_file.read_bytes()) // 32
-    flags = ["--sequences", "100000", "--length", "32", "--iterations", "1", "--target", "up"]
+    flags = ["--sequences", "100000", "--length", "32", "--iterations", "1", "--target", "up", *UNIFORM]
     answer = run("compress", dense_folder, "-o", tmp_path / "out", "--calibration", text_file, *flags)
     assert answer.code == 0, answer.err
     assert (
@@ -331,7 +310,7 @@ def test_hub_text_while_offline_names_the_two_ways_out(
         (["--ratio", "1.5"], ["ratio", "less than 1", "1.5"]),
         (["--ratio", "0"], ["ratio", "greater than 0"]),
         (["--ratio", "nan"], ["ratio"]),
-        (["--solver", "magic"], ["solver magic is not known", "ksvd, procrustes, eigen, svd-llm, svd"]),
+        (["--solver", "magic"], ["solver magic is not known", "mod-htp, ksvd, procrustes, eigen, svd-llm, svd"]),
         (["--accounting", "eq11", "--rho", "3"], ["accounting eq11 holds only at rho 2", "rho is 3"]),
         (["--accounting", "eq11", "--value-bits", "16"], ["eq11 means 14-bit values"]),
         (["--value-bits", "15"], ["value_bits", "15"]),

@@ -16,11 +16,13 @@ from cospadi.progress import Stages
 def test_demo_ranks_the_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cospadi.demo.job.WINDOWS", 12)
     monkeypatch.setattr("cospadi.demo.job.SEQUENCES", 24)
-    dense, low_rank, ours = run_demo(ratio=0.4, iterations=2, stages=Stages())
+    monkeypatch.setattr("cospadi.demo.job.FISHER_SEQUENCES", 2)
+    dense, low_rank, paper, ours = run_demo(ratio=0.4, iterations=2, stages=Stages())
     assert dense.perplexity < 20
-    assert dense.perplexity < ours.perplexity < low_rank.perplexity
-    assert ours.error < low_rank.error
-    assert 0.4 <= ours.ratio < 0.41
+    assert dense.perplexity < ours.perplexity < paper.perplexity < low_rank.perplexity
+    assert paper.error < low_rank.error
+    assert 0.4 <= paper.ratio < 0.41
+    assert 0.4 <= ours.ratio < 0.4004
     assert ours.nbytes <= 0.6 * dense.nbytes
 
 
@@ -44,6 +46,7 @@ def test_stories260k(update: str, shared_model: Callable[[str], Path], tmp_path:
     found = {}
     for solver in ("svd-llm", "ksvd"):
         recipe = {"ratio": 0.2, "solver": solver, "share": "none", "update": update, "iterations": 8, "sequences": 64}
+        recipe |= {"allocate": "uniform", "weight_columns": "none"}
         recipe |= {"calibration": str(data / "stories_calibration.jsonl")}
         result = cospadi.compress(folder, recipe, tmp_path / solver)
         assert result.plan.ratio >= 0.2

@@ -136,14 +136,21 @@ def free_size(budget: int, d1: int, d2s: Sequence[int], rho: float, value_bits: 
 
     Returns (0, 0) where not even one atom fits.
     """
-    d2 = sum(d2s)
 
     def most(k: int) -> int:
         left = budget - free_bytes(d1, d2s, k, 0, value_bits).total
-        return max(0, min(left * 8 // value_bits, k * d2) // VALUE_UNIT * VALUE_UNIT)
+        return max(0, min(left * 8 // value_bits // VALUE_UNIT * VALUE_UNIT, most_nonzeros(d2s, k)))
 
-    k = _largest(lambda k: most(k) * _decimal(rho) >= k * d2 - VALUE_UNIT * _decimal(rho), budget // (d1 * 2))
+    def asked(k: int) -> Fraction:
+        return min(k * sum(d2s) / _decimal(rho) - VALUE_UNIT, Fraction(most_nonzeros(d2s, k)))
+
+    k = _largest(lambda k: most(k) >= asked(k), budget // (d1 * 2))
     return (k, most(k)) if k and most(k) else (0, 0)
+
+
+def most_nonzeros(d2s: Sequence[int], k: int) -> int:
+    """Nonzeros that a group has room for, each member holding a multiple of VALUE_UNIT of them."""
+    return sum(k * d2 // VALUE_UNIT * VALUE_UNIT for d2 in d2s)
 
 
 def _decimal(value: float) -> Fraction:

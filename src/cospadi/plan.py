@@ -161,7 +161,7 @@ def size_group(members: tuple[Projection, ...], ratio: float, rho: float, recipe
     if min(k, s) < 1:
         return None
     if solver.free_support:
-        nonzeros = s * d2 // budget.VALUE_UNIT * budget.VALUE_UNIT
+        nonzeros = min(s * d2 // budget.VALUE_UNIT * budget.VALUE_UNIT, budget.most_nonzeros(d2s, k))
         parts = budget.free_bytes(d1, d2s, k, nonzeros, bits)
         return Group(members, "sparse-dictionary", k, nonzeros, bits, parts) if nonzeros else None
     return Group(members, "sparse-dictionary", k, s * d2, bits, budget.sparse_bytes(d1, d2s, k, s, bits))
@@ -175,9 +175,8 @@ def dense_group(members: tuple[Projection, ...]) -> Group:
 
 def fill_up(group: Group, nbytes: int) -> Group:
     """The same group with as many more nonzeros as up to `nbytes` more bytes allow, for a free support."""
-    d2 = sum(group.d2s)
     most = (group.parts.values + nbytes) * 8 // group.value_bits // budget.VALUE_UNIT * budget.VALUE_UNIT
-    nonzeros = max(group.nonzeros, min(most, group.k * d2 // budget.VALUE_UNIT * budget.VALUE_UNIT))
+    nonzeros = max(group.nonzeros, min(most, budget.most_nonzeros(group.d2s, group.k)))
     parts = budget.free_bytes(group.d1, group.d2s, group.k, nonzeros, group.value_bits)
     return replace(group, nonzeros=nonzeros, parts=parts)
 

@@ -224,7 +224,7 @@ def perplexity_lines(results: Sequence[tuple[str, Perplexity]]) -> list[str]:
 
 
 def demo_table(rows: Sequence[Row]) -> Table:
-    """dense against SVD-LLM against CoSpaDi."""
+    """dense against SVD-LLM, the paper's K-SVD and CoSpaDi."""
     table = _table("model", "projections", "ratio", "mean error", "perplexity", "seconds")
     for row in rows:
         dense = row.ratio == 0

@@ -1,4 +1,4 @@
-"""The demo: the whole job on the built-in model, dense against low rank against sparse dictionaries."""
+"""The demo: the whole job on the built-in model: dense, low rank, the paper's sparse dictionaries, and ours."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -17,7 +18,10 @@ from cospadi.recipe import Recipe
 ITERATIONS = 10
 """T of K-SVD in the demo: as many as fit its five minutes on two slow cores; the paper runs 60."""
 SEQUENCES = 64
+FISHER_SEQUENCES = 8
 WINDOWS = 64
+PAPER = {"share": "none", "allocate": "uniform", "weight_columns": "none"}
+"""Each projection alone and at the same ratio, as in both papers."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Row:
 
 
 def run_demo(ratio: float, iterations: int, stages: Stages) -> list[Row]:
-    """Compress the demo model both ways at one ratio, load each checkpoint from disk, measure it on held-out text."""
+    """Compress the demo model three ways at one ratio, load each checkpoint from disk, measure it on held-out text."""
     folder = demo.model_path()
     tokenizer = source.load_tokenizer(folder)
     device = source.pick_device("auto")
@@ -48,12 +52,13 @@ def run_demo(ratio: float, iterations: int, stages: Stages) -> list[Row]:
 
     rows: list[Row] = []
     dense_perplexity = measure(dense)
-    for solver in ("svd-llm", "ksvd"):
-        recipe = Recipe.build(
-            {"ratio": ratio, "solver": solver, "share": "none", "calibration": "builtin"},
-            iterations=iterations,
-            sequences=SEQUENCES,
-        )
+    methods: dict[str, dict[str, Any]] = {
+        "SVD-LLM": PAPER | {"solver": "svd-llm"},
+        f"CoSpaDi's paper (ksvd, T = {iterations})": PAPER | {"solver": "ksvd", "iterations": iterations},
+        "CoSpaDi": {"fisher_sequences": FISHER_SEQUENCES},
+    }
+    for name, fields in methods.items():
+        recipe = Recipe.build(fields, ratio=ratio, calibration="builtin", sequences=SEQUENCES)
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as scratch:
             output = Path(scratch) / "model"
@@ -61,7 +66,6 @@ def run_demo(ratio: float, iterations: int, stages: Stages) -> list[Row]:
             seconds = time.perf_counter() - start
             loaded = source.load_model(output, device)
             error = sum(result.errors.values()) / len(result.errors)
-            name = "SVD-LLM" if solver == "svd-llm" else f"CoSpaDi (ksvd, T = {iterations})"
             rows.append(Row(name, result.plan.bytes, result.plan.ratio, error, measure(loaded), seconds))
     plan = result.plan
     return [Row("dense", plan.dense_bytes, 0.0, 0.0, dense_perplexity, 0.0), *rows]

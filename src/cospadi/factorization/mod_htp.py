@@ -230,7 +230,8 @@ def _shares(codes: Tensor, nonzeros: int, members: Sequence[int], blocks: Sequen
     keep_largest_entries(kept, nonzeros, blocks)
     counts = [int(kept[member].count_nonzero()) for member in _spans(members)]
     room = [width * codes.shape[1] for width in members]
-    unit = 4 if nonzeros % 4 == 0 and all(most % 4 == 0 for most in room) else 1
+    unit = 4 if nonzeros % 4 == 0 and nonzeros <= sum(most // 4 * 4 for most in room) else 1
+    room = [most // unit * unit for most in room]
     shares = [count // unit * unit for count in counts]
     while (left := nonzeros - sum(shares)) > 0:  # less than one unit a member, unless A is nearly zero
         neediest = max(
