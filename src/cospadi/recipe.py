@@ -42,6 +42,9 @@ class Recipe(BaseModel):
         None,
         description="weigh the outputs of a projection by what they cost in the loss (default: fisher if calibrated)",
     )
+    compensate: bool = Field(
+        True, description="each projection makes up for the errors of those before it (not with share layers:N)"
+    )
     fisher_sequences: int = Field(32, ge=1, description="calibration sequences from which those costs are estimated")
 
     update: Literal["power", "pca", "mod"] = Field("power", description="dictionary update of ksvd")
