@@ -427,7 +427,9 @@ def allocation_of(recipe: Recipe) -> str:
 
 def weighs_columns(recipe: Recipe) -> bool:
     """Whether a recipe's solver weighs outputs by what they cost in the loss."""
-    return recipe.weight_columns == "fisher" or (recipe.weight_columns is None and needs_text(recipe))
+    if recipe.weight_columns is not None:
+        return recipe.weight_columns == "fisher"
+    return needs_text(recipe) and recipe.allocate != "output"
 
 
 def walk(job: Job, groups: Sequence[Group]) -> Iterator[tuple[Sequence[Group], Mapping[tuple[str, ...], Whitening]]]:
@@ -554,26 +556,28 @@ def solve_in_sequence(job: Job, groups: Sequence[Group], fisher: dict[str, Tenso
     for index, block in enumerate(blocks[: last + 1]):
         local = f"{prefix}.{index}."
         stand_ins: dict[str, Tensor] = {}
-        together: dict[str, list[Group]] = {}  # what does not depend on each other, such as the gates of all experts
+        # Groups that read the same tensor are solved together, and so is what cannot depend on each other: all experts.
+        together: dict[str, dict[str, list[Group]]] = {}
         for group in sorted(groups, key=lambda group: place[group.members[0].name]):
             if group.members[0].block == index:
-                together.setdefault(kinds_of([group.members[0].kind]), []).append(group)
-        for some in together.values():
-            inputs = {job.inputs(group)[0]: group for group in some}
-            readers = {name.removeprefix(local): job.model.get_submodule(name) for name in inputs}
+                reader = job.inputs(group)[0].removeprefix(local)
+                together.setdefault(kinds_of([reader]), {}).setdefault(reader, []).append(group)
+        for by_reader in together.values():
+            readers = {name: block.get_submodule(name) for name in by_reader}
             with job.stages.stage("calibrate", len(flow.dense)) as progress:
                 found = sequence.grams(block, index, flow, stand_ins, readers, progress.advance)
             with job.stages.stage("solve", work) as progress:
                 progress.reach(sum(_work(group) for group in groups if group.members[0].name in packed))
-                for name, group in inputs.items():
-                    gram, cross = found.pop(name.removeprefix(local))
+                for name, some in by_reader.items():
+                    gram, cross = found.pop(name)
                     metric = whiten(gram, tokens, job.recipe.damping)
-                    weights = torch.cat([_weight(job.model, member) for member in group.members], dim=1)
-                    wanted = metric.apply(sequence.corrected(weights, gram, cross))
-                    result = factorize(job, group, metric, wanted, fisher, progress)
-                    packed[group.members[0].name] = result
-                    for member, weight in dense_weights(result).items():
-                        stand_ins[member.removeprefix(local)] = weight.to(weights)
+                    for group in some:
+                        weights = torch.cat([_weight(job.model, member) for member in group.members], dim=1)
+                        wanted = metric.apply(sequence.corrected(weights, gram, cross))
+                        result = factorize(job, group, metric, wanted, fisher, progress)
+                        packed[group.members[0].name] = result
+                        for member, weight in dense_weights(result).items():
+                            stand_ins[member.removeprefix(local)] = weight.to(weights)
         if index < last:
             sequence.advance(block, index, flow, stand_ins)
     return [packed[group.members[0].name] for group in groups]

@@ -33,8 +33,8 @@ OVERSHOOT = 2.0
 CG_STEPS = 1
 RIDGE = 1e-7
 """Added to the diagonal of S S^T once that is scaled to ones."""
-EXACT_ITERATIONS = 3
-"""Last iterations, whose products are all in full float32."""
+EXACT_SHARE = 0.05
+"""Share of the iterations, the last ones, whose products are all in full float32."""
 BLOCK_ENTRIES = {"cpu": 2**20, "cuda": 2**27}
 """Entries of S worked on at once; on a CPU few enough to stay in cache."""
 
@@ -70,7 +70,7 @@ def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Facto
     errors: list[float] = []
     for iteration in range(1, options.iterations + 1):
         n = _scheduled(iteration / options.iterations, dense, nonzeros)
-        exact = iteration > options.iterations - EXACT_ITERATIONS
+        exact = iteration > options.iterations * (1 - EXACT_SHARE)
         product: Product = torch.mm if exact else quick
         with _float32_products("highest" if exact else "medium"):
             lead = _unit_rows(atoms + momentum * (atoms - previous))
