@@ -25,7 +25,7 @@ from cospadi import evaluate, source
 from cospadi.calibration.text import read_text
 from cospadi.recipe import Recipe
 
-PAPER = {"share": "none", "allocate": "uniform", "weight_columns": "none", "rho": 2}
+PAPER = {"share": "none", "allocate": "uniform", "weight_columns": "none", "compensate": False, "rho": 2}
 """The paper's own recipe, whatever this package's defaults are."""
 RESULTS = Path(__file__).parent / "results" / "quality"
 app = typer.Typer(add_completion=False)

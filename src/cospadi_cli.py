@@ -53,10 +53,20 @@ Allocate = Annotated[
     typer.Option(help="spread the bytes by fisher, output or uniform  [default: fisher; uniform without calibration]"),
 ]
 WeightColumns = Annotated[
-    str | None, typer.Option(help="weigh each output in the solver: fisher or none  [default: fisher if calibrated]")
+    str | None,
+    typer.Option(
+        help="weigh each output in the solver: fisher or none  [default: fisher; none without text and with output]"
+    ),
 ]
 FisherSequences = Annotated[
     int | None, typer.Option(help="calibration sequences that fisher is estimated on  [default: 32]")
+]
+Compensate = Annotated[
+    bool | None,
+    typer.Option(
+        "--compensate/--no-compensate",
+        help="each projection makes up for the errors of those before it  [default: yes; not with layers:N]",
+    ),
 ]
 Update = Annotated[str | None, typer.Option(help="dictionary update of ksvd: power, pca or mod  [default: power]")]
 Iterations = Annotated[int | None, typer.Option(help="alternations T of mod-htp, ksvd, procrustes  [default: 60]")]
@@ -102,6 +112,7 @@ def compress(
     allocate: Allocate = None,
     weight_columns: WeightColumns = None,
     fisher_sequences: FisherSequences = None,
+    compensate: Compensate = None,
     update: Update = None,
     iterations: Iterations = None,
     tolerance: Tolerance = None,
@@ -153,6 +164,7 @@ def plan(
     allocate: Allocate = None,
     weight_columns: WeightColumns = None,
     fisher_sequences: FisherSequences = None,
+    compensate: Compensate = None,
     update: Update = None,
     iterations: Iterations = None,
     tolerance: Tolerance = None,

@@ -122,7 +122,8 @@ def dense_folder(make_model: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def quick(text_file: Path) -> dict[str, Any]:
     """Recipe fields of a calibrated run that takes a moment: the default solver, the same ratio everywhere."""
-    fields: dict[str, Any] = {"ratio": 0.3, "iterations": 2, "allocate": "uniform", "weight_columns": "none"}
+    fields: dict[str, Any] = {"ratio": 0.3, "iterations": 2}
+    fields |= {"allocate": "uniform", "weight_columns": "none", "compensate": False}
     return fields | {"calibration": str(text_file), "sequences": 8, "length": 32}
 
 

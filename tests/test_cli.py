@@ -20,7 +20,7 @@ from cospadi import checkpoint
 
 COMMAND = [sys.executable, "-c", "from cospadi_cli import main; main()"]
 TEXT = ["--sequences", "8", "--length", "32", "--fisher-sequences", "2"]
-UNIFORM = ["--allocate", "uniform", "--weight-columns", "none"]
+UNIFORM = ["--allocate", "uniform", "--weight-columns", "none", "--no-compensate"]
 QUICK = ["--iterations", "2", "--ratio", "0.3", *TEXT, *UNIFORM]
 FREE = ["--data-free", "--iterations", "1"]
 

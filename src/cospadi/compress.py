@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cospadi import __about__, checkpoint, packing, source
 from cospadi.allocation import Option, interpolate, knapsack
 from cospadi.budget import byte_budget, dense_bytes
+from cospadi.calibration import sequence
 from cospadi.calibration.fisher import output_fisher
 from cospadi.calibration.gram import IDENTITY, Whitening, accumulate_grams, whiten
 from cospadi.calibration.text import DEFAULT_DATASET, token_sequences
@@ -28,6 +29,7 @@ from cospadi.evaluate import mean_loss
 from cospadi.factorization import Factorization, Problem, SolverOptions, find_solver
 from cospadi.factorization.problem import relative_error
 from cospadi.integrations.transformers import mark_compressed, quantizer_of, swap_in_layers
+from cospadi.ops import reference
 from cospadi.plan import (
     Group,
     Plan,
@@ -89,6 +91,10 @@ class Job:
     sequences: Tensor | None
     stages: Stages
     metrics: dict[tuple[str, ...], Whitening] = field(default_factory=dict)
+
+    def compensates(self) -> bool:
+        """Whether projections make up for the errors before them."""
+        return self.sequences is not None and self.recipe.compensate and self.recipe.layers_shared == 1
 
     def inputs(self, group: Group) -> tuple[str, ...]:
         """The tensors that a group's members read, each by its first reader."""
@@ -188,12 +194,16 @@ def compress(
     if not compressed:
         raise UserError(NOTHING_COMPRESSED)
 
-    packed: list[Packed] = []
-    for groups, metrics in walk(job, compressed):
-        with stages.stage("solve", sum(map(_work, compressed))) as progress:
-            progress.reach(sum(map(_work, compressed[: len(packed)])))
-            for group in groups:
-                packed.append(factorize(job, group, metrics[job.inputs(group)], fisher, progress))
+    packed = solve_in_sequence(job, compressed, fisher) if job.compensates() else None
+    if packed is None:
+        packed = []
+        for groups, metrics in walk(job, compressed):
+            with stages.stage("solve", sum(map(_work, compressed))) as progress:
+                progress.reach(sum(map(_work, compressed[: len(packed)])))
+                for group in groups:
+                    metric = metrics[job.inputs(group)]
+                    wanted = _target(job.model, group, metric)
+                    packed.append(factorize(job, group, metric, wanted, fisher, progress))
 
     load_factors(job.model, packed)
     manifest = describe(recipe, origin, job.sequences, plan, packed)
@@ -344,7 +354,7 @@ def estimate_fisher(job: Job, uniform: Plan) -> dict[str, Tensor] | None:
     with job.stages.stage("fisher", 2 * len(text)) as progress:
         fisher = output_fisher(job.model, projections, text, progress.advance)
         stand_ins = quick_weights(job, uniform, fisher)
-        with replaced_weights(job.model, stand_ins):
+        with sequence.other_weights(job.model, stand_ins):
             return output_fisher(job.model, projections, text, progress.advance)
 
 
@@ -379,7 +389,7 @@ def allocate(job: Job, uniform: Plan, fisher: dict[str, Tensor] | None) -> Plan:
                 candidates.append(plan)
         losses = []
         for plan in candidates:
-            with replaced_weights(job.model, quick_weights(job, plan, fisher)):
+            with sequence.other_weights(job.model, quick_weights(job, plan, fisher)):
                 losses.append(mean_loss(job.model, check_text(job), recipe.batch_size))
             progress.advance(len(plan.groups), f"loss {losses[-1]:.4f}")
     best = min(range(len(candidates)), key=lambda index: losses[index])
@@ -481,20 +491,6 @@ def quick_weights(job: Job, plan: Plan, fisher: dict[str, Tensor] | None) -> dic
     return weights
 
 
-@contextmanager
-def replaced_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Other weights for some projections inside this block."""
-    modules = {name: model.get_submodule(name) for name in weights}
-    kept = {name: module.weight.data for name, module in modules.items()}
-    try:
-        for name, module in modules.items():
-            module.weight.data = weights[name]
-        yield
-    finally:
-        for name, module in modules.items():
-            module.weight.data = kept[name]
-
-
 def allocation_of(recipe: Recipe) -> str:
     """How a recipe spreads bytes."""
     if recipe.allocate is not None:
@@ -504,7 +500,9 @@ def allocation_of(recipe: Recipe) -> str:
 
 def weighs_columns(recipe: Recipe) -> bool:
     """Whether a recipe's solver weighs outputs by what they cost in the loss."""
-    return recipe.weight_columns == "fisher" or (recipe.weight_columns is None and needs_text(recipe))
+    if recipe.weight_columns is not None:
+        return recipe.weight_columns == "fisher"
+    return needs_text(recipe) and recipe.allocate != "output"
 
 
 def walk(job: Job, groups: Sequence[Group]) -> Iterator[tuple[Sequence[Group], Mapping[tuple[str, ...], Whitening]]]:
@@ -610,9 +608,77 @@ def solve(
     return replace(solution, coefficients=(solution.coefficients * factor).to(solution.coefficients))
 
 
-def factorize(job: Job, group: Group, metric: Whitening, fisher: dict[str, Tensor] | None, progress: Stage) -> Packed:
-    """Solve one group and round the factors to what is stored."""
-    target = _target(job.model, group, metric)
+def solve_in_sequence(job: Job, groups: Sequence[Group], fisher: dict[str, Tensor] | None) -> list[Packed] | None:
+    """Solve all groups in the order in which the model runs them, each on what it reads in the model compressed so far.
+
+    Returns:
+        None, with a warning, for a model whose blocks do not simply follow each other.
+    """
+    assert job.sequences is not None
+    job.metrics.clear()
+    prefix, blocks = decoder_blocks(job.model)
+    flow = sequence.start(job.model, list(blocks), job.sequences, job.recipe.batch_size)
+    if flow is None:
+        log.warning("blocks of this model read more than the block before them gives: solved without compensation")
+        return None
+    place = {name: index for index, name in enumerate(job.owner)}
+    packed: dict[str, Packed] = {}
+    work, tokens = sum(map(_work, groups)), job.sequences.numel()
+    last = max(group.members[0].block for group in groups)
+    log.info("calibrating block by block on %d sequences of %d tokens", *job.sequences.shape)
+    for index, block in enumerate(blocks[: last + 1]):
+        local = f"{prefix}.{index}."
+        stand_ins: dict[str, Tensor] = {}
+        # Groups that read the same tensor are solved together, and so is what cannot depend on each other: all experts.
+        together: dict[str, dict[str, list[Group]]] = {}
+        for group in sorted(groups, key=lambda group: place[group.members[0].name]):
+            if group.members[0].block == index:
+                reader = job.inputs(group)[0].removeprefix(local)
+                together.setdefault(kinds_of([reader]), {}).setdefault(reader, []).append(group)
+        for by_reader in together.values():
+            readers = {name: block.get_submodule(name) for name in by_reader}
+            with job.stages.stage("calibrate", len(flow.dense)) as progress:
+                found = sequence.grams(block, index, flow, stand_ins, readers, progress.advance)
+            with job.stages.stage("solve", work) as progress:
+                progress.reach(sum(_work(group) for group in groups if group.members[0].name in packed))
+                for name, some in by_reader.items():
+                    gram, cross = found.pop(name)
+                    metric = whiten(gram, tokens, job.recipe.damping)
+                    for group in some:
+                        weights = torch.cat([_weight(job.model, member) for member in group.members], dim=1)
+                        wanted = metric.apply(sequence.corrected(weights, gram, cross))
+                        result = factorize(job, group, metric, wanted, fisher, progress)
+                        packed[group.members[0].name] = result
+                        for member, weight in dense_weights(result).items():
+                            stand_ins[member.removeprefix(local)] = weight.to(weights)
+        if index < last:
+            sequence.advance(block, index, flow, stand_ins)
+    return [packed[group.members[0].name] for group in groups]
+
+
+def dense_weights(packed: Packed) -> dict[str, Tensor]:
+    """The weights (d2, d1) that a group's stored factors stand for, float32."""
+    weights = {}
+    for name, entry in packed.entries.items():
+        if entry.layout == "low-rank":
+            left = packed.tensors[f"{entry.dictionary}.{checkpoint.LEFT}"]
+            weights[name] = packed.tensors[f"{name}.{checkpoint.RIGHT}"].float() @ left.float()
+        else:
+            support, values = (packed.tensors[f"{name}.{part}"] for part in (checkpoint.SUPPORT, checkpoint.VALUES))
+            coefficients = reference.coefficients(support, values, entry.k, entry.value_bits, torch.float32)
+            weights[name] = coefficients @ packed.tensors[f"{entry.dictionary}.{checkpoint.DICTIONARY}"].float()
+    return weights
+
+
+def factorize(
+    job: Job,
+    group: Group,
+    metric: Whitening,
+    wanted: Tensor,
+    fisher: dict[str, Tensor] | None,
+    progress: Stage,
+) -> Packed:
+    """Solve one group, A = `wanted` (d1, sum of d2) in float64, and round the factors to what is stored."""
     first, done = group.members[0], progress.done
     short = f"{first.block}.{first.kind.rpartition('.')[2]}"
 
@@ -620,9 +686,9 @@ def factorize(job: Job, group: Group, metric: Whitening, fisher: dict[str, Tenso
         share = iteration / job.recipe.iterations
         progress.reach(done + share * _work(group), f"{short} T {iteration} error {error:.4f}")
 
-    solution = solve(job, group, metric, target, fisher, job.recipe.iterations, report)
+    solution = solve(job, group, metric, wanted, fisher, job.recipe.iterations, report)
     progress.reach(done + _work(group))  # a solver may have stopped early
-    result = pack(group, solution, metric, target)
+    result = pack(group, solution, metric, wanted)
     log.info(
         "%s: k %d, s %.4g, error %.4f", ", ".join(m.name for m in group.members), group.k, group.s,
         max(result.errors.values()),

@@ -40,7 +40,10 @@ class Recipe(BaseModel):
     )
     weight_columns: Literal["fisher", "none"] | None = Field(
         None,
-        description="weigh the outputs of a projection by what they cost in the loss (default: fisher if calibrated)",
+        description="weigh outputs by what they cost in the loss (default: fisher; none without text and with output)",
+    )
+    compensate: bool = Field(
+        True, description="each projection makes up for the errors of those before it (not with share layers:N)"
     )
     fisher_sequences: int = Field(32, ge=1, description="calibration sequences from which those costs are estimated")
 

@@ -46,14 +46,8 @@ def accumulate_grams(
 
     def add_input(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach().flatten(0, -2).float()
-            block = x.T @ x
-            if not torch.isfinite(block.diagonal()).all():
-                raise UserError(
-                    f"the input of {name} is not finite on the calibration text. "
-                    "Check the model's dtype (fp16 overflows in some models) and its weights"
-                )
-            grams[name] += block
+            x = args[0].detach()
+            grams[name] += gram_block(x, x, name)
 
         return hook
 
@@ -81,6 +75,22 @@ def accumulate_grams(
         for handle in handles:
             handle.remove()
     return grams
+
+
+def gram_block(x: Tensor, y: Tensor, name: str) -> Tensor:
+    """X^T Y of one batch of activations (..., d1), float32 (d1, d1).
+
+    Raises:
+        UserError: it is not finite; the message says that `name` read it.
+    """
+    left = x.flatten(0, -2).float()
+    block = left.T @ (left if y is x else y.flatten(0, -2).float())
+    if not torch.isfinite(block.diagonal()).all():
+        raise UserError(
+            f"the input of {name} is not finite on the calibration text. "
+            "Check the model's dtype (fp16 overflows in some models) and its weights"
+        )
+    return block
 
 
 @dataclass(frozen=True)

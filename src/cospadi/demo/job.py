@@ -20,7 +20,7 @@ ITERATIONS = 10
 SEQUENCES = 64
 FISHER_SEQUENCES = 8
 WINDOWS = 64
-PAPER = {"share": "none", "allocate": "uniform", "weight_columns": "none"}
+PAPER = {"share": "none", "allocate": "uniform", "weight_columns": "none", "compensate": False}
 """Each projection alone and at the same ratio, as in both papers."""
 
 

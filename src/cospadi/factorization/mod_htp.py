@@ -33,8 +33,8 @@ OVERSHOOT = 2.0
 CG_STEPS = 1
 RIDGE = 1e-7
 """Added to the diagonal of S S^T once that is scaled to ones."""
-EXACT_ITERATIONS = 3
-"""Last iterations, whose products are all in full float32."""
+EXACT_SHARE = 0.05
+"""Share of the iterations, the last ones, whose products are all in full float32."""
 BLOCK_ENTRIES = {"cpu": 2**20, "cuda": 2**27}
 """Entries of S worked on at once; on a CPU few enough to stay in cache."""
 
@@ -45,16 +45,19 @@ Product = Callable[[Tensor, Tensor], Tensor]
 def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Factorization:
     """min ||A - D S||_F over D (d1, k) and S (k, d2) with s d2 nonzeros anywhere in S; the best pair seen.
 
-    Deterministic without a seed. k may exceed d1 and d2. Memory: A, and three matrices of the size of S.
+    Computed in float32, in which errors below some 3e-4 may come out as zero. Deterministic without a seed. k may
+    exceed d1 and d2. Memory: A, and three matrices of the size of S.
     Of several members each gets a multiple of four nonzeros where s d2 is one, so that 14-bit values fill bytes.
-    `options.start` replaces the truncated SVD; the schedule then begins at its number of nonzeros.
+    `options.start` replaces the truncated SVD; the schedule then begins at its number of nonzeros, and it counts as a
+    pair seen if it has no more than each member may have.
     """
-    scale = problem.target.abs().max().clamp(min=TINY)
-    columns = (problem.target.T / scale).contiguous()  # a column of A a row: (d2, d1)
+    target = problem.target.float()
+    scale = target.abs().max().clamp(min=TINY)
+    columns = (target.T / scale).contiguous()  # a column of A a row: (d2, d1)
     norm = float(torch.linalg.vector_norm(columns, dtype=torch.float64))
     d2, d1 = columns.shape
     nonzeros = round(s * d2)
-    atoms, codes = _start(problem.target / scale, k) if options.start is None else _given(options.start, scale)
+    atoms, codes = _start(target / scale, k) if options.start is None else _given(options.start, scale)
     dense = d2 * min(k, d1) if options.start is None else max(nonzeros, int(codes.count_nonzero()))
     rows = max(1, BLOCK_ENTRIES[columns.device.type] // max(k, d1))
     blocks = _blocks(slice(0, d2), rows)
@@ -62,15 +65,19 @@ def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Facto
     shares: list[int] | None = None  # each member's nonzeros, fixed once the schedule has come down
     quick = _product_bf16 if _bf16_is_fast(columns.device) else torch.mm
 
-    best, best_error = (atoms, codes.clone()), float("inf")
-    if options.start is not None and int(codes.count_nonzero()) <= nonzeros:
-        best_error = relative_error(columns, codes @ atoms)
+    best, best_error, best_shares = (atoms, codes.clone()), float("inf"), [nonzeros]
+    if options.start is not None:
+        best_shares = _shares(codes, nonzeros, members, blocks)
+        counts = [int(codes[member].count_nonzero()) for member in _spans(members)]
+        if all(count <= share for count, share in zip(counts, best_shares, strict=True)):
+            best_error = relative_error(columns, codes @ atoms)
     correlations = torch.empty_like(codes)
     previous, momentum = atoms, 0.0
     errors: list[float] = []
+    settled = stopping = False
     for iteration in range(1, options.iterations + 1):
         n = _scheduled(iteration / options.iterations, dense, nonzeros)
-        exact = iteration > options.iterations - EXACT_ITERATIONS
+        exact = stopping or iteration > options.iterations * (1 - EXACT_SHARE)
         product: Product = torch.mm if exact else quick
         with _float32_products("highest" if exact else "medium"):
             lead = _unit_rows(atoms + momentum * (atoms - previous))
@@ -95,21 +102,25 @@ def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Facto
         codes *= norms
         error = distance / norm if norm > 0 else 0.0
 
-        settled = n == nonzeros
-        if settled and error < best_error:
-            best, best_error = (atoms, best[1].copy_(codes)), error
+        was_settled, settled = settled, n == nonzeros
+        if exact and shares and error < best_error:  # errors of other iterations are known to three digits only
+            best, best_error, best_shares = (atoms, best[1].copy_(codes)), error, shares
         last = errors[-1] if errors else float("inf")
         momentum = 0.0 if settled and error > last else min(MOMENTUM, momentum + MOMENTUM_RAMP / options.iterations)
         errors.append(error)
         if options.on_iteration:
             options.on_iteration(iteration, error)
-        if settled and (error == 0.0 or (options.tolerance > 0 and error > (1 - options.tolerance) * last)):
-            break
+        stalled = was_settled and options.tolerance > 0 and error > (1 - options.tolerance) * last
+        if settled and (error == 0.0 or stalled):
+            if exact:
+                break
+            stopping = True
     atoms, codes = best
     support = codes != 0
-    for member, share in zip(_spans(members), shares or _shares(codes, nonzeros, members, blocks), strict=True):
+    for member, share in zip(_spans(members), best_shares, strict=True):
         _fill(support[member], share)
-    return Factorization(atoms.T.contiguous(), (codes * scale).T.contiguous(), support.T.contiguous(), errors)
+    dictionary, coefficients = atoms.T.to(problem.target), (codes * scale).T.to(problem.target)
+    return Factorization(dictionary.contiguous(), coefficients.contiguous(), support.T.contiguous(), errors)
 
 
 def _scheduled(progress: float, dense: int, nonzeros: int) -> int:
@@ -199,6 +210,10 @@ def keep_largest_entries(matrix: Tensor, n: int, blocks: Sequence[slice]) -> Non
     """
     if n >= sum(block.stop - block.start for block in blocks) * matrix.shape[1]:
         return
+    if n == 0:
+        for block in blocks:
+            matrix[block] = 0
+        return
 
     def bits(block: slice) -> Tensor:
         return matrix[block].abs().view(torch.int32)
@@ -230,8 +245,8 @@ def _shares(codes: Tensor, nonzeros: int, members: Sequence[int], blocks: Sequen
     keep_largest_entries(kept, nonzeros, blocks)
     counts = [int(kept[member].count_nonzero()) for member in _spans(members)]
     room = [width * codes.shape[1] for width in members]
-    unit = 4 if nonzeros % 4 == 0 and nonzeros <= sum(most // 4 * 4 for most in room) else 1
-    room = [most // unit * unit for most in room]
+    whole = [most // 4 * 4 for most in room]
+    unit, room = (4, whole) if nonzeros % 4 == 0 and nonzeros <= sum(whole) else (1, room)
     shares = [count // unit * unit for count in counts]
     while (left := nonzeros - sum(shares)) > 0:  # less than one unit a member, unless A is nearly zero
         neediest = max(
