@@ -55,7 +55,7 @@ Allocate = Annotated[
 WeightColumns = Annotated[
     str | None,
     typer.Option(
-        help="weigh each output in the solver: fisher or none  [default: fisher; none without text and with output]"
+        help="weigh outputs in the solver: fisher, none  [default: fisher; none without text and with output]"
     ),
 ]
 FisherSequences = Annotated[
