@@ -600,9 +600,9 @@ def test_mod_htp_takes_targets_of_low_rank(rank: int, k: int) -> None:
     generator = torch.Generator().manual_seed(35)
     target = torch.randn(48, rank, generator=generator) @ torch.randn(rank, 90, generator=generator)
     s = min(k, rank + 1)
-    solution = mod_htp(Problem(target), k, s, SolverOptions(iterations=20))
+    solution = mod_htp(Problem(target), k, s, SolverOptions(iterations=60))
     check_free(target, solution, k, s * 90)
-    assert true_error(target, solution) < (1e-3 if k < 48 else 0.05)
+    assert true_error(target, solution) < (5e-3 if k < 48 else 0.05)
 
 
 @pytest.mark.parametrize("case", ["repeated columns", "constant", "one column of many", "few entries", "tiny", "huge"])
