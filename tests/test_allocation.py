@@ -125,10 +125,9 @@ def test_free_size_is_the_largest_that_fits(group: tuple[int, list[int], float, 
     assert nonzeros % 4 == 0
     assert 0 < nonzeros <= k * d2
     assert cost(k, nonzeros) == budget.free_bytes(d1, d2s, k, nonzeros, bits).total <= allowed
-    assert (
-        nonzeros + 4 > sum(k * width // 4 * 4 for width in d2s) or cost(k, nonzeros + 4) > allowed
-    )  # no more nonzeros for this k
-    assert nonzeros > k * d2 / rho - 4.001  # rho is kept, up to the unit
+    room = sum(k * width // 4 * 4 for width in d2s)
+    assert nonzeros + 4 > room or cost(k, nonzeros + 4) > allowed  # no more nonzeros for this k
+    assert nonzeros > min(k * d2 / rho - 4, room) - 0.001  # rho is kept, up to the unit
     assert cost(k + 1, math.ceil((k + 1) * d2 / rho)) > allowed  # and no more atoms at this rho
 
 
