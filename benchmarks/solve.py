@@ -382,11 +382,12 @@ def figure(
             settled = slice(row["settled_from"] or 0, None)
             best = [min(row["errors"][settled][: i + 1]) for i in range(len(row["errors"][settled]))]
             axis.plot(row["stamps"][settled], best, color=colours[row["solver"]], linewidth=1)
-            label = f"{row['solver']}, T = {row['iterations']}"
+            label = row["solver"] + (f", T = {row['iterations']}" if row["solver"] not in DIRECT else "")
             axis.plot(row["seconds"], row["error"], "o", color=colours[row["solver"]], markersize=4)
             axis.annotate(label, (row["seconds"], row["error"]), fontsize=6, xytext=(3, 3), textcoords="offset points")
         (d1, d2), device, ratio = panel
-        axis.set(xscale="log", yscale="log", xlabel="seconds", ylabel="relative error")
+        axis.set(xscale="log", xlabel="seconds", ylabel="relative error")
+        axis.margins(x=0.3)
         axis.set_title(f"{d1} x {d2}, ratio {ratio:g}, {device}", fontsize=8)
         axis.grid(alpha=0.3, which="both")
     drawing.tight_layout()
