@@ -38,7 +38,7 @@ from cospadi.factorization import SOLVERS, Problem, SolverOptions
 from cospadi.factorization.mod_htp import (
     BLOCK_ENTRIES,
     CG_STEPS,
-    EXACT_ITERATIONS,
+    EXACT_SHARE,
     _bf16_is_fast,
     _blocks,
     _float32_products,
@@ -158,7 +158,7 @@ def _row(target: Tensor, solver: str, iterations: int, ratio: float, accounting:
         "peak_bytes": memory.taken(),
     }
     if solver == "mod-htp":
-        quick = steps[: max(0, iterations - EXACT_ITERATIONS - 1)]
+        quick = steps[: max(0, int(iterations * (1 - EXACT_SHARE)) - 1)]
         bare = bare_products(target, k)
         flops = iteration_flops(d1, d2, k)
         row |= {"flops": flops, "bare_seconds": bare, "bare_tflops": flops / bare / 1e12}
