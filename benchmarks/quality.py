@@ -1,7 +1,11 @@
-"""Perplexity of dense, low-rank and sparse-dictionary models at equal bytes: a row a (solver, ratio), a file a row.
+"""Perplexity of dense, low-rank and sparse-dictionary models at equal bytes: a row a (method, ratio), a file a row.
 
-    python benchmarks/quality.py run MODEL --calibration FILE --text FILE --ratio 0.2 --ratio 0.3 --solver ksvd
+    python benchmarks/quality.py run MODEL --calibration FILE --text FILE --ratio 0.2 --ratio 0.3 --method ksvd
     python benchmarks/quality.py table
+
+A method is a solver alone, in the paper's frame (a dictionary a projection, the same ratio everywhere, rho 2, plain
+calibration), or SOLVER+ALLOCATE: that solver in this package's frame (shared-input dictionaries, budgets by ALLOCATE,
+compensation), to which +once adds plain calibration. The package's default is mod-htp+fisher.
 
 A row that has its file is not computed again, so an interrupted run goes on where it stopped.
 """
@@ -25,6 +29,8 @@ from cospadi import evaluate, source
 from cospadi.calibration.text import read_text
 from cospadi.recipe import Recipe
 
+DEFAULT = "mod-htp+fisher"
+METHODS = ("svd-llm", "ksvd", DEFAULT)
 PAPER = {"share": "none", "allocate": "uniform", "weight_columns": "none", "compensate": False, "rho": 2}
 """The paper's own recipe, whatever this package's defaults are."""
 RESULTS = Path(__file__).parent / "results" / "quality"
@@ -37,7 +43,7 @@ def run(
     calibration: Annotated[str, typer.Option()],
     text: Annotated[Path, typer.Option()],
     ratio: Annotated[list[float] | None, typer.Option()] = None,
-    solver: Annotated[list[str] | None, typer.Option()] = None,
+    method: Annotated[list[str] | None, typer.Option()] = None,
     iterations: int = 60,
     threads: int = 1,
 ) -> None:
@@ -45,25 +51,34 @@ def run(
     torch.set_num_threads(threads)
     RESULTS.mkdir(parents=True, exist_ok=True)
     for one_ratio in [0.0] + (ratio or [0.2, 0.3, 0.4, 0.5]):
-        for one_solver in ["dense"] if one_ratio == 0 else (solver or ["svd-llm", "ksvd"]):
-            path = RESULTS / f"{model.name}-{one_solver}-{one_ratio:g}.json"
+        for one_method in ["dense"] if one_ratio == 0 else (method or METHODS):
+            path = RESULTS / f"{model.name}-{one_method}-{one_ratio:g}.json"
             if path.exists():
                 continue
-            row = _row(model, calibration, text, one_ratio, one_solver, iterations, threads)
+            row = _row(model, calibration, text, one_ratio, one_method, iterations, threads)
             path.write_text(json.dumps(row, indent=2, sort_keys=True) + "\n")
             print(json.dumps({key: value for key, value in row.items() if key != "relative_errors"}), flush=True)
 
 
+def frame(method: str) -> dict[str, Any]:
+    """The recipe fields that a method's name stands for."""
+    solver, *words = method.split("+")
+    if not words:
+        return PAPER | {"solver": solver}
+    return {"solver": solver, "allocate": words[0], "compensate": "once" not in words}
+
+
 def _row(
-    model: Path, calibration: str, text: Path, ratio: float, solver: str, iterations: int, threads: int
+    model: Path, calibration: str, text: Path, ratio: float, method: str, iterations: int, threads: int
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {"model": model.name, "solver": solver, "ratio_asked": ratio, "text": text.name}
+    row: dict[str, Any] = {"model": model.name, "method": method, "ratio_asked": ratio, "text": text.name}
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         folder = model
-        if solver != "dense":
-            fields = {"ratio": ratio, "solver": solver, "calibration": calibration}
-            recipe = Recipe.build(fields | PAPER, iterations=iterations)
+        if method != "dense":
+            recipe = Recipe.build(
+                {"ratio": ratio, "calibration": calibration, "iterations": iterations} | frame(method)
+            )
             folder = Path(scratch) / "compressed"
             result = cospadi.compress(model, recipe, folder)
             row |= {
@@ -71,8 +86,9 @@ def _row(
                 "bytes": result.plan.bytes,
                 "mean_relative_error": sum(result.errors.values()) / len(result.errors),
                 "relative_errors": result.errors,
-                "iterations": iterations if solver in ("ksvd", "procrustes") else None,
+                "iterations": iterations if recipe.solver in ("mod-htp", "ksvd", "procrustes") else None,
                 "seconds_solve": round(result.seconds["solve"], 1),
+                "seconds_stages": {stage: round(seconds, 1) for stage, seconds in result.seconds.items()},
                 "calibration": result.manifest["recipe"]["calibration"],
                 "sequences": result.manifest["calibration"]["sequences"],
             }
@@ -97,35 +113,46 @@ def _row(
 @app.command()
 def table() -> None:
     """Print every row there is as Markdown, a table a model."""
-    rows = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    rows = _rows()
     for model in sorted({row["model"] for row in rows}):
         of_model = [row for row in rows if row["model"] == model]
-        dense = next((row for row in of_model if row["solver"] == "dense"), None)
+        dense = next((row for row in of_model if row["method"] == "dense"), None)
         if dense is None:
             continue
-        print(f"\n{model}: dense perplexity {dense['perplexity']:.2f} on {dense['text']}")
+        print(f"\n### {model}\n\nDense perplexity {dense['perplexity']:.2f} on {dense['text']}")
         print(f"({dense['windows']} windows of {dense['length']} tokens)\n")
-        print("| ratio | solver | T | perplexity | ln(ppl / dense) | mean error | ratio reached | solving, s |")
-        print("|---|---|---|---|---|---|---|---|")
-        compressed = [row for row in of_model if row["solver"] != "dense"]
-        for row in sorted(compressed, key=lambda row: (row["ratio_asked"], row["solver"] != "svd-llm")):
+        print("| ratio | method | T | perplexity | ln(ppl / dense) | of ksvd's | error | ratio reached | solving, s |")
+        print("|---|---|---|---|---|---|---|---|---|")
+        paper = {row["ratio_asked"]: _loss(row, dense) for row in of_model if row["method"] == "ksvd"}
+        compressed = [row for row in of_model if row["method"] != "dense"]
+        for row in sorted(compressed, key=lambda row: (row["ratio_asked"], -_loss(row, dense))):
+            ratio, loss = row["ratio_asked"], _loss(row, dense)
+            error, reached = row["mean_relative_error"], row["ratio_reached"]
+            share = f"{loss / paper[ratio]:.3f}" if ratio in paper else "-"
             print(
-                f"| {row['ratio_asked']:g} | {row['solver']} | {row['iterations'] or '-'} | {row['perplexity']:.2f} "
-                f"| {math.log(row['perplexity'] / dense['perplexity']):.3f} | {row['mean_relative_error']:.4f} "
-                f"| {row['ratio_reached']:.4f} | {row['seconds_solve']:.0f} |"
+                f"| {ratio:g} | {row['method']} | {row['iterations'] or '-'} | {row['perplexity']:.2f} | {loss:.4f} "
+                f"| {share} | {error:.4f} | {reached:.4f} | {row['seconds_solve']:.0f} |"
             )
 
 
 @app.command()
 def summary() -> None:
-    """Print one line a model and ratio: perplexity of dense, SVD-LLM and K-SVD."""
-    rows = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    found = {(row["model"], row["solver"], row["ratio_asked"]): row["perplexity"] for row in rows}
-    print("| model | ratio | dense | SVD-LLM | CoSpaDi (`ksvd`, T = 60) |\n|---|---|---|---|---|")
-    for model, solver, ratio in sorted(found):
-        if solver == "ksvd":
-            values = [found[model, "dense", 0.0], found[model, "svd-llm", ratio], found[model, solver, ratio]]
+    """Print one line a model and ratio: perplexity of dense, SVD-LLM, the paper's K-SVD and the package's default."""
+    rows = _rows()
+    found = {(row["model"], row["method"], row["ratio_asked"]): row["perplexity"] for row in rows}
+    print("| model | ratio | dense | SVD-LLM | the paper's (`ksvd`) | `cospadi compress` |\n|---|---|---|---|---|---|")
+    for model, method, ratio in sorted(found):
+        if method == DEFAULT:
+            values = [found[model, "dense", 0.0], *(found[model, name, ratio] for name in METHODS)]
             print(f"| {model} | {ratio:g} | {' | '.join(f'{value:.2f}' for value in values)} |")
+
+
+def _rows() -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+
+
+def _loss(row: dict[str, Any], dense: dict[str, Any]) -> float:
+    return math.log(row["perplexity"] / dense["perplexity"])
 
 
 if __name__ == "__main__":

@@ -5,9 +5,13 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from scipy.linalg import orthogonal_procrustes
 from sklearn.linear_model import orthogonal_mp_gram
 
+from cospadi import budget
 from cospadi.factorization import SOLVERS, Factorization, Problem, SolverOptions
 from cospadi.factorization.eigen import eigen
 from cospadi.factorization.ksvd import (
@@ -19,11 +23,30 @@ from cospadi.factorization.ksvd import (
     update_mod,
 )
 from cospadi.factorization.least_squares import refit_dictionary
+from cospadi.factorization.mod_htp import (
+    DESCENT,
+    EXACT_SHARE,
+    OVERSHOOT,
+    _blocks,
+    _fit_codes,
+    _fit_dictionary,
+    _gradient_step,
+    _scheduled,
+    _self_product,
+    _shares,
+    keep_largest_entries,
+    mod_htp,
+)
 from cospadi.factorization.omp import omp, scatter_codes
 from cospadi.factorization.orthogonal import keep_largest, leading_directions
 from cospadi.factorization.procrustes import code, procrustes, update_orthonormal
 
 SPARSE = [name for name, solver in SOLVERS.items() if solver.layout == "sparse-dictionary"]
+
+
+def exact_errors(errors: list[float]) -> list[float]:
+    """Of the iterations of mod_htp whose products are in full float32."""
+    return [error for i, error in enumerate(errors, 1) if i > len(errors) * (1 - EXACT_SHARE)]
 
 
 def random_problem(d1: int, k: int, d2: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -236,12 +259,15 @@ def test_pca_of_few_columns_is_the_leading_singular_vector() -> None:
         assert abs(float(_leading_direction(error) @ torch.from_numpy(right[0]))) == pytest.approx(1, abs=1e-12)
 
 
-def check_form(solution: Factorization, d1: int, k: int, d2: int, s: int) -> None:
-    """Shapes, finite numbers, exactly s a column, and nothing outside the support."""
+def check_form(solution: Factorization, d1: int, k: int, d2: int, s: float, free: bool = False) -> None:
+    """Shapes, finite numbers, exactly s a column (or s d2 in all), and nothing outside the support."""
     assert solution.dictionary.shape == (d1, k)
     assert solution.coefficients.shape == (k, d2)
     assert solution.support is not None
-    assert (solution.support.sum(0) == s).all()
+    if free:
+        assert solution.support.sum() == round(s * d2)
+    else:
+        assert (solution.support.sum(0) == s).all()
     assert not solution.coefficients[~solution.support].any()
     assert torch.isfinite(solution.dictionary).all()
     assert torch.isfinite(solution.coefficients).all()
@@ -260,10 +286,13 @@ def test_solvers_keep_the_form_whatever_the_shape(
     _, target = random_problem(d1, 2, d2, seed=15)
     target[:, 2] = 0
     solution = SOLVERS[solver].solve(Problem(target.to(dtype)), k, s, SolverOptions(iterations=4))
-    check_form(solution, d1, k, d2, s)
+    check_form(solution, d1, k, d2, s, SOLVERS[solver].free_support)
     assert solution.dictionary.dtype == solution.coefficients.dtype == dtype
     error = (target - (solution.dictionary @ solution.coefficients).double()).norm() / target.norm()
-    assert float(error) == pytest.approx(min(solution.errors), rel=1e-4, abs=1e-6)
+    if solver == "mod-htp":  # before the last iterations S has more than s d2 nonzeros, or errors are rough
+        assert float(error) == pytest.approx(min(exact_errors(solution.errors)), rel=1e-4, abs=1e-3)
+    else:
+        assert float(error) == pytest.approx(min(solution.errors), rel=1e-4, abs=1e-6)
     norms = solution.dictionary.norm(dim=0)
     torch.testing.assert_close(norms[:d1], torch.ones_like(norms[:d1]), rtol=1e-5, atol=1e-5)
 
@@ -271,7 +300,7 @@ def test_solvers_keep_the_form_whatever_the_shape(
 @pytest.mark.parametrize("solver", SPARSE)
 def test_solvers_take_a_zero_target(solver: str) -> None:
     solution = SOLVERS[solver].solve(Problem(torch.zeros(6, 9)), 4, 2, SolverOptions(iterations=3))
-    check_form(solution, 6, 4, 9, 2)
+    check_form(solution, 6, 4, 9, 2, SOLVERS[solver].free_support)
     assert not solution.coefficients.any()
     assert solution.errors[-1] == 0
 
@@ -407,3 +436,365 @@ def test_refit_leaves_unused_atoms_and_never_raises_the_error() -> None:
     assert torch.equal(refitted[:, 5], dictionary[:, 5])
     assert not scaled[5].any()
     assert (target - refitted @ scaled).norm() < (target - dictionary @ codes).norm()
+
+
+def structured(d1: int, d2: int, seed: int) -> torch.Tensor:
+    """A whitened projection in small: a covariance with eigenvalues 1 / i, weights with log-normal column norms."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(d1, d2, generator=generator) * torch.exp(0.4 * torch.randn(d2, generator=generator))
+    basis = torch.linalg.qr(torch.randn(d1, d1, generator=generator))[0]
+    return basis @ (torch.arange(1, d1 + 1).rsqrt()[:, None] * weights)
+
+
+def true_error(target: torch.Tensor, solution: Factorization) -> float:
+    """||A - D S||_F / ||A||_F in numpy's float64."""
+    exact = target.double().numpy()
+    product = solution.dictionary.double().numpy() @ solution.coefficients.double().numpy()
+    return float(np.linalg.norm(exact - product) / np.linalg.norm(exact))
+
+
+def check_free(target: torch.Tensor, solution: Factorization, k: int, nonzeros: int) -> None:
+    """The form of mod-htp's result, and the error that it reports."""
+    d1, d2 = target.shape
+    check_form(solution, d1, k, d2, nonzeros / d2, free=True)
+    norms = np.linalg.norm(solution.dictionary.double().numpy(), axis=0)
+    np.testing.assert_allclose(norms, 1, rtol=1e-5)
+    reported = min(exact_errors(solution.errors))
+    assert true_error(target, solution) == pytest.approx(reported, rel=1e-4, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("d1", "k", "d2", "s", "iterations"),
+    [
+        (48, 30, 80, 12.35, 12),
+        (48, 30, 80, 12.35, 1),
+        (48, 30, 80, 30, 4),
+        (48, 30, 80, 1 / 80, 8),
+        (16, 40, 60, 5.5, 12),  # k > d1
+        (40, 24, 10, 7.3, 12),  # d2 < k
+        (12, 30, 9, 3, 12),  # k > d1 and d2
+        (40, 8, 1, 4, 6),
+        (1, 1, 20, 0.5, 6),
+        (24, 520, 60, 4, 4),
+        (12, 30, 9, 30, 12),  # met exactly, by tied atoms
+        (40, 20, 1, 15.7, 12),  # rows of S fade away
+    ],
+)
+def test_mod_htp_keeps_its_form_and_knows_its_error(d1: int, k: int, d2: int, s: float, iterations: int) -> None:
+    target = structured(d1, d2, seed=26)
+    solution = mod_htp(Problem(target), k, s, SolverOptions(iterations=iterations))
+    check_free(target, solution, k, round(s * d2))
+    settled = [
+        error
+        for i, error in enumerate(solution.errors, start=1)
+        if _scheduled(i / iterations, d2 * min(k, d1), round(s * d2)) == round(s * d2)
+    ]
+    assert true_error(target, solution) <= 1.01 * min(settled) + 3e-4  # the early ones are known roughly
+
+
+def test_mod_htp_error_lies_between_the_bound_of_rank_k_and_low_rank_of_the_same_size() -> None:
+    target = structured(48, 120, seed=27)
+    k, s = 24, 8
+    error = true_error(target, mod_htp(Problem(target), k, s, SolverOptions(iterations=40)))
+    singular = np.linalg.svd(target.double().numpy(), compute_uv=False)
+    tails = np.sqrt((singular[::-1] ** 2).cumsum()[::-1] / (singular**2).sum())  # entry r: error of rank r
+    rank = (48 * k + 120 * s) // (48 + 120)
+    assert tails[k] < error < tails[rank]
+
+
+@pytest.mark.parametrize("case", ["float64", "transposed", "strided"])
+def test_mod_htp_takes_any_layout_and_precision(case: str) -> None:
+    plain = structured(40, 60, seed=28)
+    target = {
+        "float64": lambda: plain.double(),
+        "transposed": lambda: plain.T.contiguous().T,
+        "strided": lambda: torch.stack([plain, plain], dim=2)[:, :, 0],
+    }[case]()
+    solution = mod_htp(Problem(target), 24, 8, SolverOptions(iterations=8))
+    expected = mod_htp(Problem(plain), 24, 8, SolverOptions(iterations=8))
+    assert solution.dictionary.dtype == solution.coefficients.dtype == target.dtype
+    torch.testing.assert_close(solution.dictionary.float(), expected.dictionary, rtol=1e-4, atol=1e-4)
+    assert torch.equal(solution.support, expected.support)
+
+
+@pytest.mark.parametrize("widths", [(64, 16, 16), (61, 17, 19), (5, 3, 90), (48, 48)])
+@pytest.mark.parametrize("rho", [1.3, 2.0, 4.0])
+def test_mod_htp_members_fill_their_bytes(widths: tuple[int, ...], rho: float) -> None:
+    target = structured(40, sum(widths), seed=29)
+    k, nonzeros = budget.free_size(budget.byte_budget(0.3, 40, widths), 40, widths, rho, 14)
+    assert nonzeros % 4 == 0
+    problem = Problem(target, members=widths)
+    solution = mod_htp(problem, k, nonzeros / sum(widths), SolverOptions(iterations=6))
+    check_free(target, solution, k, nonzeros)
+    assert solution.support is not None
+    counts = [int(part.sum()) for part in torch.split(solution.support, widths, dim=1)]
+    assert all(count % 4 == 0 for count in counts)
+    stored = 2 * 40 * k + sum(w * -(-k // 8) + -(-count * 14 // 8) for w, count in zip(widths, counts, strict=True))
+    assert stored == budget.free_bytes(40, widths, k, nonzeros, 14).total
+
+
+def test_mod_htp_members_differ_as_their_sizes_do() -> None:
+    """A member of small weights gets fewer nonzeros, one of almost none gets none."""
+    target = structured(40, 96, seed=30)
+    target[:, 64:80] *= 0.3
+    target[:, 80:] *= 1e-5
+    solution = mod_htp(Problem(target, members=(64, 16, 16)), 24, 6, SolverOptions(iterations=12))
+    check_free(target, solution, 24, 6 * 96)
+    assert solution.support is not None
+    first, second, third = (float(part.float().sum(0).mean()) for part in solution.support.split([64, 16, 16], dim=1))
+    assert first > second > third == 0
+
+
+@pytest.mark.parametrize("members", [(), (48, 16, 16)])
+@pytest.mark.parametrize("iterations", [1, 6])
+def test_mod_htp_is_never_worse_than_its_start(members: tuple[int, ...], iterations: int) -> None:
+    target = structured(32, 80, seed=31)
+    problem, k, s = Problem(target, members=members), 20, 8
+    own = mod_htp(problem, k, s, SolverOptions(iterations=60))
+    other = ksvd(problem, k, s, SolverOptions(iterations=20))
+    for start in (own, other):
+        kept = start.coefficients.clone()
+        solution = mod_htp(problem, k, s, SolverOptions(iterations=iterations, start=start))
+        assert true_error(target, solution) <= true_error(target, start) * (1 + 1e-6)
+        check_form(solution, 32, k, 80, s, free=True)
+        assert torch.equal(start.coefficients, kept)
+
+
+def test_mod_htp_start_with_more_nonzeros_or_uneven_members() -> None:
+    """Such a start is no solution: what comes back has the asked form all the same."""
+    target = structured(32, 80, seed=32)
+    dense = SOLVERS["svd"].solve(Problem(target), 20, 0, SolverOptions())
+    uneven = ksvd(Problem(target), 20, 8, SolverOptions(iterations=4))
+    for start, members in ((dense, ()), (dense, (48, 32)), (uneven, (47, 33)), (uneven, (27, 27, 26))):
+        options = SolverOptions(iterations=2, start=start)
+        solution = mod_htp(Problem(target, members=members), 20, 6.35, options)
+        check_free(target, solution, 20, 508)
+        assert solution.support is not None
+        assert all(int(part.sum()) % 4 == 0 for part in torch.split(solution.support, members or (80,), dim=1))
+
+
+def test_mod_htp_stops_by_tolerance_with_an_exact_error() -> None:
+    target = structured(40, 80, seed=33)
+    full = mod_htp(Problem(target), 24, 8, SolverOptions(iterations=60))
+    early = mod_htp(Problem(target), 24, 8, SolverOptions(iterations=60, tolerance=0.01))
+    assert 0.5 * 60 < len(early.errors) < len(full.errors) == 60
+    assert true_error(target, early) == pytest.approx(early.errors[-1], rel=1e-4)
+    assert true_error(target, full) <= true_error(target, early) < 1.1 * true_error(target, full)
+
+
+@pytest.mark.parametrize(
+    ("d1", "k", "d2", "members"), [(40, 24, 80, ()), (40, 24, 80, (60, 20)), (20, 50, 60, ()), (64, 520, 530, ())]
+)
+def test_mod_htp_is_deterministic_to_the_bit(d1: int, k: int, d2: int, members: tuple[int, ...]) -> None:
+    target = structured(d1, d2, seed=34)
+    problem = Problem(target, members=members)
+    first, second = (mod_htp(problem, k, 7.25, SolverOptions(iterations=6)) for _ in range(2))
+    assert torch.equal(first.dictionary, second.dictionary)
+    assert torch.equal(first.coefficients, second.coefficients)
+    assert torch.equal(first.support, second.support)
+    assert first.errors == second.errors
+
+
+@pytest.mark.parametrize(("rank", "k"), [(5, 12), (5, 60), (1, 7)])
+def test_mod_htp_takes_targets_of_low_rank(rank: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(35)
+    target = torch.randn(48, rank, generator=generator) @ torch.randn(rank, 90, generator=generator)
+    s = min(k, rank + 1)
+    solution = mod_htp(Problem(target), k, s, SolverOptions(iterations=60))
+    check_free(target, solution, k, s * 90)
+    assert true_error(target, solution) < (5e-3 if k < 48 else 0.05)
+
+
+@pytest.mark.parametrize("case", ["repeated columns", "constant", "one column of many", "few entries", "tiny", "huge"])
+def test_mod_htp_takes_awkward_targets(case: str) -> None:
+    plain = structured(24, 60, seed=36)
+    target = {
+        "repeated columns": plain[:, :4].repeat(1, 15),
+        "constant": torch.ones(24, 60),
+        "one column of many": plain * (torch.arange(60) == 7),
+        "few entries": plain * (torch.arange(24)[:, None] % 12 == 3),
+        "tiny": plain * 1e-35,
+        "huge": plain * 1e35,
+    }[case]
+    solution = mod_htp(Problem(target), 12, 3, SolverOptions(iterations=12))
+    check_free(target, solution, 12, 180)
+    if case in ("tiny", "huge"):
+        expected = true_error(plain, mod_htp(Problem(plain), 12, 3, SolverOptions(iterations=12)))
+        assert true_error(target, solution) == pytest.approx(expected, rel=0.01)
+    else:
+        assert true_error(target, solution) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("d1", "k", "d2", "s"), [(48, 24, 96, 12), (48, 30, 40, 12), (80, 24, 48, 10), (32, 26, 120, 8)]
+)
+def test_mod_htp_reaches_ksvd(d1: int, k: int, d2: int, s: int) -> None:
+    for seed in range(3):
+        target = structured(d1, d2, seed=40 + seed)
+        theirs = true_error(target, ksvd(Problem(target), k, s, SolverOptions(iterations=60)))
+        ours = true_error(target, mod_htp(Problem(target), k, s, SolverOptions(iterations=60)))
+        assert ours <= theirs
+
+
+def test_mod_htp_errors_only_come_from_the_schedule() -> None:
+    """Nonzeros fall from all of them to what was asked, and stay there for the rest."""
+    counts = [_scheduled(i / 20, 1000, 300) for i in range(1, 21)]
+    assert all(after <= before for before, after in pairwise(counts))
+    assert counts[0] == 300 + round(700 * (1 - 0.05 / DESCENT) ** 3)
+    assert counts[int(DESCENT * 20) - 1 :] == [300] * (21 - int(DESCENT * 20))
+
+
+floats = hnp.arrays(
+    np.float32,
+    hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=9),
+    elements=st.one_of(
+        st.sampled_from([0.0, -0.0, 1.0, -1.0, 1.5, 1e-45, -1e-45, 3e-41, 1e-38, 3.4e38, -3.4e38]),
+        st.floats(-4, 4, width=32),
+    ),
+)
+
+
+@given(floats, st.data())
+def test_keep_largest_entries_agrees_with_a_stable_sort(values: np.ndarray, data: st.DataObject) -> None:
+    rows = data.draw(st.integers(1, len(values)))
+    first = data.draw(st.integers(0, len(values) - 1))
+    span = slice(first, len(values))
+    part = values[span]
+    n = data.draw(
+        st.one_of(st.integers(0, part.size), st.sampled_from([0, 1, part.size - 1, part.size, part.size + 3]))
+    )
+    kept = np.argsort(-np.abs(part).ravel(), kind="stable")[:n]
+    expected = values.copy()
+    mask = np.zeros(part.size, dtype=bool)
+    mask[kept] = True
+    expected[span] = np.where(mask.reshape(part.shape), part, 0)
+    matrix = torch.from_numpy(values.copy())
+    keep_largest_entries(matrix, n, _blocks(span, rows))
+    np.testing.assert_array_equal(matrix.numpy(), expected)
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    st.integers(1, 9),
+    st.floats(0, 1),
+    st.sampled_from([0, 1, 3]),
+    st.integers(0, 99),
+)
+def test_shares_sum_up_and_follow_the_largest(
+    widths: list[int], k: int, density: float, zeroed: int, seed: int
+) -> None:
+    codes = torch.randn(sum(widths), k, generator=torch.Generator().manual_seed(seed))
+    codes[: zeroed * widths[0]] = 0
+    nonzeros = int(density * codes.numel())
+    shares = _shares(codes, nonzeros, widths, _blocks(slice(0, len(codes)), 2))
+    assert sum(shares) == nonzeros
+    assert all(0 <= share <= width * k for share, width in zip(shares, widths, strict=True))
+    if nonzeros % 4 == 0 and nonzeros <= sum(width * k // 4 * 4 for width in widths):
+        assert len(widths) == 1 or all(share % 4 == 0 for share in shares)
+    if zeroed == 0:
+        owner = np.repeat(np.arange(len(widths)), np.array(widths) * k)
+        largest = owner[np.argsort(-np.abs(codes.numpy()).ravel(), kind="stable")[:nonzeros]]
+        counts = np.bincount(largest, minlength=len(widths))
+        assert np.abs(np.array(shares) - counts).max() < 4 * len(widths)
+
+
+def test_gradient_step_agrees_with_numpy() -> None:
+    """Twice the best step of each column: the error of a column stays what it was."""
+    dictionary, target = random_problem(20, 14, 30, seed=37)
+    codes = torch.randn(30, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gram = (dictionary.T @ dictionary).numpy()
+    expected = codes.numpy().copy()
+    for j, column in enumerate(target.numpy().T):
+        gradient = dictionary.numpy().T @ (column - dictionary.numpy() @ expected[j])
+        expected[j] += OVERSHOOT * (gradient @ gradient) / (gradient @ gram @ gradient) * gradient
+    before = (target - dictionary @ codes.T).norm(dim=0)
+    coherence = dictionary.T @ dictionary - torch.eye(14, dtype=torch.float64)
+    _gradient_step(codes, target.T @ dictionary, coherence, torch.mm)
+    np.testing.assert_allclose(codes.numpy(), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close((target - dictionary @ codes.T).norm(dim=0), before)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_fit_codes_is_conjugate_gradients_on_the_support(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step is the best one along the gradient; as many as nonzeros reach least squares."""
+    monkeypatch.setitem(_fit_codes.__globals__, "CG_STEPS", steps)
+    dictionary, target = random_problem(20, 14, 30, seed=38)
+    _, support = code(target, leading_directions(target, 14), 4)
+    codes = torch.randn(14, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * support
+    expected = codes.numpy().copy()
+    for j, column in enumerate(target.numpy().T):
+        chosen = np.flatnonzero(support[:, j].numpy())
+        atoms = dictionary.numpy()[:, chosen]
+        if steps == 4:
+            expected[chosen, j] = np.linalg.lstsq(atoms, column, rcond=None)[0]
+        else:
+            gradient = atoms.T @ (column - atoms @ expected[chosen, j])
+            expected[chosen, j] += (gradient @ gradient) / np.linalg.norm(atoms @ gradient) ** 2 * gradient
+    coherence = dictionary.T @ dictionary - torch.eye(14, dtype=torch.float64)
+    ours = codes.T.contiguous()
+    _fit_codes(ours, target.T @ dictionary, coherence, torch.mm)
+    np.testing.assert_allclose(ours.numpy().T, expected, rtol=1e-8, atol=1e-9)
+
+
+def test_fit_dictionary_is_least_squares_and_knows_the_distance() -> None:
+    _, target = random_problem(20, 2, 60, seed=39)
+    codes = torch.randn(60, 12, generator=torch.Generator().manual_seed(3))
+    codes *= torch.rand(60, 12, generator=torch.Generator().manual_seed(4)) < 0.4
+    codes[:, 5] = 0
+    codes[:, 6] *= 1e6
+    unused = torch.randn(12, 20, generator=torch.Generator().manual_seed(5))
+    columns = target.T.float()
+    atoms, distance = _fit_dictionary(codes.T @ codes, codes.T @ columns, unused, float(columns.norm()))
+    expected, *_ = np.linalg.lstsq(codes.double().numpy(), columns.double().numpy(), rcond=None)
+    product = codes.double().numpy() @ atoms.double().numpy()
+    np.testing.assert_allclose(product, codes.double().numpy() @ expected, rtol=1e-3, atol=1e-4)
+    assert torch.equal(atoms[5], unused[5])
+    assert distance == pytest.approx(np.linalg.norm(columns.double().numpy() - product), rel=1e-4)
+
+
+def test_fit_dictionary_where_atoms_are_tied() -> None:
+    """Two rows of S that are the same, and one that is their multiple: the fit is as good as without the copies."""
+    _, target = random_problem(20, 2, 60, seed=40)
+    codes = torch.randn(60, 8, generator=torch.Generator().manual_seed(6))
+    tied = torch.cat([codes, codes[:, :1], -3 * codes[:, 1:2]], dim=1)
+    columns = target.T.float()
+    atoms, distance = _fit_dictionary(tied.T @ tied, tied.T @ columns, torch.zeros(10, 20), float(columns.norm()))
+    expected, *_ = np.linalg.lstsq(codes.double().numpy(), columns.double().numpy(), rcond=None)
+    best = np.linalg.norm(columns.double().numpy() - codes.double().numpy() @ expected)
+    assert float((columns.double() - tied.double() @ atoms.double()).norm()) == pytest.approx(best, rel=1e-3)
+    assert distance == pytest.approx(best, rel=1e-3)
+
+
+@pytest.mark.parametrize("k", [511, 512, 515, 1030])
+def test_self_product_is_a_plain_product(k: int) -> None:
+    codes = torch.randn(30, k, generator=torch.Generator().manual_seed(k))
+    outer = _self_product(codes)
+    expected = codes.double().numpy().T @ codes.double().numpy()
+    np.testing.assert_allclose(outer.numpy(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(outer, outer.T)
+
+
+def test_mod_htp_restores_the_precision_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[str] = []
+
+    def fail(*_args: object) -> None:
+        inside.append(torch.get_float32_matmul_precision())
+        raise RuntimeError("stop here")
+
+    problem = Problem(structured(12, 20, seed=41))
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        mod_htp(problem, 6, 2, SolverOptions(iterations=5))
+        assert torch.get_float32_matmul_precision() == "high"
+        with pytest.raises(RuntimeError, match="stop here"):
+            mod_htp(problem, 6, 2, SolverOptions(iterations=5, on_iteration=fail))
+        assert torch.get_float32_matmul_precision() == "high"
+        monkeypatch.setitem(mod_htp.__globals__, "_fit_dictionary", fail)
+        for iterations in (5, 1):
+            with pytest.raises(RuntimeError, match="stop here"):
+                mod_htp(problem, 6, 2, SolverOptions(iterations=iterations))
+            assert torch.get_float32_matmul_precision() == "high"
+        assert inside == ["high", "medium", "highest"]
+    finally:
+        torch.set_float32_matmul_precision(before)

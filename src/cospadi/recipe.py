@@ -45,7 +45,7 @@ class Recipe(BaseModel):
     compensate: bool = Field(
         True, description="each projection makes up for the errors of those before it (not with share layers:N)"
     )
-    fisher_sequences: int = Field(32, ge=1, description="calibration sequences from which those costs are estimated")
+    fisher_sequences: int = Field(16, ge=1, description="calibration sequences from which those costs are estimated")
 
     update: Literal["power", "pca", "mod"] = Field("power", description="dictionary update of ksvd")
     iterations: int = Field(60, ge=1, description="alternations T of mod-htp, ksvd and procrustes")

@@ -31,8 +31,12 @@ MOMENTUM_RAMP = 2.0
 """Momentum grows by this, divided by the number of iterations, each iteration since the start or the last rise."""
 OVERSHOOT = 2.0
 CG_STEPS = 1
+LEAST_CURVATURE = 0.02
+"""Smallest p . G p that steps are computed from, in p . p: some 0.5 is usual, less may be rounding of tied atoms."""
 RIDGE = 1e-7
 """Added to the diagonal of S S^T once that is scaled to ones."""
+UNUSED = 1e-7
+"""Norm of a row of S, in the largest one, up to which its atom stays as it is."""
 EXACT_SHARE = 0.05
 """Share of the iterations, the last ones, whose products are all in full float32."""
 BLOCK_ENTRIES = {"cpu": 2**20, "cuda": 2**27}
@@ -45,8 +49,8 @@ Product = Callable[[Tensor, Tensor], Tensor]
 def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Factorization:
     """min ||A - D S||_F over D (d1, k) and S (k, d2) with s d2 nonzeros anywhere in S; the best pair seen.
 
-    Computed in float32, in which errors below some 3e-4 may come out as zero. Deterministic without a seed. k may
-    exceed d1 and d2. Memory: A, and three matrices of the size of S.
+    Computed in float32, in which errors below 1e-3 are known roughly or come out as zero. Deterministic without a
+    seed. k may exceed d1 and d2. Memory: A, and three matrices of the size of S.
     Of several members each gets a multiple of four nonzeros where s d2 is one, so that 14-bit values fill bytes.
     `options.start` replaces the truncated SVD; the schedule then begins at its number of nonzeros, and it counts as a
     pair seen if it has no more than each member may have.
@@ -97,8 +101,8 @@ def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Facto
                 _fit_codes(codes[block], correlations[block], coherence, product)
             previous = atoms
             atoms, distance = _fit_dictionary(_self_product(codes), codes.T @ columns, lead, norm)
-        norms = torch.linalg.vector_norm(atoms, dim=1)
-        atoms = atoms / norms[:, None]
+        norms = torch.linalg.vector_norm(atoms, dim=1)  # zero where an atom has a twin that does all the work
+        atoms = torch.where(norms[:, None] > 0, _unit_rows(atoms), lead)
         codes *= norms
         error = distance / norm if norm > 0 else 0.0
 
@@ -154,9 +158,9 @@ def _gradient_step(codes: Tensor, correlations: Tensor, coherence: Tensor, produ
     """S + OVERSHOOT t R in place, R = B - G S, with t the best step of each column (here: row)."""
     residual = correlations - codes
     residual -= product(codes, coherence)
-    curved = product(residual, coherence).add_(residual)
-    step = torch.linalg.vecdot(residual, residual) / torch.linalg.vecdot(residual, curved).clamp(min=TINY)
-    codes.addcmul_(residual, step[:, None], value=OVERSHOOT)
+    squared = torch.linalg.vecdot(residual, residual)
+    step = _step(squared, residual, product(residual, coherence).add_(residual))
+    codes.addcmul_(residual, step, value=OVERSHOOT)
 
 
 def _fit_codes(codes: Tensor, correlations: Tensor, coherence: Tensor, product: Product) -> None:
@@ -168,7 +172,7 @@ def _fit_codes(codes: Tensor, correlations: Tensor, coherence: Tensor, product: 
     squared = torch.linalg.vecdot(residual, residual)
     for remaining in reversed(range(CG_STEPS)):
         image = product(direction, coherence).add_(direction)
-        step = (squared / torch.linalg.vecdot(direction, image).clamp(min=TINY))[:, None]
+        step = _step(squared, direction, image)
         codes.addcmul_(direction, step)
         if remaining:
             residual.addcmul_(image, step, value=-1).mul_(support)
@@ -176,24 +180,39 @@ def _fit_codes(codes: Tensor, correlations: Tensor, coherence: Tensor, product: 
             direction = residual.addcmul(direction, (squared / before.clamp(min=TINY))[:, None])
 
 
+def _step(squared: Tensor, direction: Tensor, image: Tensor) -> Tensor:
+    """Steps (rows, 1) of squared / (p . G p); where p . G p is lost in rounding, short ones.
+
+    Args:
+        squared: (rows,), of the residual. direction, image: p and G p (rows, k).
+    """
+    least = LEAST_CURVATURE * torch.linalg.vecdot(direction, direction)
+    curvature = torch.maximum(torch.linalg.vecdot(direction, image), least)
+    return (squared / curvature.clamp(min=TINY))[:, None]
+
+
 def _fit_dictionary(outer: Tensor, cross: Tensor, unused: Tensor, norm: float) -> tuple[Tensor, float]:
     """D^T = (S S^T)^-1 S A^T, and ||A - D S||.
 
     Args:
         outer: S S^T (k, k). cross: S A^T (k, d1). norm: ||A||.
-        unused: the atoms (k, d1) that stay where S has an empty row.
+        unused: the atoms (k, d1) that stay where S has an empty row, or next to one.
     """
     size = outer.diagonal().sqrt()
-    used = size > 0
+    used = size > UNUSED * size.max()
     size = torch.where(used, size, torch.ones_like(size))
     scaled = outer / size / size[:, None]
     scaled.diagonal().fill_(1 + RIDGE)
     factor, failed = torch.linalg.cholesky_ex(scaled)
-    if failed.item():  # atoms tied to float32's precision
-        scaled = scaled.double()
-        scaled.diagonal().fill_(1 + 100 * RIDGE)
-        factor = torch.linalg.cholesky(scaled)
-    solution = torch.cholesky_solve((cross / size[:, None]).to(factor.dtype), factor).to(cross.dtype) / size[:, None]
+    solution = cross / size[:, None]
+    if failed.item():  # atoms that are tied, to the precision of the product: the pseudo-inverse, above its noise
+        values, vectors = torch.linalg.eigh(scaled.double())
+        noise = max(100 * RIDGE * float(values[-1]), -2 * float(values[0]))
+        weights = torch.where(values > noise, 1 / values, torch.zeros_like(values))
+        solution = (vectors @ (weights[:, None] * (vectors.T @ solution.double()))).to(cross.dtype)
+    else:
+        solution = torch.cholesky_solve(solution, factor)
+    solution = solution / size[:, None]
     atoms = torch.where(used[:, None], solution, unused)
     gained = 2 * (atoms * cross).sum(dtype=torch.float64) - ((outer @ atoms) * atoms).sum(dtype=torch.float64)
     return atoms, max(norm**2 - float(gained), 0.0) ** 0.5
