@@ -59,7 +59,7 @@ WeightColumns = Annotated[
     ),
 ]
 FisherSequences = Annotated[
-    int | None, typer.Option(help="calibration sequences that fisher is estimated on  [default: 32]")
+    int | None, typer.Option(help="calibration sequences that fisher is estimated on  [default: 16]")
 ]
 Compensate = Annotated[
     bool | None,

@@ -78,7 +78,7 @@ class Plan:
     @property
     def ratio(self) -> float:
         """1 - compressed / dense bytes over all selected projections (the paper's CR)."""
-        return 1 - self.bytes / self.dense_bytes
+        return (self.dense_bytes - self.bytes) / self.dense_bytes
 
     @property
     def projections(self) -> list[Projection]:

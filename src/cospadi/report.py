@@ -162,7 +162,7 @@ def inspect_json(
         "projections": projections,
         "dense_bytes": dense,
         "compressed_bytes": compressed,
-        "ratio": 1 - compressed / dense if dense else 0.0,
+        "ratio": (dense - compressed) / dense if dense else 0.0,
         "checkpoint_bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "recipe": (manifest or {}).get("recipe"),
     }
