@@ -19,12 +19,13 @@ class Stages:
     """Times each stage of a job and shows its progress.
 
     Attributes:
-        seconds: stage name -> seconds spent in it so far.
+        seconds: stage name -> seconds spent in it so far, less those of stages within it.
     """
 
     def __init__(self, console: Console | None = None) -> None:
         """Bars on `console`; log lines where it is None."""
         self.seconds: dict[str, float] = {}
+        self._within = 0.0  # seconds of the stages that ended inside the current one
         self._bars: Progress | None = None
         if console is not None:
             self._bars = Progress(
@@ -52,12 +53,14 @@ class Stages:
     @contextmanager
     def stage(self, name: str, total: float) -> Iterator[Stage]:
         """One stage of `total` units of work; entered again, its time adds up and its bar starts anew."""
-        start = time.perf_counter()
+        start, before, self._within = time.perf_counter(), self._within, 0.0
         stage = Stage(name, total, self._bars)
         try:
             yield stage
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            elapsed = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - self._within
+            self._within = before + elapsed
             stage.close()
 
 
