@@ -88,24 +88,27 @@ def test_model_whose_blocks_do_not_follow_each_other_is_told() -> None:
             super().__init__()
             self.linear = nn.Linear(8, 8)
 
-        def forward(self, hidden_states: Tensor) -> Tensor:
-            return hidden_states + self.linear(hidden_states)
+        def forward(self, hidden_states: Tensor, extra: Tensor) -> Tensor:
+            return hidden_states + self.linear(hidden_states) + extra
 
     class Model(nn.Module):
-        def __init__(self, twist: bool) -> None:
+        def __init__(self, twist: str) -> None:
             super().__init__()
             self.embed, self.layers, self.twist = nn.Embedding(10, 8), nn.ModuleList([Block(), Block()]), twist
 
         def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
             hidden = self.embed(input_ids)
-            first = self.layers[0](hidden_states=hidden)
-            result: Tensor = self.layers[1](hidden_states=first + hidden if self.twist else first)
+            extra = self.embed(input_ids) if self.twist == "tokens" else torch.ones(8)
+            first = self.layers[0](hidden_states=hidden, extra=extra)
+            result: Tensor = self.layers[1](
+                hidden_states=first + hidden if self.twist == "skip" else first, extra=extra
+            )
             return result
 
     tokens = torch.arange(10).view(2, 5)
-    plain, twisted = Model(False), Model(True)
-    assert sequence.start(plain, list(plain.layers), tokens, 1) is not None
-    assert sequence.start(twisted, list(twisted.layers), tokens, 1) is None
+    for twist, follows in (("", True), ("skip", False), ("tokens", False)):
+        model = Model(twist)
+        assert (sequence.start(model, list(model.layers), tokens, 1) is not None) == follows
 
 
 def test_other_weights_come_back_after_an_error() -> None:

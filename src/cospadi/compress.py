@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,7 +62,6 @@ GRAM_MEMORY = 4 * 2**30
 SOLVER_MEMORY = {"cpu": 2**28, "cuda": 2**32}
 """Bytes that batched sparse coding may take. Fixed, not what is free, so that equal runs give equal bytes."""
 
-
 QUICK_ITERATIONS = 8
 """Iterations of the solver runs that budgets are measured by."""
 
@@ -70,9 +70,6 @@ RHOS = (1.5, 2.2, 3.2, 4.8)
 
 SPANS = (0.0, 0.1, 0.2, 1.0)
 """How far from the asked ratio a group's own may lie: one allocation each, of which the loss on text chooses."""
-
-
-NOTHING_COMPRESSED = "the plan leaves every projection dense: nothing to compress. Ask for a higher --ratio"
 
 
 @dataclass
@@ -177,9 +174,9 @@ def compress(
     job, uniform, folder = prepared.job, prepared.uniform, prepared.folder
     before = checkpoint.tensor_bytes(folder) if folder else None
     if isinstance(plan, (str, Path)):
-        plan = read_plan(Path(plan), uniform.projections)
+        plan = read_plan(Path(plan), uniform.projections, recipe)
     if plan is not None:
-        check_plan(plan, uniform.projections, recipe)
+        check_plan(plan, uniform, recipe)
     if target is not None:
         check_space(job.model, plan or uniform, target)
     origin = {"model": prepared.hub_name, "weights_sha256": checkpoint.weights_digest(folder) if folder else None}
@@ -191,8 +188,6 @@ def compress(
         if target is not None:
             check_space(job.model, plan, target)
     compressed = plan.compressed
-    if not compressed:
-        raise UserError(NOTHING_COMPRESSED)
 
     packed = solve_in_sequence(job, compressed, fisher) if job.compensates() else None
     if packed is None:
@@ -232,13 +227,15 @@ def measure_plan(
     Raises:
         UserError: a request that cannot be met.
     """
+    training = isinstance(model, nn.Module) and model.training
     prepared = prepare(model, Recipe.build(recipe), tokenizer, stages or Stages())
-    prepared.read_text()
     job, uniform = prepared.job, prepared.uniform
-    plan = allocate(job, uniform, estimate_fisher(job, uniform) if allocation_of(job.recipe) != "uniform" else None)
-    if not plan.compressed:
-        raise UserError(NOTHING_COMPRESSED)
-    return plan
+    try:
+        prepared.read_text()
+        fisher = estimate_fisher(job, uniform) if allocation_of(job.recipe) != "uniform" else None
+        return allocate(job, uniform, fisher)
+    finally:
+        job.model.train(training)
 
 
 @dataclass(frozen=True)
@@ -294,6 +291,9 @@ def prepare(model: str | Path | nn.Module, recipe: Recipe, tokenizer: Any, stage
     selected = select(find_projections(model), recipe.include, recipe.exclude, recipe.target)
     if experts := dense_experts(model):
         log.warning("experts that are not nn.Linear stay dense: %s", kinds_of(experts))
+    for projection in selected:
+        _weight(model, projection)  # refuses what is not finite
+    allocation_of(recipe), weighs_columns(recipe)  # refuse what needs text where there is none
     job = Job(model, recipe, shared_inputs(model, selected), None, stages)
     return Prepared(job, make_plan(selected, recipe, job.owner), tokenizer, folder, hub_name)
 
@@ -365,26 +365,26 @@ def check_text(job: Job) -> Tensor:
 
 
 def allocate(job: Job, uniform: Plan, fisher: dict[str, Tensor] | None) -> Plan:
-    """Spread the byte budget over the groups so that the errors cost the model least; never worse than `uniform`.
+    """Spread the byte budget over the groups so that the errors cost the model least.
 
     Each group is solved in short runs at a few ratios and rho, which gives its cost against bytes. A knapsack then
     chooses for all groups, for several bounds on how far a group may stray from the asked ratio: costs are quadratic
-    and sum up only while errors are small. The loss on text of the models that the candidates make decides, the
-    uniform one among them.
+    and sum up only while errors are small. Of the models that short runs make of these candidates, `uniform` among
+    them, the one with the lowest loss on text decides, so that a spread is taken only if it does better than none.
     """
     recipe = job.recipe
     if allocation_of(recipe) == "uniform":
         return uniform
     budget = byte_budget(recipe.ratio, 1, [uniform.dense_bytes // 2])
-    runs = len(job_ratios(recipe)) * len(job_rhos(recipe))
+    runs = len(measured_ratios(recipe)) * len(measured_rhos(recipe))
     with job.stages.stage("allocate", (runs + len(SPANS) + 1) * len(uniform.groups)) as progress:
-        curves: list[list[Option]] = []
+        curves: dict[tuple[Projection, ...], list[Option]] = {}
         for groups, metrics in walk(job, uniform.groups):
             for group in groups:
-                curves.append(cost_curve(job, group, metrics[job.inputs(group)], fisher, progress))
+                curves[group.members] = cost_curve(job, group, metrics[job.inputs(group)], fisher, progress)
         candidates = [uniform]
         for span in SPANS:
-            plan = _spread(uniform, curves, budget, span, recipe)
+            plan = _spread(uniform, [curves[group.members] for group in uniform.groups], budget, span, recipe)
             if plan is not None and plan not in candidates:
                 candidates.append(plan)
         losses = []
@@ -392,22 +392,21 @@ def allocate(job: Job, uniform: Plan, fisher: dict[str, Tensor] | None) -> Plan:
             with sequence.other_weights(job.model, quick_weights(job, plan, fisher)):
                 losses.append(mean_loss(job.model, check_text(job), recipe.batch_size))
             progress.advance(len(plan.groups), f"loss {losses[-1]:.4f}")
-    best = min(range(len(candidates)), key=lambda index: losses[index])
-    log.info(
-        "budgets: loss %.4f with a uniform ratio, %s spread", losses[0], ", ".join(f"{loss:.4f}" for loss in losses[1:])
-    )
+    best = min(range(len(candidates)), key=lambda index: losses[index] if math.isfinite(losses[index]) else math.inf)
+    spread = ", ".join(f"{loss:.4f}" for loss in losses[1:]) or "no other fits"
+    log.info("budgets: loss %.4f with a uniform ratio; spread: %s; taken: %.4f", losses[0], spread, losses[best])
     if best == 0:
         log.warning("no other spread of the bytes gives a lower loss on the calibration text: the budget is uniform")
     return candidates[best]
 
 
-def job_ratios(recipe: Recipe) -> list[float]:
+def measured_ratios(recipe: Recipe) -> list[float]:
     """Ratios at which groups are measured, around the asked one."""
     r = recipe.ratio
     return [0.3 * r, r, r + 0.25 * (1 - r), r + 0.5 * (1 - r)]
 
 
-def job_rhos(recipe: Recipe) -> tuple[float, ...]:
+def measured_rhos(recipe: Recipe) -> tuple[float, ...]:
     """k / s at which groups are measured."""
     if find_solver(recipe.solver).layout == "low-rank":
         return (recipe.uniform_rho,)  # means nothing there
@@ -433,8 +432,8 @@ def cost_curve(
     weight = torch.cat(importance)
     floor = float((target.square().sum(0) * weight).sum()) * packing.rounding_error(group.value_bits) ** 2
     options = []
-    for ratio in job_ratios(job.recipe):
-        for rho in job_rhos(job.recipe):
+    for ratio in measured_ratios(job.recipe):
+        for rho in measured_rhos(job.recipe):
             progress.advance(1)
             sized = size_group(group.members, ratio, rho, job.recipe)
             if sized is None:
@@ -493,6 +492,8 @@ def quick_weights(job: Job, plan: Plan, fisher: dict[str, Tensor] | None) -> dic
 
 def allocation_of(recipe: Recipe) -> str:
     """How a recipe spreads bytes."""
+    if recipe.allocate in ("fisher", "output") and not needs_text(recipe):
+        raise UserError(f"solver {recipe.solver} uses no calibration text to allocate by. Use --allocate uniform")
     if recipe.allocate is not None:
         return recipe.allocate
     return "fisher" if needs_text(recipe) and recipe.accounting == "exact" else "uniform"
@@ -500,6 +501,8 @@ def allocation_of(recipe: Recipe) -> str:
 
 def weighs_columns(recipe: Recipe) -> bool:
     """Whether a recipe's solver weighs outputs by what they cost in the loss."""
+    if recipe.weight_columns == "fisher" and not needs_text(recipe):
+        raise UserError(f"solver {recipe.solver} uses no calibration text to weigh by. Use --weight-columns none")
     if recipe.weight_columns is not None:
         return recipe.weight_columns == "fisher"
     return needs_text(recipe) and recipe.allocate != "output"
@@ -644,6 +647,8 @@ def solve_in_sequence(job: Job, groups: Sequence[Group], fisher: dict[str, Tenso
                 for name, some in by_reader.items():
                     gram, cross = found.pop(name)
                     metric = whiten(gram, tokens, job.recipe.damping)
+                    if metric.factor is None:
+                        log.warning("%s reads only zeros on the calibration text: not whitened", local + name)
                     for group in some:
                         weights = torch.cat([_weight(job.model, member) for member in group.members], dim=1)
                         wanted = metric.apply(sequence.corrected(weights, gram, cross))
@@ -769,6 +774,9 @@ def load_factors(model: nn.Module, packed: Sequence[Packed]) -> None:
                 getattr(layers[name], part).copy_(tensor)
         for name, layer in layers.items():
             layer.eval()
+            weight = old[name].weight
+            assert isinstance(weight, Tensor)
+            layer.requires_grad_(weight.requires_grad)
             if layer.bias is not None:
                 bias = old[name].bias
                 assert isinstance(bias, Tensor)

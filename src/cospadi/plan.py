@@ -245,12 +245,16 @@ def read_plan_recipe(path: Path, **overrides: Any) -> Recipe:
     return Recipe.build(recipe, **overrides)
 
 
-def read_plan(path: Path, selected: Sequence[Projection]) -> Plan:
-    """A saved plan, for a model with these selected projections.
+def read_plan(path: Path, selected: Sequence[Projection], recipe: Recipe) -> Plan:
+    """A saved plan, for a model with these selected projections and the recipe it is to be followed with.
 
     Raises:
         UserError: a missing or malformed file, or one made for another model; `check_plan` tells the rest.
     """
+    own = read_plan_recipe(path)
+    for name in FIXED_BY_PLAN:
+        if getattr(own, name) != getattr(recipe, name):
+            raise UserError(f"plan {path} was made with {name} {getattr(own, name)}, not {getattr(recipe, name)}")
     by_name = {projection.name: projection for projection in selected}
     groups = []
     for entry in _read_json(path)["groups"]:
@@ -266,12 +270,23 @@ def read_plan(path: Path, selected: Sequence[Projection]) -> Plan:
     return Plan(tuple(groups))
 
 
-def check_plan(plan: Plan, selected: Sequence[Projection], recipe: Recipe) -> None:
-    """Raise UserError unless a plan covers the selected projections, each once, with what the recipe's solver gives."""
-    planned = [projection.name for projection in plan.projections]
-    missing = [projection.name for projection in selected if projection.name not in planned]
-    if missing or len(planned) != len(selected):
-        raise UserError(f"the plan is for another model or selection: {(missing or planned)[0]} is not in both")
+def check_plan(plan: Plan, uniform: Plan, recipe: Recipe) -> None:
+    """Refuse a plan that does not carry out a recipe.
+
+    Args:
+        uniform: the plan that gives each group of the recipe the same ratio.
+
+    Raises:
+        UserError: other groups, more bytes than the recipe leaves, or what the recipe's solver does not give.
+    """
+    wanted = {frozenset(member.name for member in group.members): group for group in uniform.groups}
+    planned = [frozenset(member.name for member in group.members) for group in plan.groups]
+    strange = [names for names in planned if names not in wanted] + [names for names in wanted if names not in planned]
+    if strange or len(planned) != len(wanted):
+        names = ", ".join(sorted(min(strange or planned, key=min)))
+        raise UserError(f"the plan is for another model, selection or --share: the group {names} is not in both")
+    if plan.bytes > max(uniform.bytes, budget.byte_budget(recipe.ratio, 1, [plan.dense_bytes // 2])):
+        raise UserError(f"the plan takes {plan.bytes:,} bytes, more than ratio {recipe.ratio:g} leaves")
     solver = find_solver(recipe.solver)
     for group in plan.compressed:
         fits = solver.free_support or group.layout == "low-rank" or group.nonzeros % sum(group.d2s) == 0

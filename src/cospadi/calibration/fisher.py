@@ -60,10 +60,20 @@ def output_fisher(
         handles.append(module.register_forward_hook(watch(projection.name)))
     device = next(model.parameters()).device
     try:
-        with torch.enable_grad(), _gradients_to_activations_only(model), _blocks_checkpointed(model):
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            _gradients_to_activations_only(model),
+            _blocks_checkpointed(model),
+        ):
             for tokens in sequences:
                 tokens = tokens[None].to(device)
                 logits = model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
+                if not logits.requires_grad:
+                    raise UserError(
+                        f"{type(model).__name__} gives no gradients. Use --allocate output, or --allocate uniform with "
+                        "--weight-columns none, which need none"
+                    )
                 nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum").backward()  # type: ignore[no-untyped-call]
                 if on_sequence:
                     on_sequence(1)
@@ -116,10 +126,13 @@ def _gradients_to_activations_only(model: nn.Module) -> Iterator[None]:
 def _blocks_checkpointed(model: nn.Module) -> Iterator[None]:
     """Decoder blocks keep their inputs only and run again on the way back."""
     blocks = list(decoder_blocks(model)[1])
+    own = [vars(block).get("forward") for block in blocks]  # somebody may have wrapped one already
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     try:
         yield
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, own, strict=True):
             del block.forward
+            if forward is not None:
+                block.forward = forward

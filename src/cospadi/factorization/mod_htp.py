@@ -47,7 +47,9 @@ Product = Callable[[Tensor, Tensor], Tensor]
 
 
 def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Factorization:
-    """min ||A - D S||_F over D (d1, k) and S (k, d2) with s d2 nonzeros anywhere in S; the best pair seen.
+    """min ||A - D S||_F over D (d1, k) and S (k, d2) with s d2 nonzeros anywhere in S.
+
+    Returns the best pair of the last, exact iterations and the start that was given; others' errors are rough.
 
     Computed in float32, in which errors below 1e-3 are known roughly or come out as zero. Deterministic without a
     seed. k may exceed d1 and d2. Memory: A, and three matrices of the size of S.
