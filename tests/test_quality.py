@@ -22,7 +22,6 @@ def test_demo_ranks_the_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     dense, low_rank, paper, ours = run_demo(ratio=0.4, iterations=2, stages=Stages())
     assert dense.perplexity < 20
     assert dense.perplexity < ours.perplexity < paper.perplexity < low_rank.perplexity
-    assert paper.error < low_rank.error
     assert 0.4 <= paper.ratio < 0.41
     assert 0.4 <= ours.ratio < 0.4004
     assert ours.nbytes <= 0.6 * dense.nbytes

@@ -225,14 +225,13 @@ def perplexity_lines(results: Sequence[tuple[str, Perplexity]]) -> list[str]:
 
 def demo_table(rows: Sequence[Row]) -> Table:
     """dense against SVD-LLM, the paper's K-SVD and CoSpaDi."""
-    table = _table("model", "projections", "ratio", "mean error", "perplexity", "seconds")
+    table = _table("model", "projections", "ratio", "perplexity", "seconds")
     for row in rows:
         dense = row.ratio == 0
         table.add_row(
             row.name,
             megabytes(row.nbytes),
             "-" if dense else f"{row.ratio:.4f}",
-            "-" if dense else f"{row.error:.4f}",
             f"{row.perplexity:.2f}",
             "-" if dense else f"{row.seconds:.0f}",
         )
