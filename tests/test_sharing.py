@@ -206,7 +206,8 @@ def test_threads_do_not_meet() -> None:
         with torch.no_grad():
             expected = plain(inputs[n])
             found[n] = all(
-                torch.equal(parent(inputs[n], lambda x: barrier.wait() and None), expected) for _ in range(20)
+                torch.allclose(parent(inputs[n], lambda x: barrier.wait() and None), expected, rtol=1e-4, atol=1e-5)
+                for _ in range(20)  # not to the bit: threads of a product may be fewer while others run
             )
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
