@@ -543,3 +543,37 @@ def test_an_unknown_progress_is_a_usage_error(run: Callable[..., Answer], tmp_pa
     answer = run("compress", "demo", "--output", tmp_path / "out", "--progress", "loud")
     assert answer.code == 2
     assert "--progress loud is not known. Use auto, on or off" in answer.err
+
+
+# Kernels
+
+
+def test_doctor_says_what_there_is(run: Callable[..., Answer]) -> None:
+    told = json.loads(run("doctor", "--json").out)
+    assert told["versions"]["torch"]
+    assert all(told["checks"].values())
+    table = run("doctor").out
+    assert (told["cpu_kernel"] or "not built") in table
+
+
+def test_doctor_without_kernels_says_what_to_do(run: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cospadi.ops.cpu.levels", dict)
+    told = run("doctor").out
+    assert "not built" in told
+    assert "install a C++ compiler" in told
+
+
+def test_an_unknown_runtime(run: Callable[..., Answer], compressed: tuple[Path, Any], text_file: Path) -> None:
+    answer = run("eval", compressed[0], "--text", text_file, "--runtime", "fast")
+    assert answer.code == 2
+    assert "Use auto, packed, unpacked, dense" in answer.err
+
+
+def test_every_runtime_gives_the_same_perplexity(
+    run: Callable[..., Answer], compressed: tuple[Path, Any], text_file: Path
+) -> None:
+    found = []
+    for runtime in ("auto", "packed", "unpacked", "dense"):
+        told = run("eval", compressed[0], "--text", text_file, "--runtime", runtime, "--length", "32", "--json").out
+        found.append(json.loads(told)["models"][0]["perplexity"])
+    assert found == pytest.approx([found[0]] * 4, rel=1e-2)

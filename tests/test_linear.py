@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from cospadi import SparseDictionaryLinear, packing
-from cospadi.linear import LowRankLinear
+from cospadi import SparseDictionaryLinear, ops, packing
+from cospadi.linear import LowRankLinear, Runtime
 
 
 def make_layer(
@@ -31,13 +31,13 @@ def make_layer(
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-2)])
 @pytest.mark.parametrize("bits", [14, 16])
-@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("runtime", ["auto", "packed", "unpacked", "dense"])
 @pytest.mark.parametrize("shape", [(1, 24), (2, 5, 24), (0, 24)])
 def test_output_is_that_of_the_product(
-    dtype: torch.dtype, tolerance: float, bits: int, low_memory: bool, shape: tuple[int, ...]
+    dtype: torch.dtype, tolerance: float, bits: int, runtime: Runtime, shape: tuple[int, ...]
 ) -> None:
     layer, dictionary, codes = make_layer(bits=bits, dtype=dtype)
-    layer.low_memory = low_memory
+    layer.set_runtime(runtime)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
     expected = x.double() @ dictionary @ codes + layer.bias.double()
     y = layer(x)
@@ -52,16 +52,45 @@ def test_non_contiguous_input() -> None:
     torch.testing.assert_close(layer(x), layer(x.contiguous()))
 
 
-def test_coefficients_are_unpacked_once_and_dropped_when_the_layer_moves() -> None:
+@pytest.mark.parametrize("runtime", ["unpacked", "dense"])
+def test_what_a_runtime_keeps_is_made_once_and_dropped_when_the_layer_moves(runtime: Runtime) -> None:
     layer, _, _ = make_layer()
     x = torch.randn(3, 24)
+    layer.set_runtime(runtime)
     first = layer(x)
-    kept = layer._dense
+    kept = layer._kept
+    assert kept is not None
     layer(x)
-    assert layer._dense is kept
+    assert layer._kept is kept
     layer.double()
-    assert layer._dense is None
+    assert layer._kept is None
     torch.testing.assert_close(layer(x.double()).float(), first, rtol=1e-5, atol=1e-5)
+    layer.set_runtime("packed")
+    layer(x)
+    assert layer._kept is None
+
+
+def test_without_a_kernel_coefficients_are_kept_unless_packed_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, dictionary, codes = make_layer(bias=False)
+    x = torch.randn(3, 24)
+    monkeypatch.setattr(ops, "has_kernel", lambda *_: False)
+    for runtime, kept in (("auto", True), ("packed", False)):
+        layer.set_runtime(runtime)
+        torch.testing.assert_close(layer(x).double(), x.double() @ dictionary @ codes, rtol=1e-4, atol=1e-4)
+        assert (layer._kept is not None) == kept
+
+
+def test_loaded_values_are_counted_anew() -> None:
+    layer, _, _ = make_layer()
+    other, dictionary, codes = make_layer(bias=False)
+    with torch.no_grad():
+        other.support.copy_(packing.pack_support(packing.unpack_support(other.support, 13).flip(0)))
+    layer(torch.randn(2, 24))
+    state = other.state_dict() | {"bias": torch.zeros(19)}
+    layer.load_state_dict(state)
+    x = torch.randn(2, 24)
+    torch.testing.assert_close(layer(x), other(x))
+    assert not torch.allclose(layer(x).double(), x.double() @ dictionary @ codes)
 
 
 def test_torch_compile_takes_it_whole() -> None:
@@ -83,8 +112,10 @@ def test_op_passes_torch_checks() -> None:
     layer, _, _ = make_layer()
     z = torch.randn(4, 13, requires_grad=True)
     values = torch.randn(layer.nnz, requires_grad=True)
-    torch.library.opcheck(torch.ops.cospadi.sparse_matmul.default, (z, layer.support, values, 13, 0))
-    torch.library.opcheck(torch.ops.cospadi.sparse_matmul.default, (z, layer.support, layer.values, 13, 14))
+    torch.library.opcheck(torch.ops.cospadi.sparse_matmul.default, (z, layer.support, values, None, 13, 0, None))
+    torch.library.opcheck(
+        torch.ops.cospadi.sparse_matmul.default, (z, layer.support, layer.values, layer.column_offsets(), 13, 14, None)
+    )
 
 
 def test_gradients_reach_dictionary_values_and_input() -> None:

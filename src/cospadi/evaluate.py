@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cospadi import source
 from cospadi.calibration.text import read_text, sequence_length
 from cospadi.errors import UserError
-from cospadi.linear import set_low_memory
+from cospadi.linear import Runtime, set_runtime
 from cospadi.progress import Stages
 
 
@@ -90,13 +90,13 @@ def evaluate_models(
     batch_size: int = 4,
     device: str = "auto",
     stages: Stages | None = None,
-    low_memory: bool = False,
+    runtime: Runtime = "auto",
 ) -> list[tuple[str, Perplexity]]:
     """Name and perplexity of each model on a text file, each with its own tokenizer.
 
     Args:
         length: tokens a window; None is min(1024, positions).
-        low_memory: unpack coefficients in each call instead of keeping them.
+        runtime: what the layers keep in memory; see `cospadi.linear.set_runtime`.
 
     Raises:
         UserError: a text or model that cannot be read, a window longer than the positions.
@@ -110,7 +110,7 @@ def evaluate_models(
             folder = source.resolve(name)
             tokenizer = source.load_tokenizer(folder)
             model = source.load_model(folder, where)
-            set_low_memory(model, low_memory)
+            set_runtime(model, runtime)
         windows = text_windows(tokenizer, content, sequence_length(length, source.positions(model)))
         with stages.stage("evaluate", len(windows)) as progress:
             results.append((str(name), perplexity(model, windows, batch_size, progress.advance)))
@@ -125,7 +125,7 @@ def continue_text(
     temperature: float = 0.0,
     seed: int = 42,
     device: str = "auto",
-    low_memory: bool = False,
+    runtime: Runtime = "auto",
 ) -> str:
     """The prompt and what the model adds to it; greedy at temperature 0.
 
@@ -136,7 +136,7 @@ def continue_text(
     folder = source.resolve(model)
     tokenizer = source.load_tokenizer(folder)
     network: Any = source.load_model(folder, where)
-    set_low_memory(network, low_memory)
+    set_runtime(network, runtime)
     inputs = tokenizer(prompt, return_tensors="pt").to(where)
     used, room = inputs["input_ids"].shape[1], source.positions(network)
     if used == 0:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cospadi import budget, ops, packing
+
+Runtime = Literal["auto", "packed", "unpacked", "dense"]
 
 
 class _Product(NamedTuple):
@@ -96,8 +98,8 @@ class SparseDictionaryLinear(nn.Module):
         support: uint8 (d2, ceil(k / 8)). values: the packed nonzeros.
         bias: (d2,) or None.
 
-    z = x D is an ordinary linear product, y = z S the op `cospadi::sparse_matmul`. Outside torch.compile S is unpacked
-    once, on first use, and kept in the dtype of x; set `low_memory` to unpack it in each call instead.
+    z = x D is an ordinary linear product, y = z S the op `cospadi::sparse_matmul`. What is kept beside the packed form
+    `set_runtime` decides.
 
     Args:
         in_features: d1. out_features: d2.
@@ -107,7 +109,7 @@ class SparseDictionaryLinear(nn.Module):
         dtype, device: of the dictionary and the bias.
     """
 
-    low_memory = False
+    runtime: Runtime = "auto"
     group: str | None = None
 
     def __init__(
@@ -134,40 +136,64 @@ class SparseDictionaryLinear(nn.Module):
             stored = torch.zeros(size, dtype=torch.uint8, device=device)
         self.register_buffer("values", stored)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
-        self._dense: Tensor | None = None
+        self.register_buffer("offsets", None, persistent=False)
+        self._kept: Tensor | None = None
 
     support: Tensor
     values: Tensor
+    offsets: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d1) -> (..., d2), in x's dtype."""
-        z = _multiply(x, self.dictionary, self.group)
         trainable = isinstance(self.values, nn.Parameter)
-        y: Tensor = ops.sparse_matmul(
-            z,
-            self.support,
-            self.values,
-            self.k,
-            0 if trainable else self.value_bits,
-            None if trainable or self.low_memory else self._kept_coefficients(z),
-        )
+        if self.runtime == "dense" and not trainable:
+            weight = self._keep(x, self._weight)
+            if weight is not None:
+                return nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        z = _multiply(x, self.dictionary, self.group)
+        bits = 0 if trainable else self.value_bits
+        unpacked = None
+        if not trainable and (
+            self.runtime == "unpacked"
+            or (self.runtime == "auto" and not ops.has_kernel(z, self.support, self.values, bits))
+        ):
+            unpacked = self._keep(z, self.coefficients)
+        offsets = self.offsets if torch.compiler.is_compiling() or trainable else self.column_offsets()
+        y = ops.sparse_matmul(z, self.support, self.values, offsets, self.k, bits, unpacked)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def _kept_coefficients(self, z: Tensor) -> Tensor | None:
-        """S transposed (d2, k) in z's dtype and on its device, unpacked at most once outside a compiler."""
-        kept = self._dense
-        if kept is not None and kept.dtype == z.dtype and kept.device == z.device:
+    def _keep(self, like: Tensor, make: Callable[[torch.dtype], Tensor]) -> Tensor | None:
+        """A matrix that `make` makes in the dtype of `like`, at most once; not under a compiler."""
+        kept = self._kept
+        if kept is not None and kept.dtype == like.dtype and kept.device == like.device:
             return kept
         if torch.compiler.is_compiling():
             return None
         with torch.inference_mode(False), torch.no_grad():
-            self._dense = self.coefficients(z.dtype)
-        return self._dense
+            self._kept = make(like.dtype)
+        return self._kept
+
+    def set_runtime(self, runtime: Runtime) -> None:
+        """See `cospadi.linear.set_runtime`."""
+        self.runtime, self._kept = runtime, None
+        if runtime in ("unpacked", "dense") and self.support.device.type != "meta":
+            self._keep(self.dictionary, self._weight if runtime == "dense" else self.coefficients)
+
+    def column_offsets(self) -> Tensor:
+        """Number of nonzeros before each column and in all, int32 (d2 + 1,), counted once."""
+        if self.offsets is None:
+            with torch.inference_mode(False):
+                self.offsets = packing.column_offsets(self.support)
+        return self.offsets
 
     def coefficients(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """S transposed as a dense matrix (d2, k), exact in float32 and bf16."""
         bits = 0 if isinstance(self.values, nn.Parameter) else self.value_bits
-        return ops.reference.coefficients(self.support, self.values.detach(), self.k, bits, dtype)
+        return ops.coefficients(self.support, self.values.detach(), self.offsets, self.k, bits, dtype)
+
+    def _weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight (d2, d1) this layer stands for, as a product in `dtype`: sums in float32, rounded once."""
+        return self.coefficients(dtype) @ self.dictionary.detach().to(dtype)
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (d2, d1) this layer stands for, (D S)^T, computed in float64."""
@@ -181,7 +207,7 @@ class SparseDictionaryLinear(nn.Module):
         if not isinstance(self.values, nn.Parameter):
             values = packing.unpack_values(self.values, self.nnz, self.value_bits)
             del self.values
-            self._dense = None
+            self._kept = None
             self.register_parameter("values", nn.Parameter(values))
         assert isinstance(self.values, nn.Parameter)
         return self.values
@@ -197,7 +223,7 @@ class SparseDictionaryLinear(nn.Module):
         destination[prefix + "values"] = self.packed_values()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        self._dense = None
+        self._kept = self.offsets = None
         if isinstance(self.values, nn.Parameter) and prefix + "values" in state_dict:
             packed = state_dict[prefix + "values"]
             state_dict = dict(state_dict)
@@ -205,7 +231,7 @@ class SparseDictionaryLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._dense = None
+        self._kept = None
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
@@ -215,12 +241,18 @@ class SparseDictionaryLinear(nn.Module):
         )
 
 
-def set_low_memory(model: nn.Module, low_memory: bool = True) -> None:
-    """Have every sparse layer of a model unpack its coefficients in each call, or keep them unpacked."""
+def set_runtime(model: nn.Module, runtime: Runtime) -> None:
+    """Choose what every sparse layer of a model keeps in memory, and so what it multiplies with.
+
+    Args:
+        runtime: "packed" keeps nothing beside the packed form, which the kernels read as it is (where there is no
+            kernel, S is unpacked in each call). "unpacked" keeps S as a dense matrix: more memory than the dense model.
+            "dense" keeps the product W = D S: the dense model's speed for long prompts, and its memory beside the
+            packed form's. "auto", as loaded: packed where there is a kernel, else unpacked, on first use.
+    """
     for module in model.modules():
         if isinstance(module, SparseDictionaryLinear):
-            module.low_memory = low_memory
-            module._dense = None
+            module.set_runtime(runtime)
 
 
 class LowRankLinear(nn.Module):

@@ -34,11 +34,21 @@ def unpack_support(mask: Tensor, k: int) -> Tensor:
     return ((mask.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, :k].bool()
 
 
-def popcount(mask: Tensor) -> int:
-    """Number of set bits in a uint8 tensor, summed pairwise inside each byte."""
+def column_counts(mask: Tensor) -> Tensor:
+    """Set bits of each row of a mask, uint8 (d2, bytes) -> int64 (d2,), summed pairwise inside each byte."""
     pairs = mask - ((mask >> 1) & 0x55)
     nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
-    return int(((nibbles + (nibbles >> 4)) & 0x0F).sum())
+    return ((nibbles + (nibbles >> 4)) & 0x0F).sum(-1, dtype=torch.int64)
+
+
+def column_offsets(mask: Tensor) -> Tensor:
+    """Number of nonzeros before each column, and in all: mask uint8 (d2, ceil(k / 8)) -> int32 (d2 + 1,)."""
+    return torch.nn.functional.pad(column_counts(mask).cumsum(0), (1, 0)).to(torch.int32)
+
+
+def popcount(mask: Tensor) -> int:
+    """Number of set bits in a uint8 tensor."""
+    return int(column_counts(mask).sum())
 
 
 def has_padding_bits(mask: Tensor, k: int) -> bool:

@@ -13,6 +13,7 @@ from cospadi.budget import dense_bytes
 from cospadi.checkpoint import StoredProjection, StoredTensor
 from cospadi.compress import Compressed
 from cospadi.demo.job import Row
+from cospadi.doctor import Examination
 from cospadi.evaluate import Perplexity
 from cospadi.plan import Group, Plan
 from cospadi.recipe import Recipe
@@ -235,4 +236,22 @@ def demo_table(rows: Sequence[Row]) -> Table:
             f"{row.perplexity:.2f}",
             "-" if dense else f"{row.seconds:.0f}",
         )
+    return table
+
+
+def doctor_table(found: Examination) -> Table:
+    """A line a fact."""
+    table = _table("", "value")
+    table.columns[1].justify = "left"
+    for name, number in found.versions.items():
+        table.add_row(name, number)
+    table.add_row("machine", found.machine)
+    table.add_row("torch's threads", str(found.threads))
+    table.add_row("CPU kernel", found.cpu_kernel or "not built: the reference runs")
+    if found.cpu_levels:
+        table.add_row("CPU kernels that run here", ", ".join(found.cpu_levels))
+        table.add_row("threads from", found.openmp or "one thread only")
+    table.add_row("GPUs", ", ".join(found.devices) or "none")
+    for name, ok in found.checks.items():
+        table.add_row(f"self-check, {name}", "right" if ok else "WRONG")
     return table

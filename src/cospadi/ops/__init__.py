@@ -1,7 +1,7 @@
 """The one op, `cospadi::sparse_matmul`: z S for coefficients S stored as a support mask and packed values.
 
-Registered with torch.library, so that torch.compile, torch.export and autograd see it whole. The reference in plain
-torch is its only backend so far.
+Registered with torch.library, so that torch.compile, torch.export and autograd see it whole. It runs the C++ kernels
+on CPU and the Triton kernels on GPU, which read the packed form as it is, and the reference in plain torch elsewhere.
 """
 
 from __future__ import annotations
@@ -11,12 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cospadi.ops import reference
+from cospadi import packing
+from cospadi.ops import cpu, reference
 
 
-@torch.library.custom_op("cospadi::sparse_matmul", mutates_args=())
+def has_kernel(z: Tensor, support: Tensor, values: Tensor, value_bits: int) -> bool:
+    """Whether z S is multiplied from the packed form here, so that S need not be unpacked."""
+    return cpu.can_multiply(z, support, values, value_bits)
+
+
 def sparse_matmul(
-    z: Tensor, support: Tensor, values: Tensor, k: int, value_bits: int, dense: Tensor | None = None
+    z: Tensor,
+    support: Tensor,
+    values: Tensor,
+    offsets: Tensor | None,
+    k: int,
+    value_bits: int,
+    dense: Tensor | None = None,
 ) -> Tensor:
     """y = z S.
 
@@ -25,21 +36,64 @@ def sparse_matmul(
         support: uint8 (d2, ceil(k / 8)), row c is the support mask of column c of S.
         values: the nonzeros in column order: a packed stream as `packing.pack_values` makes it, or float (nnz,) with
             value_bits 0, in which case gradients reach them.
+        offsets: int32 (d2 + 1,), `packing.column_offsets(support)` where the caller keeps it.
         k: atoms.
         value_bits: width of the packed values; 0 for plain floats.
-        dense: S transposed, (d2, k) in z's dtype, where the caller keeps it unpacked; else it is unpacked here.
+        dense: S transposed, (d2, k) in z's dtype, where the caller keeps it unpacked.
 
     Returns:
         (..., d2) in z's dtype.
     """
-    if dense is None:
-        dense = reference.coefficients(support, values, k, value_bits, z.dtype)
-    return torch.nn.functional.linear(z, dense)
+    needs_gradient = torch.is_grad_enabled() and (z.requires_grad or values.requires_grad)
+    if torch.compiler.is_compiling() or needs_gradient or type(z) is not Tensor or z.device.type == "meta":
+        y: Tensor = _sparse_matmul(z, support, values, offsets, k, value_bits, dense)
+        return y
+    # Nobody needs to see the op: calling it through torch's dispatcher costs as much as a small product.
+    return _multiply(z, support, values, offsets, k, value_bits, dense)
 
 
-@sparse_matmul.register_fake
-def _(z: Tensor, support: Tensor, values: Tensor, k: int, value_bits: int, dense: Tensor | None = None) -> Tensor:
+def _multiply(
+    z: Tensor,
+    support: Tensor,
+    values: Tensor,
+    offsets: Tensor | None,
+    k: int,
+    value_bits: int,
+    dense: Tensor | None,
+) -> Tensor:
+    if dense is not None:
+        return torch.nn.functional.linear(z, dense)
+    if not has_kernel(z, support, values, value_bits):
+        return torch.nn.functional.linear(z, reference.coefficients(support, values, k, value_bits, z.dtype))
+    if offsets is None:
+        offsets = packing.column_offsets(support)
+    return cpu.sparse_matmul(z, support, values, offsets, k, value_bits)
+
+
+_sparse_matmul = torch.library.custom_op("cospadi::sparse_matmul", _multiply, mutates_args=())
+
+
+@_sparse_matmul.register_fake
+def _(
+    z: Tensor,
+    support: Tensor,
+    values: Tensor,
+    offsets: Tensor | None,
+    k: int,
+    value_bits: int,
+    dense: Tensor | None,
+) -> Tensor:
     return z.new_empty((*z.shape[:-1], support.shape[0]))
+
+
+def coefficients(
+    support: Tensor, values: Tensor, offsets: Tensor | None, k: int, value_bits: int, dtype: torch.dtype
+) -> Tensor:
+    """S transposed as a dense (d2, k) matrix, exact in float32 and bf16; arguments as for `sparse_matmul`."""
+    if cpu.can_multiply(support.new_empty(0, dtype=torch.float32), support, values, value_bits):
+        offsets = packing.column_offsets(support) if offsets is None else offsets
+        return cpu.unpack(support, values, offsets, k, value_bits, dtype)
+    return reference.coefficients(support, values, k, value_bits, dtype)
 
 
 @torch.library.custom_op("cospadi::value_gradient", mutates_args=())
@@ -54,7 +108,7 @@ def _(z: Tensor, grad: Tensor, support: Tensor, values: Tensor, k: int) -> Tenso
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    z, support, values, ctx.k, ctx.value_bits, dense = inputs
+    z, support, values, _, ctx.k, ctx.value_bits, dense = inputs
     ctx.save_for_backward(z, support, values, dense)
 
 
@@ -67,7 +121,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_z = grad @ dense
     if ctx.needs_input_grad[2]:
         grad_values = _value_gradient(z, grad, support, values, ctx.k)
-    return grad_z, None, grad_values, None, None, None
+    return grad_z, None, grad_values, None, None, None, None
 
 
-sparse_matmul.register_autograd(_backward, setup_context=_setup_context)
+_sparse_matmul.register_autograd(_backward, setup_context=_setup_context)

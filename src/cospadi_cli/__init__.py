@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from cospadi.linear import Runtime
     from cospadi.progress import Stages
 
 app = typer.Typer(
@@ -34,8 +35,8 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="model folder, hub n
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="folder that `cospadi compress` wrote")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
 Progress = Annotated[str, typer.Option(help="progress bars: auto (on a terminal), on, off (log lines)")]
-LowMemory = Annotated[
-    bool, typer.Option("--low-memory", help="unpack coefficients in each call instead of keeping them unpacked")
+RuntimeFlag = Annotated[
+    str, typer.Option("--runtime", help="what layers keep in memory: auto, packed, unpacked (S) or dense (D S)")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 
@@ -226,7 +227,7 @@ def evaluate(
     length: Annotated[int | None, typer.Option(min=2, help="tokens a window  [default: min(1024, positions)]")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="windows in a forward pass")] = 4,
     device: Device = "auto",
-    low_memory: LowMemory = False,
+    runtime: RuntimeFlag = "auto",
     as_json: Json = False,
     progress: Progress = "auto",
 ) -> None:
@@ -237,7 +238,7 @@ def evaluate(
 
     with stages.shown():
         results = evaluate_models(
-            [model, *([against] if against else [])], text, length, batch_size, device, stages, low_memory
+            [model, *([against] if against else [])], text, length, batch_size, device, stages, _runtime(runtime)
         )
     _show(report.perplexity_json(results), as_json, *report.perplexity_lines(results))
 
@@ -270,13 +271,13 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time")] = 0.0,
     seed: Annotated[int, typer.Option()] = 42,
     device: Device = "auto",
-    low_memory: LowMemory = False,
+    runtime: RuntimeFlag = "auto",
 ) -> None:
     """Continue a prompt: a quick look that the model still speaks."""
     _talk("off")
     from cospadi.evaluate import continue_text
 
-    typer.echo(continue_text(model, prompt, tokens, temperature, seed, device, low_memory))
+    typer.echo(continue_text(model, prompt, tokens, temperature, seed, device, _runtime(runtime)))
 
 
 @app.command()
@@ -296,6 +297,18 @@ def demo(
     with stages.shown():
         rows = run_demo(ratio, iterations or ITERATIONS, stages)
     _show({"rows": [asdict(row) for row in rows]}, as_json, report.demo_table(rows))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine and installation have: versions, kernels, devices, and whether the kernels compute rightly."""
+    _talk("off")
+    from cospadi import doctor, report
+
+    found = doctor.examine()
+    _show(found.as_json(), as_json, report.doctor_table(found), *found.advice)
+    if not found.right:
+        raise typer.Exit(1)
 
 
 def main() -> None:
@@ -353,6 +366,17 @@ def _recipe(flags: dict[str, Any]) -> Any:
             f"--recipe would change the plan that {flags['plan']} holds, which has its recipe. Leave it out"
         )
     return read_plan_recipe(flags["plan"], **given)
+
+
+def _runtime(name: str) -> Runtime:
+    """A --runtime that is known."""
+    from typing import cast, get_args
+
+    from cospadi.linear import Runtime
+
+    if name not in get_args(Runtime):
+        raise typer.BadParameter(f"--runtime {name} is not known. Use {', '.join(get_args(Runtime))}")
+    return cast(Runtime, name)
 
 
 @contextmanager

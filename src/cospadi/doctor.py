@@ -1,0 +1,100 @@
+"""What an installation and its machine have, and a small product by every kernel against float64."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from cospadi import packing
+from cospadi.__about__ import __version__
+from cospadi.ops import cpu, reference
+
+PACKAGES = ("torch", "transformers", "safetensors", "triton")
+TOLERANCE = 1e-5
+"""Error allowed in the self-check, as a share of the sum of absolute products, in float32."""
+
+
+@dataclass
+class Examination:
+    """What `cospadi doctor` prints; `advice` is sentences for what could be better."""
+
+    versions: dict[str, str]
+    machine: str
+    threads: int
+    cpu_kernel: str | None
+    cpu_levels: list[str]
+    openmp: str | None
+    devices: list[str]
+    checks: dict[str, bool] = field(default_factory=dict)
+    advice: list[str] = field(default_factory=list)
+
+    @property
+    def right(self) -> bool:
+        """Whether every kernel that is there computes what it should."""
+        return all(self.checks.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """The same for machines."""
+        return asdict(self)
+
+
+def examine() -> Examination:
+    """Look at the installation and the machine, and try the kernels."""
+    levels = list(cpu.levels())
+    found = Examination(
+        versions={"cospadi": __version__, "python": platform.python_version()} | _versions(),
+        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        threads=torch.get_num_threads(),
+        cpu_kernel=_level_in_use(levels),
+        cpu_levels=levels,
+        openmp=str(cpu.openmp_runtime()) if cpu.openmp_runtime() else None,
+        devices=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    )
+    found.checks = {f"cpu kernel, {name}": _is_right(number) for name, number in cpu.levels().items()}
+    if not levels:
+        found.advice.append(
+            "The CPU kernels were not built: install a C++ compiler (g++ or clang++), then run "
+            "pip install --force-reinstall --no-deps cospadi. Until then coefficients are unpacked, which takes memory "
+            "and saves no time."
+        )
+    elif levels[-1] != "avx512" and platform.machine() in ("x86_64", "AMD64"):
+        found.advice.append(
+            f"This processor has no AVX-512 with VBMI2 and BF16; the {levels[-1]} kernel is right, and slower."
+        )
+    if levels and found.openmp is None:
+        found.advice.append("torch's OpenMP library was not found: the CPU kernels run on one thread.")
+    found.advice += [f"The {name} computes wrongly: please report it." for name, ok in found.checks.items() if not ok]
+    return found
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _level_in_use(levels: list[str]) -> str | None:
+    return {number: name for name, number in cpu.levels().items()}[cpu.best_level()] if levels else None
+
+
+def _is_right(level: int) -> bool:
+    """A product at 14 and at 16 bits, with columns that end anywhere in a byte."""
+    generator = torch.Generator().manual_seed(0)
+    support = torch.rand(70, 203, generator=generator) < 0.4
+    mask, z = packing.pack_support(support), torch.randn(3, 203, generator=generator)
+    for bits in (14, 16):
+        values = packing.pack_values(torch.randn(int(support.sum()), generator=generator), bits)
+        dense = reference.coefficients(mask, values, 203, bits, torch.float32).double().T
+        y = cpu.sparse_matmul(z, mask, values, packing.column_offsets(mask), 203, bits, level)
+        if not ((y.double() - z.double() @ dense).abs() <= TOLERANCE * (z.double().abs() @ dense.abs())).all():
+            return False
+    return True

@@ -1,0 +1,78 @@
+// Products with coefficients S (k x d2) in the form the checkpoint stores them: a support mask and packed values.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace cospadi {
+
+// Values may be read this many bytes past the last one of a `Columns`, and not further.
+constexpr int MARGIN = 64;
+// Atoms that a kernel takes at once.
+constexpr int ATOMS = 32;
+// Rows of z that a kernel takes at most. It is called with 1, 2, 4 or 8 of them.
+constexpr int MAX_ROWS = 8;
+// Columns that a kernel takes at most.
+constexpr int MAX_COLUMNS = 32;
+
+inline int padded(int k) { return (k + ATOMS - 1) / ATOMS * ATOMS; }
+
+// Where a kernel finds atom j's entry of row r: 32 atoms of every row lie together, and k is padded with zeros.
+inline size_t place_in_z(int rows, int r, int j) {
+  return (static_cast<size_t>(j / ATOMS) * rows + r) * ATOMS + j % ATOMS;
+}
+
+// A run of columns of S.
+struct Columns {
+  int count;
+  int k;
+  int value_bits;          // 16 (bf16), or 10, 12, 14: the top bits of a bf16 pattern
+  const uint8_t* support;  // the first column's mask; the next one follows after row_bytes
+  int row_bytes;           // ceil(k / 8)
+  const uint8_t* values;   // a little-endian bit stream
+  uint64_t first_bit;      // position in the whole stream of bit 0 of `values`
+  const int32_t* offsets;  // values before each column, and before the one after the last
+
+  const uint8_t* mask(int c) const { return support + static_cast<size_t>(c) * row_bytes; }
+  uint64_t bit(int c) const { return static_cast<uint64_t>(offsets[c]) * value_bits - first_bit; }
+};
+
+// One instruction set's way of doing it.
+struct Kernels {
+  const char* name;
+  bool (*supported)();
+  // sums[c * rows + r] = sum over atoms j of z[place_in_z(rows, r, j)] S[j, c], accumulated in float.
+  void (*multiply_float)(const Columns&, const float* z, int rows, float* sums);
+  // The same for z in bf16; null where bf16 is to be turned into float first.
+  void (*multiply_bf16)(const Columns&, const uint16_t* z, int rows, float* sums);
+  // Columns of S as rows of k entries: bf16 bits, or float.
+  void (*unpack_bf16)(const Columns&, uint16_t* out);
+  void (*unpack_float)(const Columns&, float* out);
+};
+
+extern const Kernels portable_kernels;
+#ifdef COSPADI_X86
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+#endif
+
+// Mask bits of atoms 8 byte .. 8 byte + 31 of a row; atoms past the row's end read as 0 and are not touched.
+inline uint32_t mask_at(const uint8_t* row, int byte, int row_bytes) {
+  uint32_t bits = 0;
+  if (row_bytes - byte >= 4) {
+    std::memcpy(&bits, row + byte, 4);
+  } else {
+    std::memcpy(&bits, row + byte, row_bytes - byte);
+  }
+  return bits;
+}
+
+inline float to_float(uint16_t bf16) {
+  uint32_t pattern = static_cast<uint32_t>(bf16) << 16;
+  float value;
+  std::memcpy(&value, &pattern, 4);
+  return value;
+}
+
+}  // namespace cospadi

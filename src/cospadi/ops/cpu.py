@@ -1,0 +1,203 @@
+"""The CPU kernels: a C++ library, called with raw pointers through ctypes, on the threads of torch's own OpenMP.
+
+Decoding (a few rows of z) reads the packed mask and values as they are. With more rows, columns of S are unpacked a
+cache-sized tile at a time and handed to torch's matrix product.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cospadi.errors import UserError
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""z's dtypes, as the library numbers them."""
+
+DECODE_ROWS = 16
+"""Up to this many rows of z are multiplied with packed coefficients; more go through unpacked tiles."""
+
+TILE_BYTES = 4 << 20
+"""Unpacked coefficients that a tile has, about: in the shared cache beside z and the result."""
+
+_NAMES = {"win32": "cospadi_cpu.dll", "darwin": "libcospadi_cpu.dylib"}
+_REASONS = {1: "the stored values are fewer than the support mask has bits", 2: "there is not enough memory"}
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library where the package's installation built one, set to run on torch's threads."""
+    name = _NAMES.get(sys.platform, "libcospadi_cpu.so")
+    places = [Path(__file__).with_name(name)]
+    with suppress(PackageNotFoundError):  # an editable installation leaves it where packages are installed
+        places.append(Path(str(distribution("cospadi").locate_file(f"cospadi/ops/{name}"))))
+    path = next((path for path in places if path.exists()), None)
+    if path is None:
+        return None
+    found = ctypes.CDLL(str(path))
+    pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    stored: list[Any] = [
+        pointer,
+        pointer,
+        size,
+        pointer,
+        number,
+        number,
+        number,
+    ]  # support, values, their bytes, offsets, d2, k
+    found.cospadi_multiply.argtypes = [pointer, pointer, ctypes.c_int64, number, *stored, number, number]
+    found.cospadi_unpack.argtypes = [pointer, number, number, number, *stored, number, number]
+    found.cospadi_level_name.restype = ctypes.c_char_p
+    found.cospadi_use_openmp.argtypes = [pointer]
+    runtime = openmp_runtime()
+    if runtime is not None:
+        found.cospadi_use_openmp(ctypes.cast(ctypes.CDLL(str(runtime)).GOMP_parallel, pointer))
+    return found
+
+
+@cache
+def openmp_runtime() -> Path | None:
+    """The OpenMP library that torch has loaded, if it can start threads for others."""
+    torch_folder = Path(torch.__file__).parent
+    folders = [torch_folder / "lib", torch_folder.parent / "torch.libs", torch_folder / ".dylibs"]
+    found = [path for folder in folders for path in sorted(folder.glob("lib*omp[.-]*")) if _starts_threads(path)]
+    maps = Path("/proc/self/maps")
+    if not found and maps.exists():  # a torch of the system's links the system's
+        loaded = {Path(line.split()[-1]) for line in maps.read_text().splitlines() if "omp." in line.rpartition("/")[2]}
+        found = [path for path in sorted(loaded) if _starts_threads(path)]
+    return found[0] if found else None
+
+
+def _starts_threads(path: Path) -> bool:
+    try:
+        return hasattr(ctypes.CDLL(str(path)), "GOMP_parallel")
+    except OSError:
+        return False
+
+
+@cache
+def levels() -> dict[str, int]:
+    """Instruction sets that were built and that this machine has: name -> the library's number, best last."""
+    found = library()
+    if found is None:
+        return {}
+    usable = [level for level in range(found.cospadi_levels()) if found.cospadi_level_supported(level)]
+    return {found.cospadi_level_name(level).decode(): level for level in usable}
+
+
+@cache
+def best_level() -> int:
+    """The level in use: the best there is, or what the environment variable COSPADI_CPU names."""
+    wanted = os.environ.get("COSPADI_CPU")
+    if wanted is None:
+        return list(levels().values())[-1]
+    if wanted not in levels():
+        raise UserError(f"COSPADI_CPU is {wanted!r}, which this machine does not have. Use {', '.join(levels())}")
+    return levels()[wanted]
+
+
+AVAILABLE = library() is not None
+"""Whether the package's installation built the library."""
+
+
+def can_multiply(z: Tensor, support: Tensor, values: Tensor, value_bits: int) -> bool:
+    """Whether the library was built and takes these tensors."""
+    return (
+        z.device.type == "cpu"
+        and z.dtype in DTYPES
+        and value_bits > 0
+        and values.dtype == (torch.bfloat16 if value_bits == 16 else torch.uint8)
+        and support.is_contiguous()
+        and values.is_contiguous()
+        and AVAILABLE
+    )
+
+
+def sparse_matmul(
+    z: Tensor, support: Tensor, values: Tensor, offsets: Tensor, k: int, value_bits: int, level: int | None = None
+) -> Tensor:
+    """y = z S for z (..., k); see `ops.sparse_matmul`. `level` is one of `levels()`.
+
+    Raises:
+        ValueError: values that do not match the mask.
+    """
+    rows, d2 = z.numel() // k, support.shape[0]
+    if rows > DECODE_ROWS:
+        return _through_tiles(z.reshape(rows, k), support, values, offsets, k, value_bits, level).view(
+            *z.shape[:-1], d2
+        )
+    z = z.contiguous()
+    y = z.new_empty((*z.shape[:-1], d2))
+    stored = _stored(support, values, offsets, k, value_bits, level)
+    _check(_library().cospadi_multiply(z.data_ptr(), y.data_ptr(), rows, DTYPES[z.dtype], *stored))
+    return y
+
+
+def unpack(
+    support: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    k: int,
+    value_bits: int,
+    dtype: torch.dtype,
+    begin: int = 0,
+    end: int | None = None,
+    level: int | None = None,
+) -> Tensor:
+    """Columns `begin` to `end` of S as rows of a dense (end - begin, k) matrix, exact in float32 and bf16."""
+    end = support.shape[0] if end is None else end
+    through = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    out = torch.empty(end - begin, k, dtype=through)
+    stored = _stored(support, values, offsets, k, value_bits, level)
+    _check(_library().cospadi_unpack(out.data_ptr(), DTYPES[through], begin, end, *stored))
+    return out.to(dtype)
+
+
+def _through_tiles(
+    z: Tensor, support: Tensor, values: Tensor, offsets: Tensor, k: int, value_bits: int, level: int | None
+) -> Tensor:
+    rows, d2 = z.shape[0], support.shape[0]
+    columns = max(64, TILE_BYTES // (k * z.element_size()) // 64 * 64)
+    y = z.new_empty(rows, d2)
+    for begin in range(0, d2, columns):
+        end = min(begin + columns, d2)
+        tile = unpack(support, values, offsets, k, value_bits, z.dtype, begin, end, level)
+        y[:, begin:end] = torch.nn.functional.linear(z, tile)
+    return y
+
+
+def _stored(
+    support: Tensor, values: Tensor, offsets: Tensor, k: int, value_bits: int, level: int | None
+) -> tuple[int, ...]:
+    """The arguments that stand for S, and those after it, as the library takes them."""
+    return (
+        support.data_ptr(),
+        values.data_ptr(),
+        values.numel() * values.element_size(),
+        offsets.data_ptr(),
+        support.shape[0],
+        k,
+        value_bits,
+        torch.get_num_threads(),
+        best_level() if level is None else level,
+    )
+
+
+def _library() -> ctypes.CDLL:
+    found = library()
+    assert found is not None, "callers ask `can_multiply` first"
+    return found
+
+
+def _check(status: int) -> None:
+    if status:
+        raise ValueError(f"the coefficients cannot be read: {_REASONS[status]}")
