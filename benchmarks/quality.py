@@ -94,7 +94,7 @@ def _row(
             }
         loaded = source.load_model(folder, torch.device("cpu"))
         tokenizer = source.load_tokenizer(folder)
-        windows = evaluate.text_windows(tokenizer, read_text(text), min(1024, source.positions(loaded)))
+        windows = evaluate.text_windows(tokenizer, read_text(text), min(1024, source.positions(loaded.config)))
         measured = evaluate.perplexity(loaded, windows)
     return row | {
         "perplexity": measured.value,

@@ -258,7 +258,7 @@ def _projections_row(
     model = source.load_model(source.resolve(folder), torch.device("cpu")).eval()
     selected = select(find_projections(model))[:limit]
     job = Job(model, recipe, shared_inputs(model, selected), None, Stages())
-    job.sequences = token_sequences(source.load_tokenizer(folder), recipe, source.positions(model))
+    job.sequences = token_sequences(source.load_tokenizer(folder), recipe, source.positions(model.config))
     ours = replace(job, recipe=recipe.model_copy(update={"solver": "mod-htp"}))
     found: dict[str, dict[str, Any]] = {}
     ksvd_seconds: dict[str, float] = {}

@@ -76,6 +76,23 @@ def test_rows_that_are_not_contiguous() -> None:
         assert_product(ops.sparse_matmul(z, mask, values, offsets, 20, 14), z, coefficients)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize(("d1", "k"), [(1, 1), (31, 5), (64, 33), (200, 70), (515, 3)])
+def test_dense_products(rows: int, d1: int, k: int) -> None:
+    x, matrix = (torch.randn(n, d1, generator=torch.Generator().manual_seed(n)).bfloat16() for n in (rows, k))
+    if not cpu.can_multiply_dense(x, matrix):
+        pytest.skip("this machine has no kernel for dense products")
+    assert_product(cpu.dense_matmul(x, matrix), x, matrix.double().T)
+    assert_product(ops.dense_matmul(x.T.contiguous().T, matrix), x, matrix.double().T)
+
+
+def test_dense_products_that_are_watched_are_torchs_own() -> None:
+    x, matrix = torch.randn(2, 40).bfloat16(), torch.randn(9, 40).bfloat16().requires_grad_()
+    assert ops.dense_matmul(x, matrix).requires_grad
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.float16):
+        assert ops.dense_matmul(x, matrix).dtype == torch.nn.functional.linear(x, matrix).dtype
+
+
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_any_mask(data: st.DataObject) -> None:
@@ -199,6 +216,10 @@ def test_no_byte_past_a_buffer_is_read(level: str, bits: int) -> None:
         for dtype in TOLERANCE:
             z = at_the_end_of_a_page(torch.randn(3, k).to(dtype), keep)
             assert_product(cpu.sparse_matmul(z, mask, values, offsets, k, bits, number), z, coefficients)
+        matrix = at_the_end_of_a_page(torch.randn(d2, k).bfloat16(), keep)
+        x = at_the_end_of_a_page(torch.randn(3, k).bfloat16(), keep)
+        if cpu.can_multiply_dense(x, matrix):
+            assert_product(cpu.dense_matmul(x, matrix), x, matrix.double().T)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")

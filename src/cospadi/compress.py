@@ -263,7 +263,9 @@ class Prepared:
         if self.tokenizer is None:
             raise UserError("calibration needs the model's tokenizer: pass tokenizer=, or make the recipe data_free")
         with self.job.stages.stage("text", 1):
-            self.job.sequences = token_sequences(self.tokenizer, self.job.recipe, source.positions(self.job.model))
+            self.job.sequences = token_sequences(
+                self.tokenizer, self.job.recipe, source.positions(self.job.model.config)
+            )
 
 
 def prepare(model: str | Path | nn.Module, recipe: Recipe, tokenizer: Any, stages: Stages) -> Prepared:

@@ -111,7 +111,7 @@ def evaluate_models(
             tokenizer = source.load_tokenizer(folder)
             model = source.load_model(folder, where)
             set_runtime(model, runtime)
-        windows = text_windows(tokenizer, content, sequence_length(length, source.positions(model)))
+        windows = text_windows(tokenizer, content, sequence_length(length, source.positions(model.config)))
         with stages.stage("evaluate", len(windows)) as progress:
             results.append((str(name), perplexity(model, windows, batch_size, progress.advance)))
         del model  # before the next one is loaded
@@ -138,7 +138,7 @@ def continue_text(
     network: Any = source.load_model(folder, where)
     set_runtime(network, runtime)
     inputs = tokenizer(prompt, return_tensors="pt").to(where)
-    used, room = inputs["input_ids"].shape[1], source.positions(network)
+    used, room = inputs["input_ids"].shape[1], source.positions(network.config)
     if used == 0:
         raise UserError("the prompt is empty")
     if used >= room:

@@ -65,16 +65,20 @@ def _close_group(group: str, *_: object) -> None:
     _open_groups.product.pop(group, None)
 
 
-def _multiply(x: Tensor, dictionary: Tensor, group: str | None) -> Tensor:
-    """z = x D in x's dtype, or the one that another layer of the group has just made of the same x."""
+def _multiply(x: Tensor, dictionary: Tensor, group: str | None, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """z = x D in x's dtype, by `product`, or the one that another layer of the group has just made of the same x."""
     if group is None or group not in _open_groups.product:
-        return nn.functional.linear(x, dictionary.to(x.dtype))
+        return product(x, dictionary)
     last, state = _open_groups.product[group], _state(x)
     if last is not None and last.x is x and last.dictionary is dictionary and last.state == state:
         return last.z
-    z = nn.functional.linear(x, dictionary.to(x.dtype))
+    z = product(x, dictionary)
     _open_groups.product[group] = _Product(x, dictionary, state, z)
     return z
+
+
+def _linear(x: Tensor, matrix: Tensor) -> Tensor:
+    return nn.functional.linear(x, matrix.to(x.dtype))
 
 
 def _state(x: Tensor) -> Hashable:
@@ -150,7 +154,7 @@ class SparseDictionaryLinear(nn.Module):
             weight = self._keep(x, self._weight)
             if weight is not None:
                 return nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
-        z = _multiply(x, self.dictionary, self.group)
+        z = _multiply(x, self.dictionary, self.group, ops.dense_matmul)
         bits = 0 if trainable else self.value_bits
         unpacked = None
         if not trainable and (
@@ -280,7 +284,7 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d1) -> (..., d2), in x's dtype."""
-        z = _multiply(x, self.left, self.group)
+        z = _multiply(x, self.left, self.group, _linear)
         return nn.functional.linear(z, self.right.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:

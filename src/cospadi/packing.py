@@ -13,6 +13,9 @@ from torch import Tensor
 
 from cospadi import budget
 
+COUNTED_BYTES = 1 << 18
+"""Mask bytes whose bits are counted together."""
+
 
 def pack_support(support: Tensor) -> Tensor:
     """Boolean support -> bit mask.
@@ -35,7 +38,13 @@ def unpack_support(mask: Tensor, k: int) -> Tensor:
 
 
 def column_counts(mask: Tensor) -> Tensor:
-    """Set bits of each row of a mask, uint8 (d2, bytes) -> int64 (d2,), summed pairwise inside each byte."""
+    """Set bits of each row of a mask: uint8 (d2, bytes) -> int64 (d2,)."""
+    rows = max(1, COUNTED_BYTES // max(1, mask.shape[1]))  # few at a time: what they take stays in a near cache
+    return torch.cat([_row_counts(part) for part in torch.split(mask, rows)])
+
+
+def _row_counts(mask: Tensor) -> Tensor:
+    """Summed pairwise inside each byte."""
     pairs = mask - ((mask >> 1) & 0x55)
     nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
     return ((nibbles + (nibbles >> 4)) & 0x0F).sum(-1, dtype=torch.int64)

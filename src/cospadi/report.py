@@ -9,6 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from cospadi.bench import Benched
 from cospadi.budget import dense_bytes
 from cospadi.checkpoint import StoredProjection, StoredTensor
 from cospadi.compress import Compressed
@@ -254,4 +255,50 @@ def doctor_table(found: Examination) -> Table:
     table.add_row("GPUs", ", ".join(found.devices) or "none")
     for name, ok in found.checks.items():
         table.add_row(f"self-check, {name}", "right" if ok else "WRONG")
+    return table
+
+
+def bench_json(results: Sequence[Benched]) -> dict[str, Any]:
+    """Figures of `cospadi bench` for machines; the first model is the one that others are compared with."""
+    return {
+        "models": [
+            {
+                "model": result.name,
+                "load_seconds": round(result.memory.load_seconds, 3),
+                "tensor_bytes": result.memory.tensors,
+                "resident_weight_bytes": result.memory.weights,
+                "peak_resident_bytes": result.memory.peak,
+                "speeds": [
+                    {
+                        "kind": speed.kind,
+                        "size": speed.size,
+                        "tokens_per_second": round(speed.median, 3),
+                        "spread": round(speed.spread, 4),
+                        "against_first": round(speed.median / first.median, 4),
+                        "runs": [round(run, 3) for run in speed.tokens_per_second],
+                    }
+                    for speed, first in zip(result.speeds, results[0].speeds, strict=True)
+                ],
+            }
+            for result in results
+        ]
+    }
+
+
+def bench_table(results: Sequence[Benched]) -> Table:
+    """A line a kind of work: median tokens a second of each model, the spread, and the ratio to the first."""
+    table = _table("", *(result.name for result in results))
+    for index, first in enumerate(results[0].speeds):
+        what = f"{first.size} tokens" if first.kind == "prefill" else f"batch {first.size}"
+        cells = []
+        for result in results:
+            speed = result.speeds[index]
+            ratio = "" if result is results[0] else f"  {speed.median / first.median:.2f}x"
+            cells.append(f"{speed.median:,.1f} ± {100 * speed.spread:.0f}%{ratio}")
+        table.add_row(f"{first.kind}, {what}, tokens/s", *cells)
+    table.add_section()
+    table.add_row("weights, as stored in memory", *(megabytes(result.memory.tensors) for result in results))
+    table.add_row("resident after one step", *(megabytes(result.memory.weights) for result in results))
+    table.add_row("peak resident", *(megabytes(result.memory.peak) for result in results))
+    table.add_row("loading", *(f"{result.memory.load_seconds:.1f} s" for result in results))
     return table

@@ -68,18 +68,27 @@ def resolve(model: str | Path, revision: str | None = None, weights: bool = True
         ) from None
 
 
+def read_config(folder: Path) -> Any:
+    """The model's configuration.
+
+    Raises:
+        UserError: not a readable one.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a config class may raise anything on values it does not expect
+        raise UserError(f"{folder / 'config.json'} cannot be used: {first_line(error)}") from None
+
+
 def load_config(folder: Path) -> Any:
     """The model's configuration, refused where it cannot be compressed.
 
     Raises:
         UserError: not a readable configuration, or an already quantized model.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # a config class may raise anything on values it does not expect
-        raise UserError(f"{folder / 'config.json'} cannot be used: {first_line(error)}") from None
+    config = read_config(folder)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = (quantization if isinstance(quantization, dict) else quantization.to_dict()).get("quant_method")
@@ -180,9 +189,8 @@ def load_tokenizer(folder: Path) -> Any:
         raise UserError(f"{folder} has no tokenizer that loads: {first_line(error)}") from None
 
 
-def positions(model: nn.Module) -> int:
-    """Tokens the model can attend to, by its configuration."""
-    config: Any = model.config
+def positions(config: Any) -> int:
+    """Tokens a model can attend to, by its configuration."""
     text = config.get_text_config(decoder=True)
     return int(getattr(text, "max_position_embeddings", None) or DEFAULT_POSITIONS)
 

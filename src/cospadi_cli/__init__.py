@@ -300,6 +300,46 @@ def demo(
 
 
 @app.command()
+def bench(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="compressed or dense model")],
+    against: Annotated[str | None, typer.Option(metavar="MODEL", help="the dense model it was made of")] = None,
+    low_rank: Annotated[str | None, typer.Option(metavar="DIR", help="a low-rank model of equal bytes")] = None,
+    prefill: Annotated[list[int] | None, typer.Option(help="prompt lengths, repeatable  [default: 128, 512]")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="sequences decoded, repeatable  [default: 1, 4, 16]")] = None,
+    tokens: Annotated[int, typer.Option(help="decoding steps timed together")] = 16,
+    repeats: Annotated[int, typer.Option(help="timed runs of each")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads  [default: torch's choice]")] = None,
+    device: Device = "auto",
+    runtime: RuntimeFlag = "auto",
+    as_json: Json = False,
+    progress: Progress = "auto",
+) -> None:
+    """Tokens per second and memory, side by side with the dense model; the models take turns."""
+    stages = _talk(progress)
+    import torch
+
+    from cospadi import report
+    from cospadi.bench import DECODE_BATCHES, PREFILL_TOKENS
+    from cospadi.bench import bench as measure
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    models = [name for name in (against, low_rank, model) if name is not None]
+    with stages.shown():
+        results = measure(
+            models,
+            prefill or PREFILL_TOKENS,
+            batch or DECODE_BATCHES,
+            tokens,
+            repeats,
+            device,
+            _runtime(runtime),
+            stages,
+        )
+    _show(report.bench_json(results), as_json, report.bench_table(results))
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """What this machine and installation have: versions, kernels, devices, and whether the kernels compute rightly."""
     _talk("off")
@@ -314,9 +354,10 @@ def doctor(as_json: Json = False) -> None:
 def main() -> None:
     """Entry point: exit code 0, 2 for the user's mistake, 1 for ours, 130 after Ctrl-C."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    # OpenMP's threads then sleep while they wait. Spinning, they slow the many small products of sparse coding
-    # several times as soon as anything else wants a core. Read when torch is loaded, which has not happened yet.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if sys.argv[1:2] in (["compress"], ["plan"], ["demo"]):
+        # OpenMP's threads then sleep while they wait. Spinning, they slow the many small products of sparse coding
+        # several times as soon as anything else wants a core. Read when torch is loaded, which has not happened yet.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = app(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):

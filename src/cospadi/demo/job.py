@@ -41,7 +41,7 @@ def run_demo(ratio: float, iterations: int, stages: Stages) -> list[Row]:
     tokenizer = source.load_tokenizer(folder)
     device = source.pick_device("auto")
     dense = source.load_model(folder, device)
-    length = min(1024, source.positions(dense))
+    length = min(1024, source.positions(dense.config))
     windows = evaluate.text_windows(tokenizer, "\n".join(demo.stdlib_documents("heldout")), length)
     windows = windows[:: max(1, len(windows) // WINDOWS)]
 

@@ -20,6 +20,26 @@ def has_kernel(z: Tensor, support: Tensor, values: Tensor, value_bits: int) -> b
     return cpu.can_multiply(z, support, values, value_bits)
 
 
+def dense_matmul(x: Tensor, matrix: Tensor) -> Tensor:
+    """z = x matrix^T, in x's dtype.
+
+    An ordinary linear product, which compilers and autograd see as such; where nothing looks on, a few rows are
+    multiplied by a kernel that reads the matrix faster than torch does.
+
+    Args:
+        x: (..., d1). matrix: (k, d1).
+    """
+    if not _is_watched(x, matrix) and not torch.is_autocast_enabled("cpu") and cpu.can_multiply_dense(x, matrix):
+        return cpu.dense_matmul(x, matrix)
+    return torch.nn.functional.linear(x, matrix.to(x.dtype))
+
+
+def _is_watched(x: Tensor, weights: Tensor) -> bool:
+    """Whether a compiler, autograd or a tensor subclass has to see a product, or it has no numbers."""
+    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
+    return torch.compiler.is_compiling() or needs_gradient or type(x) is not Tensor or x.device.type == "meta"
+
+
 def sparse_matmul(
     z: Tensor,
     support: Tensor,
@@ -44,8 +64,7 @@ def sparse_matmul(
     Returns:
         (..., d2) in z's dtype.
     """
-    needs_gradient = torch.is_grad_enabled() and (z.requires_grad or values.requires_grad)
-    if torch.compiler.is_compiling() or needs_gradient or type(z) is not Tensor or z.device.type == "meta":
+    if _is_watched(z, values):
         y: Tensor = _sparse_matmul(z, support, values, offsets, k, value_bits, dense)
         return y
     # Nobody needs to see the op: calling it through torch's dispatcher costs as much as a small product.

@@ -26,6 +26,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DECODE_ROWS = 16
 """Up to this many rows of z are multiplied with packed coefficients; more go through unpacked tiles."""
 
+DENSE_ROWS = 8
+"""Up to this many rows `dense_matmul` beats torch's product; with more the two are even, and torch's wins."""
+
 TILE_BYTES = 4 << 20
 """Unpacked coefficients that a tile has, about: in the shared cache beside z and the result."""
 
@@ -56,6 +59,7 @@ def library() -> ctypes.CDLL | None:
     ]  # support, values, their bytes, offsets, d2, k
     found.cospadi_multiply.argtypes = [pointer, pointer, ctypes.c_int64, number, *stored, number, number]
     found.cospadi_unpack.argtypes = [pointer, number, number, number, *stored, number, number]
+    found.cospadi_multiply_dense.argtypes = [pointer, pointer, ctypes.c_int64, pointer, number, number, number, number]
     found.cospadi_level_name.restype = ctypes.c_char_p
     found.cospadi_use_openmp.argtypes = [pointer]
     runtime = openmp_runtime()
@@ -140,6 +144,36 @@ def sparse_matmul(
     stored = _stored(support, values, offsets, k, value_bits, level)
     _check(_library().cospadi_multiply(z.data_ptr(), y.data_ptr(), rows, DTYPES[z.dtype], *stored))
     return y
+
+
+def can_multiply_dense(x: Tensor, matrix: Tensor) -> bool:
+    """Whether `dense_matmul` takes these: bf16, on CPU, few rows, and an instruction set made for it."""
+    return (
+        AVAILABLE
+        and x.device.type == "cpu"
+        and x.dtype == matrix.dtype == torch.bfloat16
+        and 0 < x.numel() <= DENSE_ROWS * x.shape[-1]
+        and matrix.is_contiguous()
+        and _multiplies_dense()
+    )
+
+
+@cache
+def _multiplies_dense() -> bool:
+    return bool(_library().cospadi_level_multiplies_dense(best_level()))
+
+
+def dense_matmul(x: Tensor, matrix: Tensor) -> Tensor:
+    """x matrix^T for x (..., d1) and matrix (k, d1) in bf16: what torch computes, at more of the memory's speed."""
+    x = x.contiguous()
+    z = x.new_empty((*x.shape[:-1], matrix.shape[0]))
+    k, d1 = matrix.shape
+    threads, level = torch.get_num_threads(), best_level()
+    rows = x.numel() // d1
+    _check(
+        _library().cospadi_multiply_dense(x.data_ptr(), z.data_ptr(), rows, matrix.data_ptr(), k, d1, threads, level)
+    )
+    return z
 
 
 def unpack(

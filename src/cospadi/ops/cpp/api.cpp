@@ -134,7 +134,9 @@ class Rows {
     data_ = memory_.data() + (-address % 64) / sizeof(Entry);
     for (int r = 0; r < count; ++r) {
       const size_t from = static_cast<size_t>(first + r) * k;
-      for (int j = 0; j < k; ++j) data_[place_in_z(padded_count_, r, j)] = entry(z, from + j, dtype);
+      for (int j = 0; j < k; j += ATOMS) {
+        copy(z, from + j, std::min(ATOMS, k - j), dtype, data_ + place_in_z(padded_count_, r, j));
+      }
     }
   }
   const Entry* data() const { return data_; }
@@ -145,13 +147,14 @@ class Rows {
  private:
   static constexpr size_t LINE = 64 / sizeof(Entry);
 
-  static Entry entry(const void* z, size_t at, int dtype) {
-    if constexpr (sizeof(Entry) == 2) {
-      return static_cast<const uint16_t*>(z)[at];
+  static void copy(const void* z, size_t at, int count, int dtype, Entry* to) {
+    if (dtype == FLOAT || sizeof(Entry) == 2) {
+      std::memcpy(to, static_cast<const Entry*>(z) + at, sizeof(Entry) * count);
     } else {
-      if (dtype == FLOAT) return static_cast<const float*>(z)[at];
-      const uint16_t bits = static_cast<const uint16_t*>(z)[at];
-      return dtype == BF16 ? to_float(bits) : half_to_float(bits);
+      const uint16_t* bits = static_cast<const uint16_t*>(z) + at;
+      for (int i = 0; i < count; ++i) {
+        to[i] = static_cast<Entry>(dtype == BF16 ? to_float(bits[i]) : half_to_float(bits[i]));
+      }
     }
   }
 
@@ -169,23 +172,36 @@ void store(void* y, size_t at, float value, int dtype) {
   }
 }
 
-// Every run of columns is multiplied with all batches of rows while it is in a near cache.
-template <class Entry, class Multiply>
-void multiply(const Coefficients& s, Multiply multiply_rows, const void* z, void* y, int64_t rows, int d2, int k,
-              int dtype, int threads) {
+// All rows of z, in batches as kernels take them.
+template <class Entry>
+std::vector<Rows<Entry>> in_batches(const void* z, int64_t rows, int k, int dtype) {
   std::vector<Rows<Entry>> batches;
   for (int64_t first = 0; first < rows; first += MAX_ROWS) {
     batches.emplace_back(z, first, static_cast<int>(std::min<int64_t>(MAX_ROWS, rows - first)), k, dtype);
   }
+  return batches;
+}
+
+// Rounds sums of columns `column` .. `column + count - 1` to y (rows, d2).
+template <class Entry>
+void store_sums(const Rows<Entry>& batch, const float* sums, void* y, int d2, int column, int count, int dtype) {
+  for (int r = 0; r < batch.count(); ++r) {
+    const size_t at = static_cast<size_t>(batch.first() + r) * d2 + column;
+    for (int c = 0; c < count; ++c) store(y, at + c, sums[c * batch.padded_count() + r], dtype);
+  }
+}
+
+// Every run of columns is multiplied with all batches of rows while it is in a near cache.
+template <class Entry, class Multiply>
+void multiply(const Coefficients& s, Multiply multiply_rows, const void* z, void* y, int64_t rows, int d2, int k,
+              int dtype, int threads) {
+  const auto batches = in_batches<Entry>(z, rows, k, dtype);
   parallel(runs(d2), threads, [&](int run) {
     s.in_parts(run * RUN, std::min((run + 1) * RUN, d2), [&](const Columns& columns, int column) {
       float sums[MAX_ROWS * RUN];
       for (const Rows<Entry>& batch : batches) {
         multiply_rows(columns, batch.data(), batch.padded_count(), sums);
-        for (int r = 0; r < batch.count(); ++r) {
-          const size_t at = static_cast<size_t>(batch.first() + r) * d2 + column;
-          for (int c = 0; c < columns.count; ++c) store(y, at + c, sums[c * batch.padded_count() + r], dtype);
-        }
+        store_sums(batch, sums, y, d2, column, columns.count, dtype);
       }
     });
   });
@@ -219,6 +235,26 @@ EXPORT int cospadi_multiply(const void* z, void* y, int64_t rows, int dtype, con
   } else {
     multiply<float>(s, kernels.multiply_float, z, y, rows, d2, k, dtype, threads);
   }
+  return OK;
+} catch (const std::bad_alloc&) {
+  return OUT_OF_MEMORY;
+}
+
+EXPORT int cospadi_level_multiplies_dense(int level) { return LEVELS[level]->multiply_dense != nullptr; }
+
+// z (rows, k) = x (rows, d1) matrix^T for a bf16 matrix (k, d1), all contiguous and in bf16; sums are made in float.
+EXPORT int cospadi_multiply_dense(const void* x, void* z, int64_t rows, const uint16_t* matrix, int k, int d1,
+                                  int threads, int level) try {
+  const auto batches = in_batches<uint16_t>(x, rows, d1, BF16);
+  parallel(runs(k), threads, [&](int run) {
+    const int first = run * RUN, count = std::min(RUN, k - first);
+    float sums[MAX_ROWS * RUN];
+    for (const Rows<uint16_t>& batch : batches) {
+      LEVELS[level]->multiply_dense(matrix + static_cast<size_t>(first) * d1, count, d1, batch.data(),
+                                    batch.padded_count(), sums);
+      store_sums(batch, sums, z, k, first, count, BF16);
+    }
+  });
   return OK;
 } catch (const std::bad_alloc&) {
   return OUT_OF_MEMORY;

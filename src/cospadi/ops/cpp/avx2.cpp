@@ -124,6 +124,6 @@ bool supported() {
 
 }  // namespace
 
-const Kernels avx2_kernels = {"avx2", supported, multiply, nullptr, unpack_bf16, unpack_float};
+const Kernels avx2_kernels = {"avx2", supported, multiply, nullptr, unpack_bf16, unpack_float, nullptr};
 
 }  // namespace cospadi

@@ -172,6 +172,43 @@ void unpack(const Columns& columns, Entry* out) {
   }
 }
 
+template <int ROWS>
+void multiply_dense_rows(const uint16_t* matrix, int count, int width, const uint16_t* x, float* sums) {
+  constexpr int CHAINS = ROWS <= 2 ? 4 : ROWS == 4 ? 2 : 1;
+  for (int c = 0; c < count; ++c, matrix += width) {
+    __m512 sum[CHAINS][ROWS];
+    for (auto& chain : sum) {
+      for (__m512& one : chain) one = _mm512_setzero_ps();
+    }
+    const auto step = [&](int j, uint32_t lanes, __m512* chain) {
+      _mm_prefetch(reinterpret_cast<const char*>(matrix + j) + AHEAD, _MM_HINT_T0);
+      const __m512i weights = _mm512_maskz_loadu_epi16(lanes, matrix + j);
+      for (int r = 0; r < ROWS; ++r) {
+        const __m512i z = _mm512_loadu_si512(x + place_in_z(ROWS, r, j));
+        chain[r] = _mm512_dpbf16_ps(chain[r], (__m512bh)z, (__m512bh)weights);
+      }
+    };
+    int j = 0;
+    for (; j + CHAINS * ATOMS <= width; j += CHAINS * ATOMS) {
+      for (int i = 0; i < CHAINS; ++i) step(j + i * ATOMS, 0xFFFFFFFFu, sum[i]);
+    }
+    for (; j < width; j += ATOMS) step(j, lanes_left(width - j), sum[0]);
+    for (int r = 0; r < ROWS; ++r) {
+      for (int i = 1; i < CHAINS; ++i) sum[0][r] = _mm512_add_ps(sum[0][r], sum[i][r]);
+      sums[c * ROWS + r] = _mm512_reduce_add_ps(sum[0][r]);
+    }
+  }
+}
+
+void multiply_dense(const uint16_t* matrix, int count, int width, const uint16_t* x, int rows, float* sums) {
+  switch (rows) {
+    case 1: return multiply_dense_rows<1>(matrix, count, width, x, sums);
+    case 2: return multiply_dense_rows<2>(matrix, count, width, x, sums);
+    case 4: return multiply_dense_rows<4>(matrix, count, width, x, sums);
+    default: return multiply_dense_rows<8>(matrix, count, width, x, sums);
+  }
+}
+
 bool supported() {
   return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
@@ -181,6 +218,6 @@ bool supported() {
 }  // namespace
 
 const Kernels avx512_kernels = {"avx512", supported, multiply<float>, multiply<uint16_t>, unpack<uint16_t>,
-                                unpack<float>};
+                                unpack<float>, multiply_dense};
 
 }  // namespace cospadi

@@ -49,6 +49,9 @@ struct Kernels {
   // Columns of S as rows of k entries: bf16 bits, or float.
   void (*unpack_bf16)(const Columns&, uint16_t* out);
   void (*unpack_float)(const Columns&, float* out);
+  // sums[c * rows + r] = sum over j < width of x[place_in_z(rows, r, j)] matrix[c * width + j] for c < count, in bf16;
+  // null where the machine's library does it as well.
+  void (*multiply_dense)(const uint16_t* matrix, int count, int width, const uint16_t* x, int rows, float* sums);
 };
 
 extern const Kernels portable_kernels;

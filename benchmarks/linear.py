@@ -1,0 +1,217 @@
+"""One projection at a time: a compressed layer against torch's dense bf16 linear, and against a plain read.
+
+    python benchmarks/linear.py run --model Llama-3.2-1B --threads 2
+    python benchmarks/linear.py run --shape 2048x8192 --shape 4096x14336 --value-bits 16
+    python benchmarks/linear.py table
+
+Every timed call, dense or compressed, takes the next of several copies of its weights, which together exceed four
+times the last-level cache, so that weights come from memory. Calls take turns; figures are medians. Factors are
+random: a dictionary, and supports spread evenly. `run` keeps a row a file; `table` prints them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from cospadi import budget, packing
+from cospadi.linear import SparseDictionaryLinear
+from cospadi.ops import cpu
+
+RESULTS = Path(__file__).parent / "results" / "linear"
+MODELS = {
+    "Llama-3.2-1B": ["2048x2048", "2048x512", "2048x8192", "8192x2048"],
+    "Llama-3-8B": ["4096x4096", "4096x1024", "4096x14336", "14336x4096"],
+    "Qwen3-8B": ["4096x4096", "4096x1024", "4096x12288", "12288x4096"],
+}
+"""Projections d1 x d2: q and o, k and v, gate and up, down."""
+
+DECODE_ROWS, PREFILL_ROWS = (1, 4, 16), (128, 512)
+RHO = 2.0
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def run(
+    shape: Annotated[list[str] | None, typer.Option(help="d1xd2, repeatable")] = None,
+    model: Annotated[list[str] | None, typer.Option(help=", ".join(MODELS))] = None,
+    ratio: Annotated[list[float] | None, typer.Option(help="repeatable  [default: 0.2 to 0.5]")] = None,
+    value_bits: Annotated[list[int] | None, typer.Option(help="repeatable  [default: 14]")] = None,
+    rows: Annotated[list[int] | None, typer.Option(help="repeatable  [default: 1, 4, 16, 128, 512]")] = None,
+    threads: int = 2,
+    seconds: Annotated[float, typer.Option(help="time for each comparison, about")] = 2.0,
+) -> None:
+    """Measure the rows that are missing."""
+    torch.set_num_threads(threads)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    shapes = list(dict.fromkeys([*(shape or []), *(one for name in model or [] for one in MODELS[name])]))
+    for one_shape in shapes or MODELS["Llama-3.2-1B"]:
+        for one_ratio in ratio or [0.2, 0.3, 0.4, 0.5]:
+            for bits in value_bits or [14]:
+                path = RESULTS / f"{one_shape}-{one_ratio:g}-{bits}-{threads}.json"
+                if path.exists():
+                    continue
+                d1, d2 = map(int, one_shape.split("x"))
+                row = measure(d1, d2, one_ratio, bits, rows or [*DECODE_ROWS, *PREFILL_ROWS], seconds)
+                path.write_text(json.dumps(row | {"threads": threads}, indent=1) + "\n")
+                for line in _lines(row):
+                    print(line, flush=True)
+
+
+def measure(d1: int, d2: int, ratio: float, value_bits: int, rows: list[int], seconds: float) -> dict[str, Any]:
+    """One shape at one ratio: milliseconds of dense, ours, its parts, and a plain read of the packed coefficients."""
+    k, s = budget.exact_size(budget.byte_budget(ratio, d1, [d2]), d1, [d2], RHO, value_bits)
+    wanted = 4 * last_level_cache()
+    first = random_layer(d1, d2, k, s, value_bits)
+    packed_bytes = _nbytes(first.support) + _nbytes(first.values)
+    compressed_bytes = packed_bytes + _nbytes(first.dictionary)
+    layers = [first, *(_copy(first) for _ in range(wanted // compressed_bytes + 1))]
+    weights = [torch.randn(d2, d1, dtype=torch.bfloat16) for _ in range(wanted // (2 * d1 * d2) + 2)]
+    # As many copies of the packed coefficients alone as exceed the caches too.
+    codes = [first, *(_copy(first) for _ in range(wanted // packed_bytes + 1))]
+    product = first._weight(torch.bfloat16)
+    kept = [product.clone() for _ in weights] if any(count > cpu.DECODE_ROWS for count in rows) else []
+    figures = []
+    for count in rows:
+        x, z = (torch.randn(count, width, dtype=torch.bfloat16) for width in (d1, k))
+        calls = {
+            "dense": partial(_call, weights, torch.nn.functional.linear, x),
+            "ours": partial(_call, layers, lambda x, layer: layer(x), x),
+            "codes": partial(_call, codes, _multiply, z),
+            "read": partial(_call, codes, lambda _, layer: _read(layer), z),
+        }
+        if count > cpu.DECODE_ROWS:
+            calls["kept dense"] = partial(_call, kept, torch.nn.functional.linear, x)
+        figures.append({"rows": count, "ms": {name: 1e3 * t for name, t in take_turns(calls, seconds).items()}})
+    return {
+        "shape": f"{d1}x{d2}", "ratio": ratio, "value_bits": value_bits, "k": k, "s": s,
+        "dense_bytes": 2 * d1 * d2, "bytes": compressed_bytes, "codes_bytes": packed_bytes,
+        "flops_bound": d1 * d2 / (k * (d1 + d2)), "figures": figures, "level": cpu.levels() and cpu.best_level(),
+        "processor": platform.processor() or platform.machine(), "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def _call(copies: Sequence[Any], product: Callable[[Tensor, Any], Tensor], x: Tensor, index: int) -> Tensor:
+    return product(x, copies[index % len(copies)])
+
+
+def take_turns(calls: Mapping[str, Callable[[int], object]], seconds: float) -> dict[str, float]:
+    """Median seconds of each call; every round makes one of each, with the round's number."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.inference_mode():
+        for call in calls.values():
+            call(0)
+        end, index = time.perf_counter() + seconds, 0
+        while time.perf_counter() < end or index < 7:
+            index += 1
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call(index)
+                taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def random_layer(d1: int, d2: int, k: int, s: int, value_bits: int) -> SparseDictionaryLinear:
+    """A layer whose columns have s random nonzeros each."""
+    layer = SparseDictionaryLinear(d1, d2, k, s * d2, value_bits, dtype=torch.bfloat16)
+    support = torch.zeros(d2, k, dtype=torch.bool)
+    for block in range(0, d2, 1024):
+        drawn = torch.rand(min(1024, d2 - block), k)
+        support[block : block + 1024].scatter_(1, drawn.topk(s, dim=1).indices, True)
+    with torch.no_grad():
+        layer.dictionary.normal_()
+    layer.support.copy_(packing.pack_support(support))
+    layer.values.copy_(packing.pack_values(torch.randn(s * d2), value_bits))
+    layer.column_offsets()
+    return layer
+
+
+def last_level_cache() -> int:
+    """Bytes of this machine's last-level cache; 64 MB where the system does not tell."""
+    try:
+        return max(os.sysconf("SC_LEVEL3_CACHE_SIZE"), os.sysconf("SC_LEVEL2_CACHE_SIZE"), 32 << 20)
+    except (ValueError, OSError):
+        return 64 << 20
+
+
+def _copy(layer: SparseDictionaryLinear) -> SparseDictionaryLinear:
+    shape = (layer.in_features, layer.out_features, layer.k, layer.nnz, layer.value_bits)
+    copy = SparseDictionaryLinear(*shape, dtype=torch.bfloat16)
+    copy.load_state_dict(layer.state_dict())
+    copy.column_offsets()
+    return copy
+
+
+def _multiply(z: Tensor, layer: SparseDictionaryLinear) -> Tensor:
+    offsets = layer.column_offsets()
+    return cpu.sparse_matmul(z, layer.support, layer.values, offsets, layer.k, layer.value_bits)
+
+
+def _read(layer: SparseDictionaryLinear) -> Tensor:
+    """Touch every byte of the packed coefficients, as fast as torch sums numbers."""
+    mask, values = (tensor.view(torch.uint8).flatten() for tensor in (layer.support, layer.values))
+    return mask[: len(mask) // 8 * 8].view(torch.int64).sum() + values[: len(values) // 8 * 8].view(torch.int64).sum()
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+@app.command()
+def table() -> None:
+    """Print all rows as Markdown: decoding, then prefill."""
+    rows = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    rows.sort(key=lambda row: (row["threads"], row["value_bits"], row["dense_bytes"], row["shape"], row["ratio"]))
+    for threads in sorted({row["threads"] for row in rows}):
+        of_threads = [row for row in rows if row["threads"] == threads]
+        print(f"\n{threads} threads\n")
+        print("| d1 x d2 | ratio | bits | rows | dense, ms | ours, ms | speed-up | byte ratio | share of it |", end="")
+        print(" S, GB/s | plain read, GB/s | of it |\n|---|---|---|---|---|---|---|---|---|---|---|---|")
+        for row in of_threads:
+            for line in _lines(row, prefill=False):
+                print(line)
+        print(
+            "\n| d1 x d2 | ratio | bits | rows | dense, ms | ours, ms | speed-up | FLOP bound | share of it |", end=""
+        )
+        print(" `--runtime dense` |\n|---|---|---|---|---|---|---|---|---|---|")
+        for row in of_threads:
+            for line in _lines(row, decode=False):
+                print(line)
+
+
+def _lines(row: dict[str, Any], decode: bool = True, prefill: bool = True) -> list[str]:
+    lines = []
+    byte_ratio = row["dense_bytes"] / row["bytes"]
+    for figure in row["figures"]:
+        ms, few = figure["ms"], figure["rows"] <= cpu.DECODE_ROWS
+        speedup = ms["dense"] / ms["ours"]
+        cells = [row["shape"].replace("x", " x "), f"{row['ratio']:g}", row["value_bits"], figure["rows"]]
+        cells += [f"{ms['dense']:.3f}", f"{ms['ours']:.3f}", f"{speedup:.2f}"]
+        if few and decode:
+            read, reached = (row["codes_bytes"] / ms[name] / 1e6 for name in ("read", "codes"))
+            cells += [f"{byte_ratio:.2f}", f"{speedup / byte_ratio:.2f}", f"{reached:.1f}", f"{read:.1f}"]
+            lines.append(_markdown([*cells, f"{reached / read:.2f}"]))
+        elif not few and prefill:
+            bound = row["flops_bound"]
+            kept = f"{ms['dense'] / ms['kept dense']:.2f}x"
+            lines.append(_markdown([*cells, f"{bound:.2f}", f"{speedup / min(1, bound):.2f}", kept]))
+    return lines
+
+
+def _markdown(cells: list[Any]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,147 @@
+"""A model of random weights in a real model's shape, dense and compressed at equal bytes: enough to measure speed.
+
+    python benchmarks/random_model.py Llama-3.2-1B OUT --ratio 0.4
+
+writes OUT/dense, OUT/sparse-0.4 and OUT/low-rank-0.4. Perplexity of such a model means nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+
+from cospadi import budget, packing
+from cospadi.checkpoint import StoredProjection
+from cospadi.integrations.transformers import mark_compressed, swap_in_layers
+from cospadi.linear import SparseDictionaryLinear
+from cospadi.plan import Group, outlook
+from cospadi.recipe import Recipe
+
+app = typer.Typer(add_completion=False)
+
+LLAMA_3 = {
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
+}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "tiny": LlamaConfig(
+        hidden_size=256, intermediate_size=704, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=512, max_position_embeddings=1024,
+    ),
+    "Llama-3.2-1B": LlamaConfig(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
+        head_dim=64, tie_word_embeddings=True, **LLAMA_3,
+    ),
+    "Llama-3-8B": LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, **LLAMA_3,
+    ),
+    "Qwen3-8B": Qwen3Config(
+        hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=40960,
+    ),
+}  # fmt: skip
+
+
+@app.command()
+def main(
+    shape: Annotated[str, typer.Argument(help=", ".join(CONFIGS))],
+    output: Annotated[Path, typer.Argument(metavar="OUT")],
+    ratio: Annotated[list[float] | None, typer.Option(help="repeatable  [default: 0.4]")] = None,
+    layers: Annotated[int | None, typer.Option(help="decoder blocks, if not all")] = None,
+    value_bits: int = 14,
+) -> None:
+    """Write the folders that are not there yet."""
+    if shape not in CONFIGS:
+        raise typer.BadParameter(f"{shape} is not known. Use {', '.join(CONFIGS)}")
+    config: Any = CONFIGS[shape]
+    if layers is not None:
+        config.num_hidden_layers = layers
+        config.layer_types = None
+    dense = output / "dense"
+    if not dense.exists():
+        model = _empty(config)
+        _fill(model)
+        model.save_pretrained(dense)
+        del model
+    for one in ratio or [0.4]:
+        for name, solver in ((f"sparse-{one:g}", "mod-htp"), (f"low-rank-{one:g}", "svd-llm")):
+            if (output / name).exists():
+                continue
+            share = "input" if solver == "mod-htp" else "none"
+            recipe = Recipe.build(
+                {"ratio": one, "solver": solver, "share": share, "value_bits": value_bits, "allocate": "uniform"}
+            )
+            plan = outlook(dense, recipe).plan
+            model = _empty(config)
+            entries = {name: entry for group in plan.groups for name, entry in _entries(group).items()}
+            swap_in_layers(model, entries, torch.bfloat16, "meta")
+            _fill(model)
+            mark_compressed(model, entries)
+            model.save_pretrained(output / name)
+            del model
+            print(f"{output / name}: ratio {plan.ratio:.4f}", flush=True)
+
+
+def _empty(config: PretrainedConfig) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def _entries(group: Group) -> dict[str, StoredProjection]:
+    """What a checkpoint would say of a group; every member has its share of the nonzeros."""
+    low_rank, owner = group.layout == "low-rank", group.members[0].name
+    spent, entries = 0, {}
+    for index, member in enumerate(group.members):
+        last = index == len(group.members) - 1
+        nnz = group.nonzeros - spent if last else round(group.s * member.d2) // budget.VALUE_UNIT * budget.VALUE_UNIT
+        spent += nnz
+        entries[member.name] = StoredProjection(
+            layout="low-rank" if low_rank else "sparse-dictionary",
+            d1=member.d1,
+            d2=member.d2,
+            k=group.k,
+            nnz=0 if low_rank else nnz,
+            value_bits=14 if group.value_bits == 14 else 16,
+            dictionary=owner,
+        )
+    return entries
+
+
+def _fill(model: Any) -> None:
+    """Random numbers of a trained model's size, on CPU; supports uniform over the matrix."""
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1)
+            else:
+                parameter.normal_(0, 0.02, generator=generator)
+        for module in model.modules():
+            if isinstance(module, SparseDictionaryLinear):
+                _fill_coefficients(module, generator)
+
+
+def _fill_coefficients(layer: SparseDictionaryLinear, generator: torch.Generator) -> None:
+    size = layer.out_features * layer.k
+    drawn = torch.rand(size, generator=generator)
+    threshold = drawn.kthvalue(layer.nnz).values if layer.nnz < size else 1.0
+    support = (drawn <= threshold).view(layer.out_features, layer.k)
+    exact = int(support.sum())
+    if exact > layer.nnz:  # equal draws at the threshold
+        extra = (drawn.view_as(support) == threshold).nonzero()[: exact - layer.nnz]
+        support[extra[:, 0], extra[:, 1]] = False
+    layer.support.copy_(packing.pack_support(support))
+    layer.values.copy_(packing.pack_values(torch.randn(layer.nnz, generator=generator) * 0.1, layer.value_bits))
+
+
+if __name__ == "__main__":
+    app()
