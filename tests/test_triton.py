@@ -14,10 +14,10 @@ from cospadi import packing
 from cospadi.ops import triton as kernels
 
 pytest.importorskip("triton", reason="Triton is not installed")
-if not torch.cuda.is_available() and not kernels.kernels.INTERPRETED:
+if not torch.cuda.is_available() and not kernels.INTERPRETED:
     pytest.skip("there is no GPU and TRITON_INTERPRET is not 1", allow_module_level=True)
 
-DEVICE = "cpu" if kernels.kernels.INTERPRETED else "cuda"
+DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 """Of the norm. The interpreter rounds to bf16 by truncation."""
 

@@ -23,9 +23,9 @@ try:
 
     from cospadi.ops import triton_kernels as kernels
 
-    AVAILABLE = True
+    AVAILABLE, INTERPRETED = True, kernels.INTERPRETED
 except ImportError:
-    AVAILABLE = False
+    AVAILABLE, INTERPRETED = False, False
 
 VALUE_BITS = (10, 12, 14, 16)
 DECODE_ROWS = 4
@@ -50,7 +50,7 @@ def can_multiply(z: Tensor, support: Tensor, values: Tensor, value_bits: int) ->
         return False
     stored = torch.bfloat16 if value_bits == 16 else torch.uint8
     return (
-        z.device.type == ("cpu" if kernels.INTERPRETED else "cuda")
+        z.device.type == ("cpu" if INTERPRETED else "cuda")
         and support.device == z.device == values.device
         and z.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and (support.dtype, values.dtype) == (torch.uint8, stored)
@@ -96,7 +96,7 @@ def sparse_matmul(z: Tensor, support: Tensor, values: Tensor, offsets: Tensor, k
         else:
             bucket = min(max(16, 1 << (count - 1).bit_length()), MOST_ROWS_TOLD)
             # The interpreter multiplies bf16 operands as the integers that numpy holds them in.
-            operand = tl.float32 if kernels.INTERPRETED else dtype
+            operand = tl.float32 if INTERPRETED else dtype
             kernels.tiles[lambda meta: (-(-count // meta["M"]) * -(-d2 // meta["N"]), splits)](
                 *arguments, bucket, BITS=value_bits, OPERAND=operand, ROUND=dtype
             )

@@ -310,9 +310,11 @@ TILE_CONFIGS = [
 
 
 def _fitting(configs: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any]:
-    """Configurations whose tiles have about as many rows as there are."""
+    """Configurations whose tiles have about as many rows as there are; none with large tiles of float32."""
     bucket = arguments["bucket"]
-    return [config for config in configs if min(bucket, 64) <= config.kwargs["M"] <= bucket]
+    most = 64 * 128 if arguments["z"].element_size() == 4 else 256 * 128
+    fitting = [config for config in configs if min(bucket, 64) <= config.kwargs["M"] <= bucket]
+    return [config for config in fitting if config.kwargs["M"] * config.kwargs["N"] <= most]
 
 
 def _tuned(kernel: Any, configs: list[Any], key: list[str], small: dict[str, int], **options: Any) -> Any:
