@@ -1,0 +1,267 @@
+"""The GPU kernels: are they right, and how fast are they beside a dense projection?
+
+    python benchmarks/gpu.py
+    python benchmarks/gpu.py --shape 2048x8192 --ratio 0.4 --bits 14 --json gpu.json
+
+Needs an NVIDIA GPU and Triton; exits with 2 where they are missing and with 1 where a result is wrong.
+
+First every kernel is held to products in float64, at real and at odd shapes. Then each step is timed in bf16: dense
+F.linear, z = x D, y = z S by the kernel, and both. One CUDA graph holds a call for each of several copies of the
+weights, which together exceed four times the L2 cache, so that each call finds its weights in memory; its replays are
+timed by CUDA events. A figure is the median over replays, the spread half the distance of the quartiles. GB/s are
+weight bytes as stored over time; the bandwidth beside them is that of a copy of 1 GiB, read and write counted.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from torch import Tensor
+
+from cospadi import budget, packing
+from cospadi.ops import reference
+from cospadi.ops import triton as kernels
+
+SHAPES = ["2048x512", "2048x2048", "2048x8192", "8192x2048", "4096x14336", "14336x4096"]
+ROWS = [1, 4, 16, 128, 512, 2048]
+CHECKED = [
+    ("2048x8192", 0.4),
+    ("4096x14336", 0.2),
+    ("2048x512", 0.5),
+    ("1001x777", 0.3),
+    ("97x2051", 0.4),
+    ("33x5", 0.2),
+]
+CHECKED_ROWS = [1, 3, 4, 5, 16, 17, 128, 300]
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+"""Error of a product in relation to its norm: the rounding of the result, or that of sums in float32."""
+
+RHO = 2.0
+CACHES = 4
+"""Copies of the weights exceed the L2 cache this many times."""
+
+
+class Coefficients(NamedTuple):
+    """S as the kernels take it."""
+
+    support: Tensor
+    values: Tensor
+    offsets: Tensor
+    k: int
+    bits: int
+
+    @property
+    def bytes(self) -> int:
+        """What a checkpoint stores: the mask and the values."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.support, self.values))
+
+    def copy(self) -> Coefficients:
+        return Coefficients(self.support.clone(), self.values.clone(), self.offsets.clone(), self.k, self.bits)
+
+    def times(self, z: Tensor) -> Tensor:
+        """z S by the kernel under test."""
+        return kernels.sparse_matmul(z, self.support, self.values, self.offsets, self.k, self.bits)
+
+
+def main(
+    shape: Annotated[list[str] | None, typer.Option(help="d1xd2, repeatable")] = None,
+    ratio: Annotated[list[float] | None, typer.Option(help="repeatable")] = None,
+    bits: Annotated[list[int] | None, typer.Option(help="14 or 16, repeatable")] = None,
+    rows: Annotated[list[int] | None, typer.Option(help="rows of x, repeatable")] = None,
+    replays: Annotated[int, typer.Option(min=2)] = 30,
+    check_only: bool = False,
+    save: Annotated[Path | None, typer.Option("--json", help="also write everything as JSON")] = None,
+) -> None:
+    """Check the kernels, time them, and print a Markdown table."""
+    if not torch.cuda.is_available():
+        _refuse("There is no NVIDIA GPU that torch can use on this machine: nothing was checked or timed.")
+    if not kernels.AVAILABLE:
+        _refuse("Triton is not installed: run pip install triton, in the version that torch requires.")
+    if kernels.INTERPRETED:
+        _refuse("TRITON_INTERPRET is set, and Triton's interpreter would be timed: unset it.")
+    device = torch.device("cuda")
+    properties = torch.cuda.get_device_properties(device)
+    print(f"{properties.name}, torch {torch.__version__}\n")
+    checks = check(device)
+    report: dict[str, Any] = {"device": properties.name, "torch": torch.__version__, "checks": checks}
+    if not check_only:
+        report["copy_gb_s"] = copy_bandwidth(device, replays)
+        cold = CACHES * int(properties.L2_cache_size)
+        print(
+            f"\nCopy bandwidth {report['copy_gb_s']:.0f} GB/s; weights of at least {cold / 2**20:.0f} MiB in turn; "
+            "microseconds, with spread; x dense: how many times faster than dense, or smaller\n"
+        )
+        columns = ["d1 x d2", "ratio", "bits", "k", "rows", "dense", "x D", "z S", "both"]
+        columns += ["x dense", "bytes x dense", "z S GB/s", "of copy"]
+        print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+        report["rows"] = [
+            row
+            for one in shape or SHAPES
+            for row in time_shape(
+                one,
+                ratio or [0.2, 0.4, 0.5],
+                bits or [14, 16],
+                rows or ROWS,
+                cold,
+                replays,
+                report["copy_gb_s"],
+                device,
+            )
+        ]
+    if save:
+        save.write_text(json.dumps(report, indent=1) + "\n")
+    if not all(one["right"] for one in checks):
+        raise typer.Exit(1)
+
+
+def check(
+    device: torch.device, shapes: list[tuple[str, float]] = CHECKED, row_counts: list[int] = CHECKED_ROWS
+) -> list[dict[str, Any]]:
+    """Hold every kernel to float64; print and return the worst error of each shape, width and dtype."""
+    print("| d1 x d2 | ratio | bits | dtype | worst error | allowed | |\n|---|---|---|---|---|---|---|")
+    found = []
+    for shape, ratio in shapes:
+        d1, d2 = map(int, shape.split("x"))
+        for bits in (14, 16):
+            k, s = budget.exact_size(budget.byte_budget(ratio, d1, [d2]), d1, [d2], RHO, bits)
+            coefficients = random_coefficients(k, d2, s, bits, device)
+            dense = reference.coefficients(coefficients.support, coefficients.values, k, bits, torch.float64).T
+            for dtype, allowed in TOLERANCE.items():
+                worst, repeatable = 0.0, True
+                for count in row_counts:
+                    z = torch.randn(count, k, device=device).to(dtype)
+                    y, expected = coefficients.times(z), z.double() @ dense
+                    worst = max(worst, float((y.double() - expected).norm() / expected.norm()))
+                    repeatable &= torch.equal(y, coefficients.times(z))
+                right = worst <= allowed and repeatable
+                name = str(dtype).removeprefix("torch.")
+                verdict = "ok" if right else "WRONG" if repeatable else "NOT REPEATABLE"
+                print(f"| {shape} | {ratio} | {bits} | {name} | {worst:.2e} | {allowed:.2e} | {verdict} |", flush=True)
+                found.append(
+                    {"shape": shape, "ratio": ratio, "bits": bits, "dtype": name, "error": worst, "right": right}
+                )
+    return found
+
+
+def time_shape(
+    shape: str,
+    ratios: list[float],
+    widths: list[int],
+    row_counts: list[int],
+    cold: int,
+    replays: int,
+    bandwidth: float,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Time one projection; print and return a row for each ratio, width and number of rows."""
+    d1, d2 = map(int, shape.split("x"))
+    found = []
+    weights = _copies(torch.randn(d2, d1, device=device, dtype=torch.bfloat16), 2 * d1 * d2, cold)
+    inputs = {count: torch.randn(count, d1, device=device, dtype=torch.bfloat16) for count in row_counts}
+    dense = {count: _time([_linear(x, weight) for weight in weights], replays) for count, x in inputs.items()}
+    del weights
+    for ratio in ratios:
+        for bits in widths:
+            k, s = budget.exact_size(budget.byte_budget(ratio, d1, [d2]), d1, [d2], RHO, bits)
+            atoms = torch.randn(k, d1, device=device, dtype=torch.bfloat16) * d1**-0.5
+            coefficients = random_coefficients(k, d2, s, bits, device)
+            stored = 2 * d1 * k + coefficients.bytes
+            dictionaries = _copies(atoms, 2 * d1 * k, cold)
+            sparse = _copies(coefficients, coefficients.bytes, cold)
+            pairs = range(-(-cold // stored))
+            for count, x in inputs.items():
+                z = x @ atoms.T
+                times = {
+                    "dense": dense[count],
+                    "x D": _time([_linear(x, one) for one in dictionaries], replays),
+                    "z S": _time([_sparse(z, one) for one in sparse], replays),
+                    "both": _time([_both(x, dictionaries[i], sparse[i]) for i in pairs], replays),
+                }
+                reached = coefficients.bytes / times["z S"][0] / 1e9
+                row = {"shape": shape, "ratio": ratio, "bits": bits, "k": k, "s": s, "rows": count}
+                row |= {
+                    "seconds": times,
+                    "dense_bytes": 2 * d1 * d2,
+                    "bytes": stored,
+                    "sparse_bytes": coefficients.bytes,
+                }
+                row |= {"speedup": times["dense"][0] / times["both"][0], "sparse_gb_s": reached}
+                found.append(row)
+                shown = " | ".join(f"{middle * 1e6:.1f} ± {spread * 1e6:.1f}" for middle, spread in times.values())
+                print(
+                    f"| {shape} | {ratio} | {bits} | {k} | {count} | {shown} | {row['speedup']:.2f} | "
+                    f"{2 * d1 * d2 / stored:.2f} | {reached:.0f} | {reached / bandwidth:.0%} |",
+                    flush=True,
+                )
+    return found
+
+
+def random_coefficients(k: int, d2: int, s: int, bits: int, device: torch.device) -> Coefficients:
+    """S with s atoms a column, which lie anywhere, and normal values."""
+    support = torch.zeros(d2, k, dtype=torch.bool, device=device)
+    support.scatter_(1, torch.rand(d2, k, device=device).topk(s).indices, True)
+    values = packing.pack_values(torch.randn(d2 * s, device=device), bits)
+    offsets = torch.arange(d2 + 1, dtype=torch.int32, device=device) * s
+    return Coefficients(packing.pack_support(support), values, offsets, k, bits)
+
+
+def copy_bandwidth(device: torch.device, replays: int) -> float:
+    """GB/s of a copy of 1 GiB, what is read and what is written together."""
+    source = torch.zeros(2**30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * 2**30 / _time([lambda: target.copy_(source)], replays)[0] / 1e9
+
+
+def _copies(weight: Any, size: int, cold: int) -> list[Any]:
+    """Enough copies of a tensor or of coefficients, `size` bytes each, to exceed `cold` bytes."""
+    copy = weight.copy if isinstance(weight, Coefficients) else weight.clone
+    return [copy() for _ in range(cold // size + 1)]
+
+
+def _linear(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    return lambda: torch.nn.functional.linear(x, weight)
+
+
+def _sparse(z: Tensor, coefficients: Coefficients) -> Callable[[], Tensor]:
+    return lambda: coefficients.times(z)
+
+
+def _both(x: Tensor, dictionary: Tensor, coefficients: Coefficients) -> Callable[[], Tensor]:
+    return lambda: coefficients.times(torch.nn.functional.linear(x, dictionary))
+
+
+def _time(calls: list[Callable[[], Tensor]], replays: int) -> tuple[float, float]:
+    """Seconds of one call, and their spread, over replays of a graph of all calls in turn."""
+    calls[0]()  # Tunes and compiles, which a capture cannot.
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    for _ in range(3):
+        graph.replay()
+    event: Any = torch.cuda.Event
+    events = [(event(enable_timing=True), event(enable_timing=True)) for _ in range(replays)]
+    for start, end in events:
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    seconds = [start.elapsed_time(end) / 1e3 / len(calls) for start, end in events]
+    lower, middle, upper = statistics.quantiles(seconds, n=4)
+    return middle, (upper - lower) / 2
+
+
+def _refuse(reason: str) -> None:
+    typer.echo(reason, err=True)
+    raise typer.Exit(2)
+
+
+if __name__ == "__main__":
+    typer.run(main)
