@@ -58,10 +58,11 @@ class Memory:
     """Bytes of one model in a process of its own; None where the system does not tell.
 
     Attributes:
-        weights: growth of the resident set from before loading to after a first decoding step (allocated, on a GPU).
+        weights: growth of the resident set from before loading to after one token (allocated, on a GPU).
         peak: the largest resident set after decoding and the longest prefill (allocated, on a GPU).
         tensors: bytes of the model's parameters and buffers, each storage once.
-        load_seconds: of from_pretrained, in a process that has torch and transformers loaded.
+        load_seconds: from before from_pretrained to after one token, when every weight has been read, in a process
+            that has torch and transformers loaded.
     """
 
     weights: int | None
@@ -211,10 +212,11 @@ def _measure_memory(folder: Path, length: int, device: str, runtime: Runtime, th
     before = _resident(where)
     start = _now(where)
     model = source.load_model(folder, where)
-    load_seconds = _now(where) - start
     set_runtime(model, runtime)
-    _decode(model, 1, 1, where)
+    _prefill(model, 1, where)  # touches every weight, and little else
+    load_seconds = _now(where) - start
     weights = _resident(where)
+    _decode(model, 1, 1, where)
     _prefill(model, length, where)
     grown = None if before is None or weights is None else weights - before
     return Memory(grown, _peak(where), tensor_bytes(model), load_seconds)

@@ -180,11 +180,15 @@ def _check_content(path: Path, tensor: str, view: Any, entry: StoredProjection) 
     """Check a mask whole and a value stream's last byte; nothing else is read."""
     part = tensor.rpartition(".")[2]
     if part == SUPPORT:
-        value = view[:]
-        count = packing.popcount(value)
+        rows = max(1, packing.COUNTED_BYTES // budget.support_row_bytes(entry.k))
+        count, spilled = 0, False
+        for first in range(0, entry.d2, rows):
+            read = view[first : first + rows]
+            count += packing.popcount(read)
+            spilled |= packing.has_padding_bits(read, entry.k)
         if count != entry.nnz:
             raise CheckpointError(f"{path}: mask {tensor} has {count} bits set, config.json says {entry.nnz} nonzeros")
-        if packing.has_padding_bits(value, entry.k):
+        if spilled:
             raise CheckpointError(f"{path}: mask {tensor} has bits set past atom {entry.k - 1}")
     if part == VALUES and packing.unused_value_bits_set(view[-1:], entry.nnz, entry.value_bits):
         raise CheckpointError(f"{path}: tensor {tensor} has bits set past its last value")

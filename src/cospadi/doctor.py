@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from cospadi import packing
+from cospadi import ops, packing
 from cospadi.__about__ import __version__
 from cospadi.ops import cpu, reference
 
@@ -55,7 +57,11 @@ def examine() -> Examination:
         openmp=str(cpu.openmp_runtime()) if cpu.openmp_runtime() else None,
         devices=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     )
-    found.checks = {f"cpu kernel, {name}": _is_right(number) for name, number in cpu.levels().items()}
+    found.checks = {f"CPU kernel, {name}": _is_right(_on_cpu, number) for name, number in cpu.levels().items()}
+    if found.devices and ops.gpu is not None and ops.gpu.AVAILABLE:
+        found.checks["GPU kernel"] = _is_right(_on_gpu, 0)
+    elif found.devices:
+        found.advice.append("Triton is not installed: coefficients are unpacked on the GPU. Run pip install triton.")
     if not levels:
         found.advice.append(
             "The CPU kernels were not built: install a C++ compiler (g++ or clang++), then run "
@@ -86,7 +92,19 @@ def _level_in_use(levels: list[str]) -> str | None:
     return {number: name for name, number in cpu.levels().items()}[cpu.best_level()] if levels else None
 
 
-def _is_right(level: int) -> bool:
+Product = Callable[[Tensor, Tensor, Tensor, Tensor, int, int, int], Tensor]
+
+
+def _on_cpu(z: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, k: int, value_bits: int, level: int) -> Tensor:
+    return cpu.sparse_matmul(z, mask, values, offsets, k, value_bits, level)
+
+
+def _on_gpu(z: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, k: int, value_bits: int, _level: int) -> Tensor:
+    z, mask, values, offsets = (tensor.cuda() for tensor in (z, mask, values, offsets))
+    return ops.sparse_matmul(z, mask, values, offsets, k, value_bits).cpu()
+
+
+def _is_right(product: Product, level: int) -> bool:
     """A product at 14 and at 16 bits, with columns that end anywhere in a byte."""
     generator = torch.Generator().manual_seed(0)
     support = torch.rand(70, 203, generator=generator) < 0.4
@@ -94,7 +112,7 @@ def _is_right(level: int) -> bool:
     for bits in (14, 16):
         values = packing.pack_values(torch.randn(int(support.sum()), generator=generator), bits)
         dense = reference.coefficients(mask, values, 203, bits, torch.float32).double().T
-        y = cpu.sparse_matmul(z, mask, values, packing.column_offsets(mask), 203, bits, level)
+        y = product(z, mask, values, packing.column_offsets(mask), 203, bits, level)
         if not ((y.double() - z.double() @ dense).abs() <= TOLERANCE * (z.double().abs() @ dense.abs())).all():
             return False
     return True

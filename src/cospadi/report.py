@@ -298,7 +298,7 @@ def bench_table(results: Sequence[Benched]) -> Table:
         table.add_row(f"{first.kind}, {what}, tokens/s", *cells)
     table.add_section()
     table.add_row("weights, as stored in memory", *(megabytes(result.memory.tensors) for result in results))
-    table.add_row("resident after one step", *(megabytes(result.memory.weights) for result in results))
+    table.add_row("resident after one token", *(megabytes(result.memory.weights) for result in results))
     table.add_row("peak resident", *(megabytes(result.memory.peak) for result in results))
-    table.add_row("loading", *(f"{result.memory.load_seconds:.1f} s" for result in results))
+    table.add_row("loading and one token", *(f"{result.memory.load_seconds:.1f} s" for result in results))
     return table

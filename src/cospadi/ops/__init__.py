@@ -6,6 +6,7 @@ on CPU and the Triton kernels on GPU, which read the packed form as it is, and t
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,9 +15,17 @@ from torch import Tensor
 from cospadi import packing
 from cospadi.ops import cpu, reference
 
+gpu: ModuleType | None = None
+if torch.cuda.is_available():
+    from cospadi.ops import triton
+
+    gpu = triton  # importing Triton takes a while: not where there is no GPU
+
 
 def has_kernel(z: Tensor, support: Tensor, values: Tensor, value_bits: int) -> bool:
     """Whether z S is multiplied from the packed form here, so that S need not be unpacked."""
+    if gpu is not None and z.is_cuda:
+        return bool(gpu.can_multiply(z, support, values, value_bits))
     return cpu.can_multiply(z, support, values, value_bits)
 
 
@@ -86,7 +95,9 @@ def _multiply(
         return torch.nn.functional.linear(z, reference.coefficients(support, values, k, value_bits, z.dtype))
     if offsets is None:
         offsets = packing.column_offsets(support)
-    return cpu.sparse_matmul(z, support, values, offsets, k, value_bits)
+    kernels = gpu if gpu is not None and z.is_cuda else cpu
+    y: Tensor = kernels.sparse_matmul(z, support, values, offsets, k, value_bits)
+    return y
 
 
 _sparse_matmul = torch.library.custom_op("cospadi::sparse_matmul", _multiply, mutates_args=())
