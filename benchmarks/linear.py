@@ -205,7 +205,7 @@ def _lines(row: dict[str, Any], decode: bool = True, prefill: bool = True) -> li
         elif not few and prefill:
             bound = row["flops_bound"]
             kept = f"{ms['dense'] / ms['kept dense']:.2f}x"
-            lines.append(_markdown([*cells, f"{bound:.2f}", f"{speedup / min(1, bound):.2f}", kept]))
+            lines.append(_markdown([*cells, f"{bound:.2f}", f"{speedup / bound:.2f}", kept]))
     return lines
 
 

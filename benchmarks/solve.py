@@ -37,7 +37,6 @@ from cospadi.compress import Job, pack, solve, walk
 from cospadi.factorization import SOLVERS, Problem, SolverOptions
 from cospadi.factorization.mod_htp import (
     BLOCK_ENTRIES,
-    CG_STEPS,
     EXACT_SHARE,
     _bf16_is_fast,
     _blocks,
@@ -179,12 +178,12 @@ def _is_settled(iteration: int, iterations: int, d1: int, d2: int, k: int, s: in
 def iteration_flops(d1: int, d2: int, k: int) -> int:
     """Floating-point operations of the matrix products in one iteration of mod-htp, two for each multiply-and-add.
 
-    D^T D and D^T A: 2 k^2 d1 + 2 d1 k d2. Gradient step and codes: 2 + 1 + CG_STEPS products of S and G of 2 d2 k^2.
+    D^T D and D^T A: 2 k^2 d1 + 2 d1 k d2. Gradient step and codes: four products of S and G of 2 d2 k^2.
     S S^T: five eighths of 2 d2 k^2, from k = 512 on. S A^T: 2 d1 k d2. S S^T times D^T, for the error: 2 k^2 d1.
     Cholesky factor and its solve, which are no products, do not count.
     """
     outer = 2 * d2 * k * k if k < 512 else 2 * d2 * k * k * 5 // 8
-    return 4 * k * k * d1 + 4 * d1 * k * d2 + 2 * (3 + CG_STEPS) * d2 * k * k + outer
+    return 4 * k * k * d1 + 4 * d1 * k * d2 + 8 * d2 * k * k + outer
 
 
 def bare_products(target: Tensor, k: int, repeats: int = 3) -> float:
@@ -210,7 +209,7 @@ def bare_products(target: Tensor, k: int, repeats: int = 3) -> float:
             torch.mm(atoms, atoms.T)
             for block in blocks:
                 torch.mm(columns[block], atoms_t)
-                for _ in range(3 + CG_STEPS):
+                for _ in range(4):
                     torch.mm(codes_low[block], coherence)
             _self_product(codes)
             torch.mm(codes.T, columns)

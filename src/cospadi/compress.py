@@ -295,7 +295,8 @@ def prepare(model: str | Path | nn.Module, recipe: Recipe, tokenizer: Any, stage
         log.warning("experts that are not nn.Linear stay dense: %s", kinds_of(experts))
     for projection in selected:
         _weight(model, projection)  # refuses what is not finite
-    allocation_of(recipe), weighs_columns(recipe)  # refuse what needs text where there is none
+    allocation_of(recipe)  # refuses what needs text where there is none,
+    weighs_columns(recipe)  # and so does this
     job = Job(model, recipe, shared_inputs(model, selected), None, stages)
     return Prepared(job, make_plan(selected, recipe, job.owner), tokenizer, folder, hub_name)
 

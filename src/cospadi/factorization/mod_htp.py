@@ -5,7 +5,7 @@ An iteration is matrix products and passes over S; no loop runs over atoms or co
 1. Support: a gradient step from S along R = B - G S, then the n largest entries of the whole matrix stay (iterative
    hard thresholding, Blumensath and Davies 2009). How many of them a column gets is free. The step is twice the best
    one of each column, which leaves the error where it was and lets more entries trade places.
-2. Codes: conjugate gradients on the chosen support (hard thresholding pursuit, Foucart 2011).
+2. Codes: a step of steepest descent on the chosen support (hard thresholding pursuit, Foucart 2011).
 3. Dictionary: D = A S^T (S S^T)^-1, the method of optimal directions (Engan, Aase, Husoy 1999). Steps 1 and 2 of the
    next iteration use D carried on along its last change (heavy ball, Polyak 1964), unless the error has just risen.
 
@@ -30,7 +30,6 @@ MOMENTUM = 0.95
 MOMENTUM_RAMP = 2.0
 """Momentum grows by this, divided by the number of iterations, each iteration since the start or the last rise."""
 OVERSHOOT = 2.0
-CG_STEPS = 1
 LEAST_CURVATURE = 0.02
 """Smallest p . G p that steps are computed from, in p . p: some 0.5 is usual, less may be rounding of tied atoms."""
 RIDGE = 1e-7
@@ -166,20 +165,12 @@ def _gradient_step(codes: Tensor, correlations: Tensor, coherence: Tensor, produ
 
 
 def _fit_codes(codes: Tensor, correlations: Tensor, coherence: Tensor, product: Product) -> None:
-    """CG_STEPS conjugate-gradient steps in place towards G S = B on the support of S."""
+    """A step of steepest descent in place towards G S = B on the support of S, of the best length for each column."""
     support = (codes != 0).to(codes.dtype)
     residual = correlations - codes
     residual.sub_(product(codes, coherence)).mul_(support)
-    direction = residual.clone() if CG_STEPS > 1 else residual
-    squared = torch.linalg.vecdot(residual, residual)
-    for remaining in reversed(range(CG_STEPS)):
-        image = product(direction, coherence).add_(direction)
-        step = _step(squared, direction, image)
-        codes.addcmul_(direction, step)
-        if remaining:
-            residual.addcmul_(image, step, value=-1).mul_(support)
-            before, squared = squared, torch.linalg.vecdot(residual, residual)
-            direction = residual.addcmul(direction, (squared / before.clamp(min=TINY))[:, None])
+    image = product(residual, coherence).add_(residual)
+    codes.addcmul_(residual, _step(torch.linalg.vecdot(residual, residual), residual, image))
 
 
 def _step(squared: Tensor, direction: Tensor, image: Tensor) -> Tensor:

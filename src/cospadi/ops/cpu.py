@@ -23,14 +23,14 @@ from cospadi.errors import UserError
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """z's dtypes, as the library numbers them."""
 
-DECODE_ROWS = 16
+DECODE_ROWS = 24
 """Up to this many rows of z are multiplied with packed coefficients; more go through unpacked tiles."""
 
 DENSE_ROWS = 8
 """Up to this many rows `dense_matmul` beats torch's product; with more the two are even, and torch's wins."""
 
-TILE_BYTES = 4 << 20
-"""Unpacked coefficients that a tile has, about: in the shared cache beside z and the result."""
+TILE_BYTES = 32 << 20
+"""Unpacked coefficients that a tile has at most. Few large products beat many small ones: unpacking takes little."""
 
 _NAMES = {"win32": "cospadi_cpu.dll", "darwin": "libcospadi_cpu.dylib"}
 _REASONS = {1: "the stored values are fewer than the support mask has bits", 2: "there is not enough memory"}
@@ -189,10 +189,8 @@ def unpack(
 ) -> Tensor:
     """Columns `begin` to `end` of S as rows of a dense (end - begin, k) matrix, exact in float32 and bf16."""
     end = support.shape[0] if end is None else end
-    through = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    out = torch.empty(end - begin, k, dtype=through)
-    stored = _stored(support, values, offsets, k, value_bits, level)
-    _check(_library().cospadi_unpack(out.data_ptr(), DTYPES[through], begin, end, *stored))
+    out = torch.empty(end - begin, k, dtype=_unpacked_dtype(dtype))
+    _unpack_to(out, begin, _stored(support, values, offsets, k, value_bits, level))
     return out.to(dtype)
 
 
@@ -200,13 +198,27 @@ def _through_tiles(
     z: Tensor, support: Tensor, values: Tensor, offsets: Tensor, k: int, value_bits: int, level: int | None
 ) -> Tensor:
     rows, d2 = z.shape[0], support.shape[0]
-    columns = max(64, TILE_BYTES // (k * z.element_size()) // 64 * 64)
+    stored = _stored(support, values, offsets, k, value_bits, level)
+    through = _unpacked_dtype(z.dtype)
+    tiles = -(-d2 * k * through.itemsize // TILE_BYTES)
+    columns = -(-d2 // tiles)
+    room = torch.empty(columns, k, dtype=through)  # one for all tiles: memory that was written before is faster
     y = z.new_empty(rows, d2)
     for begin in range(0, d2, columns):
-        end = min(begin + columns, d2)
-        tile = unpack(support, values, offsets, k, value_bits, z.dtype, begin, end, level)
-        y[:, begin:end] = torch.nn.functional.linear(z, tile)
+        tile = room[: min(columns, d2 - begin)]
+        _unpack_to(tile, begin, stored)
+        y[:, begin : begin + columns] = torch.nn.functional.linear(z, tile.to(z.dtype))
     return y
+
+
+def _unpacked_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def _unpack_to(out: Tensor, begin: int, stored: tuple[int, ...]) -> None:
+    """Columns of S from `begin` on as the rows of out (columns, k)."""
+    end = begin + out.shape[0]
+    _check(_library().cospadi_unpack(out.data_ptr(), DTYPES[out.dtype], begin, end, *stored))
 
 
 def _stored(

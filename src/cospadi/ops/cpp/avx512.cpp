@@ -1,7 +1,7 @@
 // AVX-512 with VBMI, VBMI2 and BF16: 32 packed values are expanded under 32 mask bits and multiplied in pairs.
 #include <immintrin.h>
 
-#include <bit>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -49,22 +49,23 @@ inline void for_each_32(const Columns& columns, int c, Take take) {
   const uint8_t* mask = columns.mask(c);
   const uint8_t* values = columns.values;
   uint64_t bit = columns.bit(c);
-  int byte = 0;
+  const size_t row_bytes = columns.row_bytes;
+  size_t byte = 0;
   const auto step = [&](uint32_t bits, auto half) {
     take(8 * byte, _mm512_maskz_expand_epi16(bits, load<BITS>(values, bit)), half);
-    bit += BITS * std::popcount(bits);
+    bit += BITS * static_cast<uint64_t>(_mm_popcnt_u64(bits));
     byte += 4;
   };
   constexpr std::integral_constant<int, 0> even;
   constexpr std::integral_constant<int, 1> odd;
-  while (byte + 8 <= columns.row_bytes) {
+  while (byte + 8 <= row_bytes) {
     uint64_t bits;
     std::memcpy(&bits, mask + byte, 8);
     _mm_prefetch(reinterpret_cast<const char*>(values + (bit >> 3) + AHEAD), _MM_HINT_T0);
     step(static_cast<uint32_t>(bits), even);
     step(static_cast<uint32_t>(bits >> 32), odd);
   }
-  while (byte < columns.row_bytes) step(mask_at(mask, byte, columns.row_bytes), even);
+  while (byte < row_bytes) step(mask_at(mask, static_cast<int>(byte), columns.row_bytes), even);
 }
 
 inline __m512 low_floats(__m512i bf16) {
@@ -94,10 +95,10 @@ void multiply_rows(const Columns& columns, const Entry* z, float* sums) {
     for (auto& chain : sum) {
       for (__m512& one : chain) one = _mm512_setzero_ps();
     }
-    for_each_32<BITS>(columns, c, [&](int atom, __m512i weights, auto half) {
+    for_each_32<BITS>(columns, c, [&](size_t atom, __m512i weights, auto half) {
       __m512* chain = sum[half % CHAINS];
       for (int r = 0; r < ROWS; ++r) {
-        const Entry* x = z + place_in_z(ROWS, r, atom);
+        const Entry* x = z + atom * ROWS + r * ATOMS;  // as place_in_z says, for a multiple of 32
         if constexpr (bf16) {
           chain[r] = _mm512_dpbf16_ps(chain[r], (__m512bh)_mm512_loadu_si512(x), (__m512bh)weights);
         } else {
@@ -145,8 +146,8 @@ inline uint32_t lanes_left(int atoms) { return atoms >= 32 ? 0xFFFFFFFFu : (1u <
 template <int BITS>
 void unpack_bits(const Columns& columns, uint16_t* out) {
   for (int c = 0; c < columns.count; ++c, out += columns.k) {
-    for_each_32<BITS>(columns, c, [&](int atom, __m512i weights, auto) {
-      _mm512_mask_storeu_epi16(out + atom, lanes_left(columns.k - atom), weights);
+    for_each_32<BITS>(columns, c, [&](size_t atom, __m512i weights, auto) {
+      _mm512_mask_storeu_epi16(out + atom, lanes_left(columns.k - static_cast<int>(atom)), weights);
     });
   }
 }
@@ -154,8 +155,8 @@ void unpack_bits(const Columns& columns, uint16_t* out) {
 template <int BITS>
 void unpack_bits(const Columns& columns, float* out) {
   for (int c = 0; c < columns.count; ++c, out += columns.k) {
-    for_each_32<BITS>(columns, c, [&](int atom, __m512i weights, auto) {
-      const uint32_t lanes = lanes_left(columns.k - atom);
+    for_each_32<BITS>(columns, c, [&](size_t atom, __m512i weights, auto) {
+      const uint32_t lanes = lanes_left(columns.k - static_cast<int>(atom));
       _mm512_mask_storeu_ps(out + atom, static_cast<__mmask16>(lanes), low_floats(weights));
       if (lanes >> 16) _mm512_mask_storeu_ps(out + atom + 16, static_cast<__mmask16>(lanes >> 16), high_floats(weights));
     });
@@ -184,7 +185,7 @@ void multiply_dense_rows(const uint16_t* matrix, int count, int width, const uin
       _mm_prefetch(reinterpret_cast<const char*>(matrix + j) + AHEAD, _MM_HINT_T0);
       const __m512i weights = _mm512_maskz_loadu_epi16(lanes, matrix + j);
       for (int r = 0; r < ROWS; ++r) {
-        const __m512i z = _mm512_loadu_si512(x + place_in_z(ROWS, r, j));
+        const __m512i z = _mm512_loadu_si512(x + static_cast<size_t>(j) * ROWS + r * ATOMS);
         chain[r] = _mm512_dpbf16_ps(chain[r], (__m512bh)z, (__m512bh)weights);
       }
     };
