@@ -714,26 +714,24 @@ def test_gradient_step_agrees_with_numpy() -> None:
     torch.testing.assert_close((target - dictionary @ codes.T).norm(dim=0), before)
 
 
-@pytest.mark.parametrize("steps", [1, 4])
-def test_fit_codes_is_conjugate_gradients_on_the_support(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One step is the best one along the gradient; as many as nonzeros reach least squares."""
-    monkeypatch.setitem(_fit_codes.__globals__, "CG_STEPS", steps)
+def test_fit_codes_takes_the_best_step_and_many_reach_least_squares() -> None:
     dictionary, target = random_problem(20, 14, 30, seed=38)
     _, support = code(target, leading_directions(target, 14), 4)
     codes = torch.randn(14, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * support
-    expected = codes.numpy().copy()
+    once, solved = codes.numpy().copy(), codes.numpy().copy()
     for j, column in enumerate(target.numpy().T):
         chosen = np.flatnonzero(support[:, j].numpy())
         atoms = dictionary.numpy()[:, chosen]
-        if steps == 4:
-            expected[chosen, j] = np.linalg.lstsq(atoms, column, rcond=None)[0]
-        else:
-            gradient = atoms.T @ (column - atoms @ expected[chosen, j])
-            expected[chosen, j] += (gradient @ gradient) / np.linalg.norm(atoms @ gradient) ** 2 * gradient
+        gradient = atoms.T @ (column - atoms @ once[chosen, j])
+        once[chosen, j] += (gradient @ gradient) / np.linalg.norm(atoms @ gradient) ** 2 * gradient
+        solved[chosen, j] = np.linalg.lstsq(atoms, column, rcond=None)[0]
     coherence = dictionary.T @ dictionary - torch.eye(14, dtype=torch.float64)
     ours = codes.T.contiguous()
     _fit_codes(ours, target.T @ dictionary, coherence, torch.mm)
-    np.testing.assert_allclose(ours.numpy().T, expected, rtol=1e-8, atol=1e-9)
+    np.testing.assert_allclose(ours.numpy().T, once, rtol=1e-8, atol=1e-9)
+    for _ in range(300):
+        _fit_codes(ours, target.T @ dictionary, coherence, torch.mm)
+    np.testing.assert_allclose(ours.numpy().T, solved, rtol=1e-8, atol=1e-9)
 
 
 def test_fit_dictionary_is_least_squares_and_knows_the_distance() -> None:
