@@ -162,7 +162,8 @@ class SparseDictionaryLinear(nn.Module):
             or (self.runtime == "auto" and not ops.has_kernel(z, self.support, self.values, bits))
         ):
             unpacked = self._keep(z, self.coefficients)
-        offsets = self.offsets if torch.compiler.is_compiling() or trainable else self.column_offsets()
+        as_it_is = trainable or torch.compiler.is_compiling() or self.support.device.type == "meta"
+        offsets = self.offsets if as_it_is else self.column_offsets()
         y = ops.sparse_matmul(z, self.support, self.values, offsets, self.k, bits, unpacked)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
