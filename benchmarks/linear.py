@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -53,13 +54,25 @@ def run(
     seconds: Annotated[float, typer.Option(help="time for each comparison, about")] = 2.0,
 ) -> None:
     """Measure the rows that are missing."""
+    for name in model or []:
+        if name not in MODELS:
+            raise typer.BadParameter(f"--model {name} is not known. Use {', '.join(MODELS)}")
+    for one_shape in shape or []:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", one_shape):
+            raise typer.BadParameter(f"--shape {one_shape} is not d1xd2, for example 2048x8192")
+    for one_ratio in ratio or []:
+        if not 0 < one_ratio < 1:
+            raise typer.BadParameter(f"--ratio {one_ratio:g} is not between 0 and 1")
+    if not cpu.AVAILABLE:
+        raise typer.BadParameter("the CPU kernels were not built; `cospadi doctor` says what to do")
     torch.set_num_threads(threads)
     RESULTS.mkdir(parents=True, exist_ok=True)
     shapes = list(dict.fromkeys([*(shape or []), *(one for name in model or [] for one in MODELS[name])]))
     for one_shape in shapes or MODELS["Llama-3.2-1B"]:
         for one_ratio in ratio or [0.2, 0.3, 0.4, 0.5]:
             for bits in value_bits or [14]:
-                path = RESULTS / f"{one_shape}-{one_ratio:g}-{bits}-{threads}.json"
+                of_rows = f"-rows{'-'.join(map(str, rows))}" if rows else ""
+                path = RESULTS / f"{one_shape}-{one_ratio:g}-{bits}-{threads}{of_rows}.json"
                 if path.exists():
                     continue
                 d1, d2 = map(int, one_shape.split("x"))
@@ -155,6 +168,7 @@ def _copy(layer: SparseDictionaryLinear) -> SparseDictionaryLinear:
 
 def _multiply(z: Tensor, layer: SparseDictionaryLinear) -> Tensor:
     offsets = layer.column_offsets()
+    assert offsets is not None
     return cpu.sparse_matmul(z, layer.support, layer.values, offsets, layer.k, layer.value_bits)
 
 

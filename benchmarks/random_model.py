@@ -60,6 +60,9 @@ def main(
     """Write the folders that are not there yet."""
     if shape not in CONFIGS:
         raise typer.BadParameter(f"{shape} is not known. Use {', '.join(CONFIGS)}")
+    for one in ratio or []:
+        if not 0 < one < 1:
+            raise typer.BadParameter(f"--ratio {one:g} is not between 0 and 1")
     config: Any = CONFIGS[shape]
     if layers is not None:
         config.num_hidden_layers = layers

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from cospadi import bench, checkpoint, ops, packing, source
 from cospadi.checkpoint import StoredProjection
 from cospadi.integrations.transformers import mark_compressed, swap_in_layers
-from cospadi.linear import SparseDictionaryLinear
+from cospadi.linear import SparseDictionaryLinear, set_runtime
 from cospadi.projections import find_projections
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from Linux's /proc")
@@ -61,7 +61,7 @@ def test_a_loaded_model_takes_what_its_packed_weights_take(tmp_path: Path) -> No
     folder = write_random(tmp_path / "model", 2048, 4, 1200)
     packed = checkpoint.tensor_bytes(folder)
     assert packed > 200e6
-    memory = bench._in_new_process(folder, 32, torch.device("cpu"), "packed")
+    memory = bench._in_new_process(folder, 32, 1, torch.device("cpu"), "packed")
     assert memory.weights is not None
     assert memory.tensors == pytest.approx(packed, rel=0.005)  # with where each column's values begin
     assert memory.weights == pytest.approx(packed, rel=0.02)
@@ -113,3 +113,17 @@ def test_mistakes(run: Callable[..., Answer], dense_folder: Path, words: list[st
     assert answer.code == 2
     assert mentioned in answer.err
     assert "Traceback" not in answer.err
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+def test_a_model_offloaded_to_disk_computes_the_same(tmp_path: Path, buffers: bool) -> None:
+    folder = write_random(tmp_path / "model", 64, 2, 40)
+    model: Any = source.load_model(folder, torch.device("cpu"))
+    ids = torch.arange(6)[None]
+    offload: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": str(tmp_path / "off")}
+    moved: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", offload_buffers=buffers, **offload)
+    with torch.no_grad():
+        expected = model(ids).logits
+        for runtime in ("auto", "unpacked", "dense", "packed"):
+            set_runtime(moved, runtime)
+            torch.testing.assert_close(moved(ids).logits, expected, rtol=2e-2, atol=2e-2)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from cospadi import SparseDictionaryLinear, ops, packing
 from cospadi.linear import LowRankLinear, Runtime
@@ -176,3 +177,108 @@ def test_low_rank_layer() -> None:
 def nn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     assert bias is not None
     return x.double() @ weight.T + bias.detach().double()
+
+
+def test_a_wrong_width_is_refused_by_every_path() -> None:
+    layer, _, _ = make_layer(dtype=torch.bfloat16, bias=False)
+    for runtime in ("packed", "unpacked", "dense"):
+        layer.set_runtime(runtime)
+        for width in (1, 23, 25, 48, 240):
+            with torch.no_grad(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                layer(torch.randn(1, width).bfloat16())
+    for width in (1, 12, 26, 130):
+        with pytest.raises(ValueError, match="do not belong to 13 atoms"):
+            ops.sparse_matmul(torch.randn(1, width), layer.support, layer.values, None, 13, 14)
+
+
+def test_what_is_written_to_a_layer_counts() -> None:
+    layer, _, _ = make_layer(bias=False)
+    other, dictionary, _ = make_layer(bias=False)
+    x = torch.randn(3, 24)
+    for runtime in ("auto", "unpacked", "dense"):
+        layer.set_runtime(runtime)
+        with torch.no_grad():
+            layer.dictionary.copy_(other.dictionary)
+            expected = layer(x)
+            layer.dictionary.mul_(2)
+            torch.testing.assert_close(layer(x), 2 * expected)
+            layer.dictionary.mul_(0.5)
+            flipped = packing.pack_support(packing.unpack_support(layer.support, 13).flip(1))
+            layer.support.copy_(flipped)
+            dense = layer.coefficients().double()
+            torch.testing.assert_close(layer(x).double(), x.double() @ dictionary @ dense.T, rtol=1e-4, atol=1e-4)
+            layer.support.copy_(other.support)
+
+
+def test_a_dictionary_that_learns_is_not_multiplied_into_a_kept_weight() -> None:
+    layer, _, _ = make_layer()
+    layer.set_runtime("dense")
+    layer(torch.randn(2, 24)).sum().backward()
+    assert layer.dictionary.grad is not None
+    assert layer.dictionary.grad.abs().sum() > 0
+
+
+def test_a_change_of_dtype_leaves_stored_values_alone() -> None:
+    layer, _, _ = make_layer(bits=16)
+    with torch.no_grad():
+        layer.values[0], layer.values[1] = 1e5, 1e-6
+    values = layer.values.clone()
+    for dtype in (torch.float16, torch.float32, torch.bfloat16):
+        layer.to(dtype)
+        assert layer.dictionary.dtype == dtype
+        assert torch.equal(layer.values, values)
+
+
+def test_a_layer_on_the_meta_device_tells_shapes() -> None:
+    layer, _, _ = make_layer()
+    layer(torch.randn(1, 24))
+    for runtime in ("auto", "dense", "unpacked"):
+        layer = layer.to("meta")
+        layer.set_runtime(runtime)
+        assert layer(torch.empty(2, 24, device="meta")).shape == (2, 19)
+
+
+def test_memory_made_anew_is_counted_anew() -> None:
+    layer, _, _ = make_layer(bias=False)
+    layer(torch.randn(1, 24))
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    x = torch.randn(2, 24)
+    expected = layer(x)
+    layer.to_empty(device="cpu")
+    layer.load_state_dict(state)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_tracers_see_the_products() -> None:
+    layer, _, _ = make_layer(dtype=torch.bfloat16)
+    x, other = torch.randn(2, 24).bfloat16(), torch.randn(2, 24).bfloat16()
+    with torch.no_grad():
+        layer(x)
+        traced = torch.jit.trace(layer, (x,))
+        torch.testing.assert_close(traced(other), layer(other), rtol=1e-2, atol=1e-2)
+        graph = make_fx(layer)(x)
+        torch.testing.assert_close(graph(other), layer(other), rtol=1e-2, atol=1e-2)
+
+
+def test_forward_derivatives_are_not_lost() -> None:
+    layer, _, _ = make_layer(bias=False)
+    layer.unpack_values()
+    x, tangent = torch.randn(2, 24), torch.randn(2, 24)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        try:
+            derivative = torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent
+        except (NotImplementedError, RuntimeError):
+            return  # said, not lost
+        assert derivative is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_default_compiler_takes_any_batch(dtype: torch.dtype) -> None:
+    layer, _, _ = make_layer(dtype=dtype)
+    layer.column_offsets()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for rows in (2, 5, 30):
+            x = torch.randn(rows, 24).to(dtype)
+            torch.testing.assert_close(compiled(x), layer(x), rtol=2e-2, atol=2e-2)

@@ -6,13 +6,14 @@ measured in a fresh process a model, since a process cannot tell whose peak it w
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class Memory:
 
     Attributes:
         weights: growth of the resident set from before loading to after one token (allocated, on a GPU).
-        peak: the largest resident set after decoding and the longest prefill (allocated, on a GPU).
+        peak: the largest resident set, with the largest batch decoded and the longest prefill (allocated, on a GPU).
         tensors: bytes of the model's parameters and buffers, each storage once.
         load_seconds: from before from_pretrained to after one token, when every weight has been read, in a process
             that has torch and transformers loaded.
@@ -110,7 +111,7 @@ def bench(
     with stages.stage("memory", len(folders)) as progress:
         memory = []
         for folder in folders:
-            memory.append(_in_new_process(folder, max(prefill, default=1), where, runtime))
+            memory.append(_in_new_process(folder, max(prefill), max(batches), where, runtime))
             progress.advance(1)
     with stages.stage("load", len(folders)) as progress:
         networks = []
@@ -193,14 +194,17 @@ def _now(where: torch.device) -> float:
     return time.perf_counter()
 
 
-def _in_new_process(folder: Path, length: int, where: torch.device, runtime: Runtime) -> Memory:
+def _in_new_process(folder: Path, length: int, rows: int, where: torch.device, runtime: Runtime) -> Memory:
     # Spawned, not forked: a fork would start with this process's memory.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        arguments = folder, length, str(where), runtime, torch.get_num_threads()
-        return pool.submit(_measure_memory, *arguments).result()
+        arguments = folder, length, rows, str(where), runtime, torch.get_num_threads()
+        try:
+            return pool.submit(_measure_memory, *arguments).result()
+        except BrokenProcessPool:
+            raise MemoryError(f"the process that loaded {folder} was killed") from None
 
 
-def _measure_memory(folder: Path, length: int, device: str, runtime: Runtime, threads: int) -> Memory:
+def _measure_memory(folder: Path, length: int, rows: int, device: str, runtime: Runtime, threads: int) -> Memory:
     """Runs in a process of its own."""
     torch.set_num_threads(threads)
     where = torch.device(device)
@@ -216,7 +220,7 @@ def _measure_memory(folder: Path, length: int, device: str, runtime: Runtime, th
     _prefill(model, 1, where)  # touches every weight, and little else
     load_seconds = _now(where) - start
     weights = _resident(where)
-    _decode(model, 1, 1, where)
+    _decode(model, rows, 1, where)
     _prefill(model, length, where)
     grown = None if before is None or weights is None else weights - before
     return Memory(grown, _peak(where), tensor_bytes(model), load_seconds)
@@ -225,7 +229,9 @@ def _measure_memory(folder: Path, length: int, device: str, runtime: Runtime, th
 def tensor_bytes(model: nn.Module) -> int:
     """Bytes of a model's parameters, buffers, and what its layers keep beside them, each storage once."""
     tensors = [*model.parameters(), *model.buffers()]
-    tensors += [m._kept for m in model.modules() if isinstance(m, SparseDictionaryLinear) and m._kept is not None]
+    for module in model.modules():
+        if isinstance(module, SparseDictionaryLinear):
+            tensors += [kept[1] for kept in (module._kept, module._offsets) if kept is not None]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
@@ -233,11 +239,15 @@ def _resident(where: torch.device) -> int | None:
     if where.type == "cuda":
         return torch.cuda.memory_allocated(where)
     status = Path("/proc/self/statm")
-    return int(status.read_text().split()[1]) * resource.getpagesize() if status.exists() else None
+    return int(status.read_text().split()[1]) * mmap.PAGESIZE if status.exists() else None
 
 
 def _peak(where: torch.device) -> int | None:
     if where.type == "cuda":
         return torch.cuda.max_memory_allocated(where)
+    if sys.platform == "win32":
+        return None
+    import resource
+
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024

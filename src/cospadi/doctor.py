@@ -17,8 +17,8 @@ from cospadi.__about__ import __version__
 from cospadi.ops import cpu, reference
 
 PACKAGES = ("torch", "transformers", "safetensors", "triton")
-TOLERANCE = 1e-5
-"""Error allowed in the self-check, as a share of the sum of absolute products, in float32."""
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+"""Error allowed in the self-check, as a share of the sum of absolute products."""
 
 
 @dataclass
@@ -58,16 +58,18 @@ def examine() -> Examination:
         devices=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     )
     found.checks = {f"CPU kernel, {name}": _is_right(_on_cpu, number) for name, number in cpu.levels().items()}
+    if levels:
+        found.checks["product with a dictionary"] = _is_right_dense()
     if found.devices and ops.gpu is not None and ops.gpu.AVAILABLE:
         found.checks["GPU kernel"] = _is_right(_on_gpu, 0)
     elif found.devices:
         found.advice.append("Triton is not installed: coefficients are unpacked on the GPU. Run pip install triton.")
     if not levels:
         found.advice.append(
-            "The CPU kernels were not built: install a C++ compiler (g++ or clang++), then run "
-            "pip install --force-reinstall --no-deps cospadi. Until then coefficients are unpacked, which takes memory "
-            "and saves no time."
+            "The CPU kernels were not built: install a C++ compiler (g++ or clang++), then install the package anew. "
+            "Until then coefficients are unpacked, which takes memory and saves no time."
         )
+        found.advice += cpu.load_errors
     elif levels[-1] != "avx512" and platform.machine() in ("x86_64", "AMD64"):
         found.advice.append(
             f"This processor has no AVX-512 with VBMI2 and BF16; the {levels[-1]} kernel is right, and slower."
@@ -105,14 +107,30 @@ def _on_gpu(z: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, k: int, va
 
 
 def _is_right(product: Product, level: int) -> bool:
-    """A product at 14 and at 16 bits, with columns that end anywhere in a byte."""
+    """Products of few and of many rows in every dtype, at 14 and at 16 bits, with columns that end inside a byte."""
     generator = torch.Generator().manual_seed(0)
     support = torch.rand(70, 203, generator=generator) < 0.4
-    mask, z = packing.pack_support(support), torch.randn(3, 203, generator=generator)
+    mask = packing.pack_support(support)
     for bits in (14, 16):
         values = packing.pack_values(torch.randn(int(support.sum()), generator=generator), bits)
         dense = reference.coefficients(mask, values, 203, bits, torch.float32).double().T
-        y = product(z, mask, values, packing.column_offsets(mask), 203, bits, level)
-        if not ((y.double() - z.double() @ dense).abs() <= TOLERANCE * (z.double().abs() @ dense.abs())).all():
-            return False
+        for dtype, tolerance in TOLERANCES.items():
+            for rows in (1, 3, 40):
+                z = torch.randn(rows, 203, generator=generator).to(dtype)
+                y = product(z, mask, values, packing.column_offsets(mask), 203, bits, level)
+                if not _is_close(y, z, dense, tolerance):
+                    return False
     return True
+
+
+def _is_right_dense() -> bool:
+    """The product with a dictionary."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(33, 203, generator=generator).bfloat16()
+    x = torch.randn(3, 203, generator=generator).bfloat16()
+    return _is_close(ops.dense_matmul(x, matrix), x, matrix.double().T, TOLERANCES[torch.bfloat16])
+
+
+def _is_close(y: Tensor, z: Tensor, coefficients: Tensor, tolerance: float) -> bool:
+    difference = (y.double() - z.double() @ coefficients).abs()
+    return bool((difference <= tolerance * (z.double().abs() @ coefficients.abs())).all())

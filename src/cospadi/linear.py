@@ -77,6 +77,11 @@ def _multiply(x: Tensor, dictionary: Tensor, group: str | None, product: Callabl
     return z
 
 
+def _version(tensor: Tensor) -> Hashable:
+    """What changes when a tensor is replaced or written to (where torch counts that)."""
+    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+
+
 def _linear(x: Tensor, matrix: Tensor) -> Tensor:
     return nn.functional.linear(x, matrix.to(x.dtype))
 
@@ -140,17 +145,17 @@ class SparseDictionaryLinear(nn.Module):
             stored = torch.zeros(size, dtype=torch.uint8, device=device)
         self.register_buffer("values", stored)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
-        self.register_buffer("offsets", None, persistent=False)
-        self._kept: Tensor | None = None
+        self._offsets: tuple[Hashable, Tensor] | None = None
+        self._kept: tuple[Hashable, Tensor] | None = None
 
     support: Tensor
     values: Tensor
-    offsets: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d1) -> (..., d2), in x's dtype."""
         trainable = isinstance(self.values, nn.Parameter)
-        if self.runtime == "dense" and not trainable:
+        learns = torch.is_grad_enabled() and self.dictionary.requires_grad
+        if self.runtime == "dense" and not trainable and not learns:
             weight = self._keep(x, self._weight)
             if weight is not None:
                 return nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
@@ -162,39 +167,50 @@ class SparseDictionaryLinear(nn.Module):
             or (self.runtime == "auto" and not ops.has_kernel(z, self.support, self.values, bits))
         ):
             unpacked = self._keep(z, self.coefficients)
-        as_it_is = trainable or torch.compiler.is_compiling() or self.support.device.type == "meta"
-        offsets = self.offsets if as_it_is else self.column_offsets()
+        offsets = None if trainable else self.column_offsets()
         y = ops.sparse_matmul(z, self.support, self.values, offsets, self.k, bits, unpacked)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _keep(self, like: Tensor, make: Callable[[torch.dtype], Tensor]) -> Tensor | None:
-        """A matrix that `make` makes in the dtype of `like`, at most once; not under a compiler."""
-        kept = self._kept
-        if kept is not None and kept.dtype == like.dtype and kept.device == like.device:
-            return kept
+        """A matrix that `make` makes in the dtype of `like`, once for as long as the factors stay as they are.
+
+        None where it would have to be made by a compiler, or of factors that are elsewhere (offloaded).
+        """
         if torch.compiler.is_compiling():
+            made = None if self._kept is None else self._kept[1]
+            return made if made is not None and made.dtype == like.dtype and made.device == like.device else None
+        factors = (self.dictionary, self.support, self.values)
+        if any(tensor.device.type == "meta" for tensor in factors):
             return None
-        with torch.inference_mode(False), torch.no_grad():
-            self._kept = make(like.dtype)
-        return self._kept
+        state = (make.__name__, like.dtype, like.device, *map(_version, factors))
+        if self._kept is None or self._kept[0] != state:
+            self._kept = None  # before the next one takes its memory
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept = state, make(like.dtype)
+        return self._kept[1]
 
     def set_runtime(self, runtime: Runtime) -> None:
         """See `cospadi.linear.set_runtime`."""
         self.runtime, self._kept = runtime, None
-        if runtime in ("unpacked", "dense") and self.support.device.type != "meta":
+        if runtime in ("unpacked", "dense") and not isinstance(self.values, nn.Parameter):
             self._keep(self.dictionary, self._weight if runtime == "dense" else self.coefficients)
 
-    def column_offsets(self) -> Tensor:
-        """Number of nonzeros before each column and in all, int32 (d2 + 1,), counted once."""
-        if self.offsets is None:
-            with torch.inference_mode(False):
-                self.offsets = packing.column_offsets(self.support)
-        return self.offsets
+    def column_offsets(self) -> Tensor | None:
+        """Number of nonzeros before each column and in all, int32 (d2 + 1,), counted once; None on the meta device."""
+        if torch.compiler.is_compiling() or torch._C._is_tracing():
+            return None if self._offsets is None else self._offsets[1]
+        if self.support.device.type == "meta":
+            return None
+        state = _version(self.support)
+        if self._offsets is None or self._offsets[0] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                self._offsets = state, packing.column_offsets(self.support)
+        return self._offsets[1]
 
     def coefficients(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """S transposed as a dense matrix (d2, k), exact in float32 and bf16."""
         bits = 0 if isinstance(self.values, nn.Parameter) else self.value_bits
-        return ops.coefficients(self.support, self.values.detach(), self.offsets, self.k, bits, dtype)
+        return ops.coefficients(self.support, self.values.detach(), self.column_offsets(), self.k, bits, dtype)
 
     def _weight(self, dtype: torch.dtype) -> Tensor:
         """The weight (d2, d1) this layer stands for, as a product in `dtype`: sums in float32, rounded once."""
@@ -228,7 +244,7 @@ class SparseDictionaryLinear(nn.Module):
         destination[prefix + "values"] = self.packed_values()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        self._kept = self.offsets = None
+        self._kept = self._offsets = None
         if isinstance(self.values, nn.Parameter) and prefix + "values" in state_dict:
             packed = state_dict[prefix + "values"]
             state_dict = dict(state_dict)
@@ -236,8 +252,14 @@ class SparseDictionaryLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._kept = None
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        stored, counted = self.values, self._offsets is not None
+        self._kept = self._offsets = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not isinstance(stored, nn.Parameter) and self.values.dtype != stored.dtype:
+            self.values = stored.to(self.values.device)  # a change of dtype is not for what is stored
+        if counted:
+            self.column_offsets()  # a compiler that meets the layer next could not keep them
+        return self
 
     def extra_repr(self) -> str:
         return (

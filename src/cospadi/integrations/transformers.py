@@ -97,7 +97,7 @@ class CospadiQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for module in model.modules():
             # Counted here, since a compiler that meets the layer before its first call could not keep them.
-            if isinstance(module, SparseDictionaryLinear) and module.support.device.type != "meta":
+            if isinstance(module, SparseDictionaryLinear):
                 module.column_offsets()
         model.save_pretrained = SavePretrained(model)
         return model

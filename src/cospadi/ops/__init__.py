@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cospadi import packing
+from cospadi import budget, packing
 from cospadi.ops import cpu, reference
 
 gpu: ModuleType | None = None
@@ -44,9 +44,18 @@ def dense_matmul(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _is_watched(x: Tensor, weights: Tensor) -> bool:
-    """Whether a compiler, autograd or a tensor subclass has to see a product, or it has no numbers."""
+    """Whether a compiler, a tracer, autograd or a tensor subclass has to see a product, or it has no numbers."""
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
-    return torch.compiler.is_compiling() or needs_gradient or type(x) is not Tensor or x.device.type == "meta"
+    return (
+        needs_gradient
+        or type(x) is not Tensor
+        or x.device.type == "meta"
+        or torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def sparse_matmul(
@@ -89,6 +98,10 @@ def _multiply(
     value_bits: int,
     dense: Tensor | None,
 ) -> Tensor:
+    if z.dim() == 0 or z.shape[-1] != k or support.shape[1:] != (budget.support_row_bytes(k),):
+        raise ValueError(
+            f"z is {list(z.shape)} and the support mask {list(support.shape)}, which do not belong to {k} atoms"
+        )
     if dense is not None:
         return torch.nn.functional.linear(z, dense)
     if not has_kernel(z, support, values, value_bits):

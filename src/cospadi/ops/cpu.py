@@ -7,6 +7,7 @@ cache-sized tile at a time and handed to torch's matrix product.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 from contextlib import suppress
@@ -32,6 +33,9 @@ DENSE_ROWS = 8
 TILE_BYTES = 32 << 20
 """Unpacked coefficients that a tile has at most. Few large products beat many small ones: unpacking takes little."""
 
+load_errors: list[str] = []
+"""Why a library that is there is not used."""
+
 _NAMES = {"win32": "cospadi_cpu.dll", "darwin": "libcospadi_cpu.dylib"}
 _REASONS = {1: "the stored values are fewer than the support mask has bits", 2: "there is not enough memory"}
 
@@ -46,7 +50,11 @@ def library() -> ctypes.CDLL | None:
     path = next((path for path in places if path.exists()), None)
     if path is None:
         return None
-    found = ctypes.CDLL(str(path))
+    try:
+        found = ctypes.CDLL(str(path))
+    except OSError as error:  # of another machine, or damaged
+        load_errors.append(f"{path} cannot be loaded: {error}")
+        return None
     pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     stored: list[Any] = [
         pointer,
@@ -116,7 +124,7 @@ AVAILABLE = library() is not None
 def can_multiply(z: Tensor, support: Tensor, values: Tensor, value_bits: int) -> bool:
     """Whether the library was built and takes these tensors."""
     return (
-        z.device.type == "cpu"
+        z.device.type == support.device.type == values.device.type == "cpu"
         and z.dtype in DTYPES
         and value_bits > 0
         and values.dtype == (torch.bfloat16 if value_bits == 16 else torch.uint8)
@@ -132,9 +140,13 @@ def sparse_matmul(
     """y = z S for z (..., k); see `ops.sparse_matmul`. `level` is one of `levels()`.
 
     Raises:
-        ValueError: values that do not match the mask.
+        ValueError: values that do not match the mask, or offsets that are not `packing.column_offsets`.
     """
-    rows, d2 = z.numel() // k, support.shape[0]
+    rows, d2 = math.prod(z.shape[:-1]), support.shape[0]
+    if offsets.dtype != torch.int32 or offsets.shape != (d2 + 1,) or offsets.device.type != "cpu":
+        raise ValueError(f"offsets are {list(offsets.shape)} of {offsets.dtype}; {d2 + 1} of int32 on CPU are needed")
+    if rows == 0 or d2 == 0 or k == 0:
+        return z.new_zeros((*z.shape[:-1], d2))
     if rows > DECODE_ROWS:
         return _through_tiles(z.reshape(rows, k), support, values, offsets, k, value_bits, level).view(
             *z.shape[:-1], d2
@@ -150,8 +162,10 @@ def can_multiply_dense(x: Tensor, matrix: Tensor) -> bool:
     """Whether `dense_matmul` takes these: bf16, on CPU, few rows, and an instruction set made for it."""
     return (
         AVAILABLE
-        and x.device.type == "cpu"
+        and x.device.type == matrix.device.type == "cpu"
         and x.dtype == matrix.dtype == torch.bfloat16
+        and x.dim() > 0
+        and x.shape[-1:] == matrix.shape[1:]
         and 0 < x.numel() <= DENSE_ROWS * x.shape[-1]
         and matrix.is_contiguous()
         and _multiplies_dense()
@@ -197,17 +211,18 @@ def unpack(
 def _through_tiles(
     z: Tensor, support: Tensor, values: Tensor, offsets: Tensor, k: int, value_bits: int, level: int | None
 ) -> Tensor:
-    rows, d2 = z.shape[0], support.shape[0]
+    rows, d2, dtype = z.shape[0], support.shape[0], z.dtype
     stored = _stored(support, values, offsets, k, value_bits, level)
     through = _unpacked_dtype(z.dtype)
+    z = z.to(through)  # a half would not hold every stored value
     tiles = -(-d2 * k * through.itemsize // TILE_BYTES)
     columns = -(-d2 // tiles)
     room = torch.empty(columns, k, dtype=through)  # one for all tiles: memory that was written before is faster
-    y = z.new_empty(rows, d2)
+    y = torch.empty(rows, d2, dtype=dtype)
     for begin in range(0, d2, columns):
         tile = room[: min(columns, d2 - begin)]
         _unpack_to(tile, begin, stored)
-        y[:, begin : begin + columns] = torch.nn.functional.linear(z, tile.to(z.dtype))
+        y[:, begin : begin + columns] = torch.nn.functional.linear(z, tile)
     return y
 
 

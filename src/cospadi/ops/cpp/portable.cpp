@@ -48,7 +48,9 @@ template <class Entry, class Convert>
 void unpack(const Columns& columns, Entry* out, Convert convert) {
   for (int c = 0; c < columns.count; ++c, out += columns.k) {
     std::memset(out, 0, sizeof(Entry) * columns.k);
-    for_each_nonzero(columns, c, [&](int j, uint16_t code) { out[j] = convert(code); });
+    for_each_nonzero(columns, c, [&](int j, uint16_t code) {
+      if (j < columns.k) out[j] = convert(code);
+    });
   }
 }
 
