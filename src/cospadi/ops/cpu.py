@@ -1,7 +1,7 @@
 """The CPU kernels: a C++ library, called with raw pointers through ctypes, on the threads of torch's own OpenMP.
 
 Decoding (a few rows of z) reads the packed mask and values as they are. With more rows, columns of S are unpacked a
-cache-sized tile at a time and handed to torch's matrix product.
+tile at a time and handed to torch's matrix product.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DECODE_ROWS = 24
 """Up to this many rows of z are multiplied with packed coefficients; more go through unpacked tiles."""
 
 DENSE_ROWS = 8
-"""Up to this many rows `dense_matmul` beats torch's product; with more the two are even, and torch's wins."""
+"""Up to this many rows `dense_matmul` beats torch's product; with 16 the two are about even."""
 
 TILE_BYTES = 32 << 20
 """Unpacked coefficients that a tile has at most. Few large products beat many small ones: unpacking takes little."""
@@ -56,15 +56,8 @@ def library() -> ctypes.CDLL | None:
         load_errors.append(f"{path} cannot be loaded: {error}")
         return None
     pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    stored: list[Any] = [
-        pointer,
-        pointer,
-        size,
-        pointer,
-        number,
-        number,
-        number,
-    ]  # support, values, their bytes, offsets, d2, k
+    # support, values and their bytes, offsets, d2, k, value_bits
+    stored: list[Any] = [pointer, pointer, size, pointer, *[number] * 3]
     found.cospadi_multiply.argtypes = [pointer, pointer, ctypes.c_int64, number, *stored, number, number]
     found.cospadi_unpack.argtypes = [pointer, number, number, number, *stored, number, number]
     found.cospadi_multiply_dense.argtypes = [pointer, pointer, ctypes.c_int64, pointer, number, number, number, number]
@@ -197,14 +190,11 @@ def unpack(
     k: int,
     value_bits: int,
     dtype: torch.dtype,
-    begin: int = 0,
-    end: int | None = None,
     level: int | None = None,
 ) -> Tensor:
-    """Columns `begin` to `end` of S as rows of a dense (end - begin, k) matrix, exact in float32 and bf16."""
-    end = support.shape[0] if end is None else end
-    out = torch.empty(end - begin, k, dtype=_unpacked_dtype(dtype))
-    _unpack_to(out, begin, _stored(support, values, offsets, k, value_bits, level))
+    """S transposed as a dense (d2, k) matrix, exact in float32 and bf16."""
+    out = torch.empty(support.shape[0], k, dtype=_unpacked_dtype(dtype))
+    _unpack_to(out, 0, _stored(support, values, offsets, k, value_bits, level))
     return out.to(dtype)
 
 
