@@ -29,7 +29,7 @@ from transformers import (
 
 import cospadi
 from cospadi import checkpoint
-from cospadi.compress import allocation_of
+from cospadi.job import allocation_of
 from cospadi.factorization import SOLVERS, Factorization, Problem, Solver, SolverOptions
 from cospadi.linear import LowRankLinear, SparseDictionaryLinear
 from cospadi.plan import outlook

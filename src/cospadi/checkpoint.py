@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 
@@ -264,6 +266,119 @@ def all_safetensors(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
+SAFETENSORS_TYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+}
+"""Names of dtypes in safetensors headers, in the order in which its own writer sorts them (backwards)."""
+
+COPIED_BYTES = 2**22
+"""Bytes read at a time where files are copied or hashed."""
+
+SHARD_SIZE = "5GB"
+"""Most that goes into one safetensors file."""
+
+
+def tensor_nbytes(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor, its dtype as safetensors names it."""
+    return math.prod(shape) * SAFETENSORS_TYPES[dtype].itemsize
+
+
+@dataclass(frozen=True)
+class WrittenTensor:
+    """A tensor to be written: what its header says, and its bytes, in parts.
+
+    Attributes:
+        dtype: as safetensors names it.
+    """
+
+    dtype: str
+    shape: list[int]
+    parts: Callable[[], Iterator[bytes]]
+
+    @property
+    def nbytes(self) -> int:
+        return tensor_nbytes(self.dtype, self.shape)
+
+
+def tensor_in_file(path: Path, entry: dict[str, Any]) -> WrittenTensor:
+    """A tensor that lies in a safetensors file, by its entry in `tensor_index`."""
+    return WrittenTensor(entry["dtype"], entry["shape"], lambda: _file_parts(path, *entry["data_offsets"]))
+
+
+def tensor_in_memory(shape: Sequence[int], dtype: torch.dtype, read: Callable[[], torch.Tensor]) -> WrittenTensor:
+    """A tensor that is in memory once it is asked for."""
+    name = next(name for name, known in SAFETENSORS_TYPES.items() if known == dtype)
+
+    def parts() -> Iterator[bytes]:
+        yield read().detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+    return WrittenTensor(name, list(shape), parts)
+
+
+def _file_parts(path: Path, start: int, end: int) -> Iterator[bytes]:
+    with path.open("rb") as stream:
+        stream.seek(start)
+        while start < end:
+            part = stream.read(min(COPIED_BYTES, end - start))
+            if not part:
+                raise CheckpointError(f"{path} ends too early. Copy or download it again")
+            start += len(part)
+            yield part
+
+
+def write_weights(
+    folder: Path, tensors: Mapping[str, WrittenTensor], on_bytes: Callable[[int], None] | None = None
+) -> None:
+    """Write tensors as transformers does, to model.safetensors or to shards of SHARD_SIZE with an index, holding only
+    one part of one tensor in memory (safetensors' own writer wants all of a file's).
+
+    Args:
+        on_bytes: called with the number of bytes just written.
+    """
+    split = split_state_dict_into_shards_factory(
+        dict(sorted(tensors.items())),
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_SIZE,
+    )
+    types = list(SAFETENSORS_TYPES)
+    for filename, names in split.filename_to_tensors.items():
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        ordered = sorted(names, key=lambda name: (-types.index(tensors[name].dtype), name))
+        for name in ordered:
+            end = offset + tensors[name].nbytes
+            header[name] = {"dtype": tensors[name].dtype, "shape": tensors[name].shape, "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        with (folder / filename).open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            for name in ordered:
+                for part in tensors[name].parts():
+                    stream.write(part)
+                    if on_bytes:
+                        on_bytes(len(part))
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        path = folder / "model.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def hash_files(folder: Path) -> dict[str, Any]:
     """sha256 of every safetensors file in a folder and of every tensor's bytes in it."""
     hashes: dict[str, Any] = {}
@@ -281,13 +396,13 @@ def weights_digest(folder: Path) -> str:
 
 
 def _hash_tensors(path: Path) -> dict[str, str]:
-    index = tensor_index(path)
-    with (
-        path.open("rb") as stream,
-        mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
-        memoryview(data) as view,
-    ):
-        return {name: hashlib.sha256(view[slice(*at["data_offsets"])]).hexdigest() for name, at in index.items()}
+    hashes = {}
+    for name, entry in tensor_index(path).items():
+        digest = hashlib.sha256()
+        for part in _file_parts(path, *entry["data_offsets"]):
+            digest.update(part)
+        hashes[name] = digest.hexdigest()
+    return hashes
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -458,12 +573,22 @@ def nearest_folder(path: Path) -> Path:
 
 
 @contextmanager
-def staged(output: Path) -> Iterator[Path]:
-    """A folder beside `output` to write into, renamed to `output` at the end, or removed if anything goes wrong."""
+def staged(output: Path, staging: Path | None = None, retired: Path | None = None) -> Iterator[Path]:
+    """A folder beside `output` to write into, renamed to `output` at the end, or removed if anything goes wrong.
+
+    Args:
+        staging: its name; what an earlier run has left there is removed.
+        retired: where an `output` that is replaced goes until the new one is in its place.
+    """
     output = Path(os.path.realpath(output))  # behind a link, so that staging is on the same disk
     output.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    if staging is None:
+        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    else:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
     staging.chmod(0o755)
+    retired = retired or staging.with_suffix(".old")
     try:
         yield staging
         for path in staging.rglob("*"):
@@ -471,20 +596,31 @@ def staged(output: Path) -> Iterator[Path]:
                 path.chmod(0o644)
                 with path.open("rb") as stream:
                     os.fsync(stream.fileno())
+        sync_folder(staging)
         if output.exists():
-            retired = staging.with_suffix(".old")
             output.rename(retired)
             try:
                 staging.rename(output)
             except BaseException:
                 retired.rename(output)
                 raise
+            sync_folder(output.parent)
             shutil.rmtree(retired)
         else:
             staging.rename(output)
+            sync_folder(output.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 COMPANIONS = (

@@ -124,8 +124,13 @@ def kinds_of(names: Sequence[str]) -> str:
 
 
 @torch.no_grad()
-def shared_inputs(model: nn.Module, projections: Sequence[Projection]) -> dict[str, str]:
+def shared_inputs(
+    model: nn.Module, projections: Sequence[Projection], device: torch.device | None = None
+) -> dict[str, str]:
     """Which projections read the same tensor, found by running the model once on four tokens.
+
+    Args:
+        device: where the model computes; None is where its parameters are.
 
     Returns:
         For each projection that ran, in running order: name -> name of the first projection that read its input.
@@ -145,7 +150,7 @@ def shared_inputs(model: nn.Module, projections: Sequence[Projection]) -> dict[s
 
     handles = [model.get_submodule(p.name).register_forward_pre_hook(hook(p.name)) for p in projections]
     try:
-        device = next(model.parameters()).device
+        device = device or next(model.parameters()).device
         model(input_ids=torch.arange(4, device=device).unsqueeze(0), use_cache=False)
     finally:
         for handle in handles:

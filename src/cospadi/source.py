@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,10 @@ import torch
 from torch import nn
 
 from cospadi import checkpoint
-from cospadi.errors import UserError, first_line
+from cospadi.blocks import Blocks, StoredWeight
+from cospadi.checkpoint import WrittenTensor
+from cospadi.errors import CheckpointError, UserError, first_line
+from cospadi.projections import decoder_blocks
 
 log = logging.getLogger("cospadi")
 
@@ -140,8 +147,11 @@ def load_model(folder: Path, device: torch.device) -> nn.Module:
     Raises:
         UserError: no safetensors files, a model that is no causal LM. CheckpointError: damaged files.
     """
-    from transformers import AutoModelForCausalLM
+    _check_files(folder)
+    return _from_pretrained(folder).to(device).eval()
 
+
+def _check_files(folder: Path) -> None:
     files = checkpoint.weight_files(folder)
     if not files:
         raise UserError(
@@ -151,15 +161,132 @@ def load_model(folder: Path, device: torch.device) -> nn.Module:
     for path in files:
         with checkpoint.open_file(path):
             pass
+
+
+def _from_pretrained(folder: Path, **options: Any) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", use_safetensors=True, trust_remote_code=False
+            folder, dtype="auto", use_safetensors=True, trust_remote_code=False, **options
         )
     except UserError:
         raise
     except (ValueError, OSError, RuntimeError, KeyError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{folder} cannot be loaded: {first_line(error)}") from None
-    return model.to(device).eval()
+    return model
+
+
+def open_blocks(folder: Path, device: torch.device, converted: Path) -> Blocks:
+    """A dense model whose weights stay on disk until they are needed, one decoder block at a time.
+
+    Args:
+        converted: a folder for weights that transformers stores in another form than it computes with (experts).
+
+    Raises:
+        UserError: no safetensors files, a model that is no causal LM. CheckpointError: damaged files.
+    """
+    from accelerate.hooks import remove_hook_from_module
+
+    _check_files(folder)
+    skeleton = load_skeleton(folder).model
+    prefix, _ = decoder_blocks(skeleton)
+    places: dict[str, str | int] = {}
+    here = device.index or 0 if device.type == "cuda" else "cpu"
+    for name, module in skeleton.named_modules():
+        if name == prefix or name.startswith(f"{prefix}."):
+            if name.count(".") == prefix.count(".") + 1:
+                places[name] = "disk"
+        elif next(module.children(), None) is None:
+            places[name] = here if next(module.parameters(), None) is None else "disk"
+        else:  # a module with others in it: what it has of its own goes to the disk by itself
+            places |= {f"{name}.{leaf}" if name else leaf: "disk" for leaf, _ in module.named_parameters(recurse=False)}
+            places |= {f"{name}.{leaf}" if name else leaf: here for leaf, _ in module.named_buffers(recurse=False)}
+    if here not in places.values():
+        places[prefix] = here  # accelerate wants something that stays; the list itself has no weights
+    with _quiet():
+        model = _from_pretrained(folder, device_map=places, offload_folder=converted)
+    index: dict[str, dict[str, str]] = {}
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            index |= getattr(getattr(getattr(one, "weights_map", None), "dataset", None), "index", None) or {}
+    remove_hook_from_module(model, recurse=True)
+    del model.hf_device_map
+    stored = {
+        name: StoredWeight(
+            Path(entry["safetensors_file"]), entry.get("weight_name", name), getattr(torch, entry["dtype"])
+        )
+        for name, entry in index.items()
+    }
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta and name not in stored]
+    if missing:
+        raise CheckpointError(f"{folder}: tensor {missing[0]} is in none of the model's files")
+    return Blocks(model, device, stored)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Libraries do not tell that parameters are on the disk, which is what was asked for."""
+    logs = [logging.getLogger(name) for name in ("accelerate", "transformers")]
+    levels = [one.level for one in logs]
+    for one in logs:
+        one.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for one, level in zip(logs, levels, strict=True):
+            one.setLevel(level)
+
+
+def write_config(model: Any, folder: Path, source: Path) -> None:
+    """Write config.json, and generation_config.json where the model's source has none to copy, as save_pretrained."""
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate() and not (source / "generation_config.json").exists():
+        model.generation_config.save_pretrained(folder)
+
+
+def tensors_to_write(
+    model: Any, state: Mapping[str, torch.Tensor], blocks: Blocks, held: Mapping[str, Path]
+) -> dict[str, WrittenTensor]:
+    """Where every tensor of a compressed model's checkpoint comes from.
+
+    Args:
+        state: tensors to save, on the meta device but for buffers and sentinels.
+        held: names of factors -> the safetensors files that hold them under these names.
+    """
+    tied = getattr(model, "all_tied_weights_keys", {})
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    indices: dict[Path, dict[str, dict[str, Any]]] = {}
+
+    def in_file(path: Path, name: str) -> dict[str, Any]:
+        if path not in indices:
+            indices[path] = checkpoint.tensor_index(path)
+        return indices[path][name]
+
+    tensors: dict[str, WrittenTensor] = {}
+    assert blocks.stored is not None
+    for name, tensor in state.items():
+        if name in ignored or (name in tied and tied[name] in state):
+            continue
+        if name in held:
+            tensors[name] = checkpoint.tensor_in_file(held[name], in_file(held[name], name))
+        elif not tensor.is_meta:
+            tensors[name] = checkpoint.tensor_in_memory(tensor.shape, tensor.dtype, partial(torch.clone, tensor))
+        elif name in blocks.stored:
+            stored = blocks.stored[name]
+            entry = in_file(stored.path, stored.name)
+            if checkpoint.SAFETENSORS_TYPES.get(entry["dtype"]) == stored.dtype:
+                tensors[name] = checkpoint.tensor_in_file(stored.path, entry)
+            else:
+                tensors[name] = checkpoint.tensor_in_memory(entry["shape"], stored.dtype, partial(blocks.read, name))
+        else:
+            raise CheckpointError(f"tensor {name} is in none of the model's files")
+    return tensors
 
 
 def load(model: str | Path, device: str = "auto", revision: str | None = None) -> nn.Module:

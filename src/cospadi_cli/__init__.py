@@ -194,7 +194,8 @@ def plan(
         built = _recipe(flags)
         stages = _talk(progress if measure else "off")
         from cospadi import report
-        from cospadi.compress import allocation_of, measure_plan
+        from cospadi.compress import measure_plan
+        from cospadi.job import allocation_of
         from cospadi.plan import check_plan_file, outlook, write_plan
 
         measured = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cospadi.blocks import Blocks
+from cospadi.calibration.sequence import Calls, advance, call, embed, logits, other_weights
 from cospadi.errors import UserError
 from cospadi.projections import Projection, decoder_blocks
+from cospadi.shelf import Shelf
 
 FLOOR = 1e-3
 """Smallest F_j, in means over the projection's outputs: no output is worth nothing."""
@@ -22,12 +25,12 @@ def output_fisher(
     model: nn.Module,
     projections: Sequence[Projection],
     sequences: Tensor,
-    on_sequence: Callable[[int], None] | None = None,
+    on_sequence: Callable[[float], None] | None = None,
 ) -> dict[str, Tensor]:
     """F_j of every output j: the mean over tokens of the squared gradient, at output j, of the summed next-token loss.
 
     One sequence at a time, and each decoder block is run again on the way back (gradient checkpointing), so that memory
-    holds the activations of one block. Parameters get no gradients.
+    holds the whole model and the activations of one block. Parameters get no gradients.
 
     Args:
         sequences: int64 (sequences, tokens).
@@ -41,6 +44,88 @@ def output_fisher(
         UserError: a gradient that is not finite; the message names the projection.
     """
     fisher: dict[str, Tensor] = {}
+    device = next(model.parameters()).device
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        _squared_gradients(model, projections, fisher),
+        _gradients_to_activations_only(model),
+        _blocks_checkpointed(model),
+    ):
+        for tokens in sequences:
+            tokens = tokens[None].to(device)
+            _summed_loss(model, model(input_ids=tokens, use_cache=False).logits, tokens).backward()  # type: ignore[no-untyped-call]
+            if on_sequence:
+                on_sequence(1)
+    return _filled(fisher, projections, sequences.numel())
+
+
+def output_fisher_by_blocks(
+    blocks: Blocks,
+    calls: Calls,
+    projections: Sequence[Projection],
+    sequences: Tensor,
+    shelf: Shelf,
+    stand_ins: Callable[[int], Mapping[str, Tensor]] = lambda _index: {},
+    on_sequence: Callable[[float], None] | None = None,
+) -> dict[str, Tensor]:
+    """`output_fisher` with one block in memory at a time: forward, keeping the inputs of every block, then back.
+
+    Args:
+        calls: how blocks are called with one sequence.
+        shelf: keeps the inputs of all blocks.
+        stand_ins: block index -> names in the block -> other weights.
+        on_sequence: called with shares of 1 that add up to the number of sequences.
+    """
+    fisher: dict[str, Tensor] = {}
+    share = len(sequences) / (2 * len(blocks))
+    inputs = [embed(blocks, sequences, 1, shelf)]
+    for index in range(len(blocks)):
+        inputs.append(inputs[-1].copy())
+        with blocks.loaded(index) as block:
+            advance(block, index, calls, inputs[-1], stand_ins(index))
+        if on_sequence:
+            on_sequence(share)
+    gradients = inputs.pop()
+    with torch.inference_mode(False), torch.enable_grad():
+        for batch, tokens in enumerate(sequences):
+            hidden = gradients[batch].requires_grad_()
+            tokens = tokens[None].to(blocks.device)
+            _summed_loss(blocks.model, logits(blocks, calls, hidden, tokens), tokens).backward()  # type: ignore[no-untyped-call]
+            assert hidden.grad is not None
+            gradients[batch] = hidden.grad
+        for index in reversed(range(len(blocks))):
+            before = inputs.pop()
+            with blocks.loaded(index) as block, other_weights(block, stand_ins(index)):
+                of_block = [p for p in projections if p.block == index]
+                with _squared_gradients(blocks.model, of_block, fisher), _no_parameter_gradients(block):
+                    for batch in range(len(before)):
+                        hidden = before[batch].requires_grad_()
+                        call(block, index, calls, hidden).backward(gradients[batch])  # type: ignore[no-untyped-call]
+                        assert hidden.grad is not None
+                        gradients[batch] = hidden.grad
+            before.close()
+            if on_sequence:
+                on_sequence(share)
+    gradients.close()
+    return _filled(fisher, projections, sequences.numel())
+
+
+def _summed_loss(model: nn.Module, predicted: Tensor, tokens: Tensor) -> Tensor:
+    """Next-token loss of one sequence, (1, tokens), summed over its tokens."""
+    if not predicted.requires_grad:
+        raise UserError(
+            f"{type(model).__name__} gives no gradients. Use --allocate output, or --allocate uniform with "
+            "--weight-columns none, which need none"
+        )
+    return nn.functional.cross_entropy(predicted[0, :-1].float(), tokens[0, 1:], reduction="sum")
+
+
+@contextmanager
+def _squared_gradients(
+    model: nn.Module, projections: Sequence[Projection], fisher: dict[str, Tensor]
+) -> Iterator[None]:
+    """Inside this block, squared gradients at the projections' outputs are added up over tokens."""
 
     def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def add(gradient: Tensor) -> None:
@@ -58,29 +143,11 @@ def output_fisher(
         assert isinstance(module, nn.Linear)
         fisher[projection.name] = torch.zeros(projection.d2, dtype=torch.float64, device=module.weight.device)
         handles.append(module.register_forward_hook(watch(projection.name)))
-    device = next(model.parameters()).device
     try:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            _gradients_to_activations_only(model),
-            _blocks_checkpointed(model),
-        ):
-            for tokens in sequences:
-                tokens = tokens[None].to(device)
-                logits = model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
-                if not logits.requires_grad:
-                    raise UserError(
-                        f"{type(model).__name__} gives no gradients. Use --allocate output, or --allocate uniform with "
-                        "--weight-columns none, which need none"
-                    )
-                nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum").backward()  # type: ignore[no-untyped-call]
-                if on_sequence:
-                    on_sequence(1)
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return _filled(fisher, projections, sequences.numel())
 
 
 def _filled(fisher: dict[str, Tensor], projections: Sequence[Projection], tokens: int) -> dict[str, Tensor]:
@@ -109,15 +176,23 @@ def _filled(fisher: dict[str, Tensor], projections: Sequence[Projection], tokens
 @contextmanager
 def _gradients_to_activations_only(model: nn.Module) -> Iterator[None]:
     """Parameters need no gradient inside this block; what the embedding gives does, so that activations get theirs."""
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     handle = embedding.register_forward_hook(lambda _module, _args, output: output.requires_grad_())
+    try:
+        with _no_parameter_gradients(model):
+            yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _no_parameter_gradients(module: nn.Module) -> Iterator[None]:
+    wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        handle.remove()
         for parameter in wanted:
             parameter.requires_grad_()
 

@@ -1,4 +1,8 @@
-"""Calibration in sequence: what a projection reads in the compressed model, against what it read in the dense one.
+"""The calibration text on its way through the model, block by block.
+
+`learn_calls` finds out what each block is called with beside the hidden states. A `Flow` then carries the hidden states
+of all batches from block to block, so that only one block has to be in memory: for plain Gram matrices (`grams`), for
+those of a model that is compressed so far (`paired_grams`), and for the loss at the end (`mean_loss`).
 
 Errors of the projections before it change a projection's input from X to X'. Asking for ||X W - X' D S|| small, where
 plain calibration asks for ||X W - X D S||, lets every projection make up for the errors before it (the idea of
@@ -6,13 +10,12 @@ asymmetric calibration in quantization, GPTAQ, arXiv 2504.02692). With G = X'^T 
 
     ||X W - X' D S||^2 = ||L (W' - D S)||^2 + const,    L^T L = G,  W' = G^-1 C W:
 
-the same problem for a corrected weight W', which is damped here: (G + a I)^-1 (C + a I) W. The text runs through one
-block at a time, once with the dense weights and once with those that are already compressed.
+the same problem for a corrected weight W', which is damped here: (G + a I)^-1 (C + a I) W.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cospadi.blocks import Blocks
 from cospadi.calibration.gram import gram_block
+from cospadi.shelf import Shelf, Shelved
 
 DAMPING = 1e-2
 """Pull of W' towards W, in mean diagonals of G."""
@@ -30,48 +35,82 @@ class _Reached(Exception):
     """Ends a forward pass where its result is known."""
 
 
-@dataclass
-class Flow:
-    """The text on its way through the model.
+@dataclass(frozen=True)
+class Calls:
+    """What blocks are called with beside the hidden states, and what they give beside them.
 
     Attributes:
-        dense, compressed: hidden states before the current block, a tensor (sequences, tokens, width) a batch.
-        calls: number of sequences -> what each block is called with beside the hidden states: (args, kwargs).
+        given: number of sequences in a batch -> (args, kwargs) of each block.
+        rest: what follows the hidden states in a block's output; None where it gives a bare tensor.
     """
 
-    dense: list[Tensor]
-    compressed: list[Tensor]
-    calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]]
+    given: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]]
+    rest: list[tuple[Any, ...] | None]
+
+
+@dataclass
+class Flow:
+    """Hidden states before a block, a tensor (sequences, tokens, width) a batch, kept on a shelf."""
+
+    shelf: Shelf
+    device: torch.device
+    items: list[Shelved]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, batch: int) -> Tensor:
+        return self.shelf.get(self.items[batch], self.device)
+
+    def __setitem__(self, batch: int, hidden: Tensor) -> None:
+        self.shelf.drop(self.items[batch])
+        self.items[batch] = self.shelf.put(hidden)
+
+    def copy(self) -> Flow:
+        """The same hidden states again."""
+        return Flow(self.shelf, self.device, [self.shelf.put(self[batch]) for batch in range(len(self))])
+
+    def close(self) -> None:
+        """Forget them."""
+        for item in self.items:
+            self.shelf.drop(item)
 
 
 @torch.no_grad()
-def start(model: nn.Module, blocks: Sequence[nn.Module], sequences: Tensor, batch_size: int) -> Flow | None:
-    """The hidden states before the first block; None where a block is given more than what the block before it
-    gives and what is the same for every text."""
-    device = next(model.parameters()).device
-    hidden: list[Tensor] = []
-    calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+def learn_calls(blocks: Blocks, texts: Sequence[tuple[Tensor, int]]) -> Calls | None:
+    """Run the first two batches of each size through the whole model and look at how the blocks are called.
+
+    Args:
+        texts: token sequences, int64 (sequences, tokens), all of one length, each with the batch size it is run in.
+
+    Returns:
+        None where a block is given more than what the block before it gives and what is the same for every text.
+    """
+    given: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+    rest: list[tuple[Any, ...] | None] = []
     compared: set[int] = set()
-    for batch in torch.split(sequences, batch_size):
-        count = len(batch)
-        whole = count not in compared  # the first two batches of a size go all the way
-        seen, outputs = _run(model, blocks if whole else blocks[:1], batch.to(device), stop=not whole)
-        first = seen[0][0]
-        if first.ndim != 3 or first.shape[0] != count:
-            return None
-        hidden.append(first)
-        if whole:
-            follow = zip(outputs, seen[1:], strict=False)
-            if len(seen) != len(blocks) or not all(torch.equal(left, right[0]) for left, right in follow):
+    for sequences, batch_size in texts:
+        for batch in torch.split(sequences, batch_size):
+            count = len(batch)
+            if count in compared:
+                continue
+            seen, outputs = _run(blocks.model, blocks.modules, batch.to(blocks.device), stop=False)
+            if len(seen) != len(blocks) or seen[0][0].ndim != 3 or len(seen[0][0]) != count:
                 return None
-            given = [(args, kwargs) for _, args, kwargs in seen]
-            if count not in calls:
-                calls[count] = given
-            elif _same(calls[count], given):
+            follow = zip(outputs, seen[1:], strict=False)
+            if not all(torch.equal(_first(output), right[0]) for output, right in follow):
+                return None
+            if any(isinstance(value, Tensor) for output in outputs for value in _rest(output) or ()):
+                return None
+            rest = [_rest(output) for output in outputs]
+            arguments = [(args, kwargs) for _, args, kwargs in seen]
+            if count not in given:
+                given[count] = arguments
+            elif _same(given[count], arguments):
                 compared.add(count)
             else:  # the blocks are told something about the tokens
                 return None
-    return Flow(hidden, list(hidden), calls)
+    return Calls(given, rest)
 
 
 def _same(left: Any, right: Any) -> bool:
@@ -87,10 +126,10 @@ def _same(left: Any, right: Any) -> bool:
 
 def _run(
     model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor, stop: bool
-) -> tuple[list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]], list[Tensor]]:
+) -> tuple[list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]], list[Any]]:
     """What some blocks are called with, (hidden states, other args, kwargs), and their outputs; `stop` at the first."""
     seen: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
-    outputs: list[Tensor] = []
+    outputs: list[Any] = []
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rest = dict(kwargs)
@@ -100,9 +139,9 @@ def _run(
             raise _Reached
 
     def after(_module: nn.Module, _args: Any, output: Any) -> None:
-        outputs.append(_first(output))
+        outputs.append(output)
 
-    handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
+    handles = [block.register_forward_pre_hook(before, with_kwargs=True, prepend=True) for block in blocks]
     handles += [block.register_forward_hook(after) for block in blocks]
     try:
         with suppress(_Reached):
@@ -114,10 +153,130 @@ def _run(
 
 
 @torch.no_grad()
+def embed(blocks: Blocks, sequences: Tensor, batch_size: int, shelf: Shelf) -> Flow:
+    """The hidden states of a text before the first block."""
+    items = []
+    with blocks.passed_by():
+        for batch in torch.split(sequences, batch_size):
+            seen, _ = _run(blocks.model, blocks.modules[:1], batch.to(blocks.device), stop=True)
+            items.append(shelf.put(seen[0][0]))
+    return Flow(shelf, blocks.device, items)
+
+
+def call(block: nn.Module, index: int, calls: Calls, hidden: Tensor) -> Tensor:
+    """What a block, the one of that index, makes of hidden states."""
+    args, kwargs = calls.given[len(hidden)][index]
+    return _first(block(hidden, *args, **kwargs))
+
+
+@torch.no_grad()
+def advance(block: nn.Module, index: int, calls: Calls, flow: Flow, stand_ins: Mapping[str, Tensor]) -> None:
+    """Carry hidden states through a block, in place of those before it.
+
+    Args:
+        stand_ins: names in the block -> other weights.
+    """
+    with other_weights(block, stand_ins):
+        for batch in range(len(flow)):
+            flow[batch] = call(block, index, calls, flow[batch])
+
+
+def logits(blocks: Blocks, calls: Calls, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """What the model makes of hidden states after its last block, whose tokens were `tokens`, both of one batch."""
+    with blocks.passed_by(), _replaced_forward(blocks.modules, calls, hidden):
+        output: Tensor = blocks.model(input_ids=tokens.to(blocks.device), use_cache=False).logits
+    return output
+
+
+@contextmanager
+def _replaced_forward(modules: Sequence[nn.Module], calls: Calls, hidden: Tensor) -> Iterator[None]:
+    """Blocks that all give the same hidden states, whatever they are called with."""
+    own = [vars(block).get("forward") for block in modules]  # somebody may have wrapped one already
+
+    def giving(rest: tuple[Any, ...] | None) -> Callable[..., Any]:
+        return lambda *_args, **_kwargs: hidden if rest is None else (hidden, *rest)
+
+    for block, rest in zip(modules, calls.rest, strict=True):
+        block.forward = giving(rest)
+    try:
+        yield
+    finally:
+        for block, forward in zip(modules, own, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+
+@torch.no_grad()
+def mean_loss(blocks: Blocks, calls: Calls, flow: Flow, sequences: Tensor) -> float:
+    """Mean next-token loss of a text whose hidden states have passed the last block; as `evaluate.mean_loss`."""
+    total, start = 0.0, 0
+    for batch in range(len(flow)):
+        hidden = flow[batch]
+        tokens = sequences[start : start + len(hidden)].to(blocks.device)
+        start += len(hidden)
+        predicted = logits(blocks, calls, hidden, tokens)[:, :-1].float()
+        losses = nn.functional.cross_entropy(predicted.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        total += float(losses.double().sum())
+    count, length = sequences.shape
+    return total / (count * (length - 1))
+
+
+@torch.no_grad()
 def grams(
     block: nn.Module,
     index: int,
+    calls: Calls,
     flow: Flow,
+    readers: Mapping[str, nn.Module],
+    on_batch: Callable[[int], None] | None = None,
+) -> dict[str, Tensor]:
+    """G = X^T X of the inputs of some modules of a block, through which the flow is carried.
+
+    Args:
+        readers: full module names -> linear layers of the block, one for each distinct input.
+        on_batch: called with the number of sequences just done.
+
+    Returns:
+        name -> float64 (d1, d1), all zeros where a module never ran.
+
+    Raises:
+        UserError: a non-finite activation; the message names the module.
+    """
+    sums = {name: _zero_gram(module) for name, module in readers.items()}
+
+    def add_input(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].detach()
+            sums[name] += gram_block(x, x, name)
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(add_input(name)) for name, module in readers.items()]
+    try:
+        for batch in range(len(flow)):
+            hidden = flow[batch]
+            flow[batch] = call(block, index, calls, hidden)
+            if on_batch:
+                on_batch(len(hidden))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sums
+
+
+def _zero_gram(module: nn.Module) -> Tensor:
+    assert isinstance(module, nn.Linear)
+    return torch.zeros(module.in_features, module.in_features, dtype=torch.float64, device=module.weight.device)
+
+
+@torch.no_grad()
+def paired_grams(
+    block: nn.Module,
+    index: int,
+    calls: Calls,
+    dense: Flow,
+    compressed: Flow,
     stand_ins: Mapping[str, Tensor],
     readers: Mapping[str, nn.Module],
     on_batch: Callable[[int], None] | None = None,
@@ -125,7 +284,7 @@ def grams(
     """G = X'^T X' and C = X'^T X of the inputs of some modules of a block.
 
     Args:
-        index: the block's.
+        dense, compressed: the text in the dense model and in the one that is compressed so far, before the block.
         stand_ins: names in the block -> weights of what is already compressed.
         readers: names in the block -> linear layers, one for each distinct input.
         on_batch: called with 1 after each batch.
@@ -138,20 +297,18 @@ def grams(
     """
     sums: dict[str, tuple[Tensor, Tensor | None]] = {}
     for name, module in readers.items():
-        assert isinstance(module, nn.Linear)
-        zero = torch.zeros(module.in_features, module.in_features, dtype=torch.float64, device=module.weight.device)
-        sums[name] = zero, zero.clone()
-    for dense, compressed in zip(flow.dense, flow.compressed, strict=True):
-        args, kwargs = flow.calls[len(dense)][index]
-        wanted = _inputs(block, readers, dense, args, kwargs)
+        sums[name] = _zero_gram(module), _zero_gram(module)
+    for batch in range(len(dense)):
+        before, hidden = dense[batch], compressed[batch]
+        wanted = _inputs(block, readers, before, *calls.given[len(before)][index])
         with other_weights(block, stand_ins):
-            given = _inputs(block, readers, compressed, args, kwargs)
+            given = _inputs(block, readers, hidden, *calls.given[len(hidden)][index])
         for name, (gram, cross) in sums.items():
             x, y = wanted.get(name), given.get(name)
             if y is not None:
                 gram += gram_block(y, y, name)
             if cross is not None and (x is not None or y is not None):
-                tokens = dense.shape[0] * dense.shape[1]
+                tokens = hidden.shape[0] * hidden.shape[1]
                 if x is not None and y is not None and x.shape == y.shape and x.numel() == tokens * x.shape[-1]:
                     cross += gram_block(y, x, name)
                 else:
@@ -159,16 +316,6 @@ def grams(
         if on_batch:
             on_batch(1)
     return sums
-
-
-@torch.no_grad()
-def advance(block: nn.Module, index: int, flow: Flow, stand_ins: Mapping[str, Tensor]) -> None:
-    """Carry the hidden states through a block, in place of those before it."""
-    for batch, dense in enumerate(flow.dense):
-        args, kwargs = flow.calls[len(dense)][index]
-        flow.dense[batch] = _first(block(dense, *args, **kwargs))
-        with other_weights(block, stand_ins):
-            flow.compressed[batch] = _first(block(flow.compressed[batch], *args, **kwargs))
 
 
 def corrected(weight: Tensor, gram: Tensor, cross: Tensor | None) -> Tensor:
@@ -224,3 +371,12 @@ def _first(output: Any) -> Tensor:
     hidden = output[0] if isinstance(output, tuple) else output
     assert isinstance(hidden, Tensor)
     return hidden
+
+
+def _rest(output: Any) -> tuple[Any, ...] | None:
+    return output[1:] if isinstance(output, tuple) else None
+
+
+def in_block(name: str, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Those of some weights whose layer lies in a block, by their names there."""
+    return {layer.removeprefix(f"{name}."): weight for layer, weight in weights if layer.startswith(f"{name}.")}
