@@ -112,7 +112,7 @@ def test_exact_size_fits_and_nothing_larger_does(shape: tuple[int, list[int], fl
         return
     assert 1 <= s <= k
     assert cost(k, s) <= allowed
-    assert 1 - cost(k, s) / budget.dense_bytes(d1, sum(d2s)) >= ratio
+    assert 1 - Fraction(cost(k, s), budget.dense_bytes(d1, sum(d2s))) >= Fraction(str(ratio))
     assert cost(k + 1, s_of(k + 1)) > allowed
     assert s == k or cost(k, s + 1) > allowed
 

@@ -506,17 +506,24 @@ def fail(*_: object) -> None:
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), KeyboardInterrupt(), SystemExit(143)], ids=repr
 )
-def test_nothing_is_left_when_writing_fails(
+def test_finished_work_alone_is_left_when_writing_fails(
     error: BaseException, companions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    recipe = {"iterations": 1, "data_free": True}
+
     def stop(*_: object) -> None:
-        assert len(list(tmp_path.glob(".out.*.partial"))) == 1
+        assert (tmp_path / "out.work" / "output" / "model.safetensors").exists()
         raise error
 
-    monkeypatch.setattr(checkpoint, "write_manifest", stop)
-    with pytest.raises(type(error)):
-        cospadi.compress(companions, {"iterations": 1, "data_free": True}, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_manifest", stop)
+        with pytest.raises(type(error)):
+            cospadi.compress(companions, recipe, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.work"]
+    assert not (tmp_path / "out.work" / "output").exists()
+    cospadi.compress(companions, recipe, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    checkpoint.verify(tmp_path / "out")
 
 
 def test_output_that_was_there_survives_a_failure_and_is_replaced_by_success(
@@ -527,12 +534,15 @@ def test_output_that_was_there_survives_a_failure_and_is_replaced_by_success(
     (output / "precious.txt").write_text("old")
     with pytest.raises(cospadi.UserError, match=r"out is not empty\. .*--overwrite"):
         cospadi.compress(companions, recipe, output)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write_manifest", fail)
         with pytest.raises(OSError, match="No space left"):
             cospadi.compress(companions, recipe, output, overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.work"}
     assert [path.name for path in output.iterdir()] == ["precious.txt"]
+    with pytest.raises(cospadi.UserError, match=r"out is not empty\. .*--overwrite"):
+        cospadi.compress(companions, recipe, output)
     cospadi.compress(companions, recipe, output, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not (output / "precious.txt").exists()
@@ -548,14 +558,14 @@ def test_output_survives_when_the_new_folder_cannot_take_its_place(
     rename = Path.rename
 
     def refuse(self: Path, target: Path) -> Path:
-        if self.name.endswith(".partial"):
+        if self.name == "output":
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(OSError, match="Input/output error"):
         cospadi.compress(companions, {"iterations": 1, "data_free": True}, output, overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.work"}
     assert (output / "precious.txt").read_text() == "old"
 
 

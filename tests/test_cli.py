@@ -490,23 +490,30 @@ def test_our_own_fault_is_exit_code_1_and_says_so(
         assert answer.code == 1
         assert sentence in answer.err
         assert "Traceback" not in answer.err
-        assert not list(tmp_path.iterdir())
+        assert not (tmp_path / "out").exists()
 
 
 # Stopping
 
 
-def test_interrupt_while_writing_leaves_nothing(
+def test_interrupt_while_writing_says_where_the_work_is_kept_and_the_same_command_goes_on(
     dense_folder: Path, run: Callable[..., Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "write_manifest", interrupt)
-    answer = run("compress", dense_folder, "-o", tmp_path / "out", *FREE)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_manifest", interrupt)
+        answer = run("compress", dense_folder, "-o", tmp_path / "out", *FREE)
     assert answer.code == 130
-    assert "Nothing was written" in answer.err
-    assert not list(tmp_path.iterdir())
+    assert f"What is finished is kept in {tmp_path / 'out.work'}" in answer.err
+    assert not (tmp_path / "out").exists()
+    refused = run("compress", dense_folder, "-o", tmp_path / "out", *FREE, "--ratio", "0.35")
+    check_mistake(refused, "out.work holds an unfinished job with ratio 0.", "not 0.35", "--no-resume")
+    answer = run("compress", dense_folder, "-o", tmp_path / "out", *FREE)
+    assert answer.code == 0
+    assert "going on with the unfinished job" in answer.err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -29,8 +29,8 @@ from transformers import (
 
 import cospadi
 from cospadi import checkpoint
-from cospadi.job import allocation_of
 from cospadi.factorization import SOLVERS, Factorization, Problem, Solver, SolverOptions
+from cospadi.job import allocation_of
 from cospadi.linear import LowRankLinear, SparseDictionaryLinear
 from cospadi.plan import outlook
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cospadi import evaluate
+from cospadi.blocks import Blocks
 from cospadi.calibration import sequence
-from cospadi.projections import decoder_blocks
+from cospadi.shelf import Shelf
 
 
 def small_llama(**changes: Any) -> Any:
@@ -42,14 +44,25 @@ def test_grams_are_those_of_the_whole_dense_and_the_whole_compressed_model() -> 
         for name, module in other.named_modules()
         if isinstance(module, nn.Linear) and name.startswith("model.layers")
     }
-    blocks = decoder_blocks(model)[1]
-    flow = sequence.start(model, list(blocks), tokens, batch_size=2)  # batches of 2, 2 and 1
-    assert flow is not None
-    for index, block in enumerate(blocks):
+    blocks, shelf = Blocks(model, torch.device("cpu")), Shelf(0)  # nothing stays in memory
+    calls = sequence.learn_calls(blocks, [(tokens, 2)])  # batches of 2, 2 and 1
+    assert calls is not None
+    flow = sequence.embed(blocks, tokens, 2, shelf)
+    second = flow.copy()
+    plain = flow.copy()
+    for index, block in enumerate(blocks.modules):
+        everything = {
+            f"model.layers.{index}.{kind}": block.get_submodule(kind)
+            for kind in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+        }
+        for name, gram in sequence.grams(block, index, calls, plain, everything).items():
+            dense = inputs_of(model, name, tokens)
+            torch.testing.assert_close(gram, dense.T @ dense, rtol=1e-4, atol=1e-4)
         stand_ins: dict[str, Tensor] = {}
         for kind in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
             name = f"model.layers.{index}.{kind}"
-            gram, cross = sequence.grams(block, index, flow, stand_ins, {kind: block.get_submodule(kind)})[kind]
+            readers = {kind: block.get_submodule(kind)}
+            gram, cross = sequence.paired_grams(block, index, calls, flow, second, stand_ins, readers)[kind]
             dense, compressed = inputs_of(model, name, tokens), inputs_of(other, name, tokens)
             assert cross is not None
             torch.testing.assert_close(gram, compressed.T @ compressed, rtol=1e-4, atol=1e-4)
@@ -60,7 +73,11 @@ def test_grams_are_those_of_the_whole_dense_and_the_whole_compressed_model() -> 
                 local = f"{parent}.{word}_proj"
                 stand_ins[local] = changed[f"model.layers.{index}.{local}"]
                 other.get_submodule(f"model.layers.{index}.{local}").weight.data = stand_ins[local]
-        sequence.advance(block, index, flow, stand_ins)
+        sequence.advance(block, index, calls, flow, {})
+        sequence.advance(block, index, calls, second, stand_ins)
+    assert sequence.mean_loss(blocks, calls, second, tokens) == pytest.approx(evaluate.mean_loss(other, tokens, 2))
+    assert shelf.used == 0
+    shelf.close()
     untouched = small_llama()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), untouched.parameters(), strict=True))
 
@@ -108,7 +125,8 @@ def test_model_whose_blocks_do_not_follow_each_other_is_told() -> None:
     tokens = torch.arange(10).view(2, 5)
     for twist, follows in (("", True), ("skip", False), ("tokens", False)):
         model = Model(twist)
-        assert (sequence.start(model, list(model.layers), tokens, 1) is not None) == follows
+        blocks = Blocks(model, torch.device("cpu"))
+        assert (sequence.learn_calls(blocks, [(tokens, 1)]) is not None) == follows
 
 
 def test_other_weights_come_back_after_an_error() -> None:

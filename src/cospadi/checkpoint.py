@@ -598,6 +598,7 @@ def staged(output: Path, staging: Path | None = None, retired: Path | None = Non
                     os.fsync(stream.fileno())
         sync_folder(staging)
         if output.exists():
+            shutil.rmtree(retired, ignore_errors=True)
             output.rename(retired)
             try:
                 staging.rename(output)

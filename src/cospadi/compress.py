@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import shutil
 import tempfile
 import threading
@@ -127,6 +128,8 @@ def compress(
     target = Path(output) if output is not None else None
     with ExitStack() as stack:
         ledger = Ledger()
+        if target is not None and not work_folder(target).exists():
+            checkpoint.check_output(target, overwrite)
         if target is not None and not isinstance(model, nn.Module):
             ledger = JobDirectory(work_folder(target), resume)
             stack.callback(ledger.close)
@@ -161,8 +164,11 @@ def compress(
             load_factors(in_memory, [packed_of(piece) for piece in pieces])
             quantizer_of(in_memory).manifest = manifest
         if target is not None:
-            log.info("writing %s", target)
-            manifest = write(job, target, manifest, plan, pieces, folder, prepared.tokenizer)
+            if was_written(ledger, target):
+                manifest = checkpoint.read_json(target / checkpoint.MANIFEST)
+            else:
+                log.info("writing %s", target)
+                manifest = write(job, target, manifest, plan, pieces, folder, prepared.tokenizer)
             after = checkpoint.tensor_bytes(target)
             if isinstance(ledger, JobDirectory):
                 ledger.remove()
@@ -319,7 +325,7 @@ def prepare(
 
 def work_folder(output: Path) -> Path:
     """Where a job keeps its unfinished work: beside the output."""
-    output = Path(output.absolute())
+    output = Path(os.path.realpath(output))  # behind a link, so that it is on the same disk
     return output.with_name(f"{output.name}.work")
 
 
@@ -498,7 +504,9 @@ def solve_together(
 
 def _kept(packed: Packed) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     """A solved group as a piece of the ledger, and a line in the log."""
-    log.info("%s: error %.4f", ", ".join(packed.entries), max(packed.errors.values()))
+    k = next(iter(packed.entries.values())).k
+    s = sum(entry.nnz for entry in packed.entries.values()) / sum(entry.d2 for entry in packed.entries.values())
+    log.info("%s: k %d, s %.4g, error %.4f", ", ".join(packed.entries), k, s, max(packed.errors.values()))
     return packed.record(), packed.tensors
 
 

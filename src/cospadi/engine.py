@@ -7,10 +7,12 @@ from typing import Any, Literal
 
 import torch
 
+Kind = Literal["local", "ray"]
+
 
 @dataclass(frozen=True)
 class Engine:
-    kind: Literal["local", "ray"] = "local"
+    kind: Kind = "local"
     workers: int = 1
     threads_per_task: int | None = None
     ray_address: str | None = None

@@ -106,6 +106,7 @@ class JobDirectory(Ledger):
                 f"{folder} is where unfinished work would be kept, but holds {strange[0]}, which is not of this "
                 "program. Move it, or write to another --output"
             )
+        self._made = [parent for parent in folder.parents if not parent.exists()]
         self._lock = _lock(folder)
         self._used: set[str] = set()
         self._identity: dict[str, Any] | None = None
@@ -116,7 +117,7 @@ class JobDirectory(Ledger):
             self._read()
             shutil.rmtree(folder / SCRATCH, ignore_errors=True)
         except BaseException:
-            self.close()
+            os.close(self._lock)
             raise
 
     def note(self, key: str) -> Any:
@@ -202,14 +203,19 @@ class JobDirectory(Ledger):
     def remove(self) -> None:
         """Delete the folder: the job is done."""
         assert self.folder is not None
-        for path in self.folder.iterdir():  # the lock last
-            if path.name != LOCK:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        (self.folder / LOCK).unlink()
-        self.folder.rmdir()
+        self._clear()
+        with suppress(OSError):  # somebody put something there meanwhile
+            (self.folder / LOCK).unlink()
+            self.folder.rmdir()
 
     def close(self) -> None:
-        """Let another process have it."""
+        """Let another process have it; where nothing was finished that takes time, nothing is left."""
+        assert self.folder is not None
+        if self.folder.exists() and set(self._pieces) <= {"text"}:
+            self.remove()
+            for parent in self._made:
+                with suppress(OSError):
+                    parent.rmdir()
         with suppress(OSError):
             os.close(self._lock)
 

@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -66,6 +66,7 @@ Compensate = Annotated[
     bool | None,
     typer.Option(
         "--compensate/--no-compensate",
+        "--propagate/--no-propagate",
         help="each projection makes up for the errors of those before it  [default: yes; not with layers:N]",
     ),
 ]
@@ -94,6 +95,31 @@ Length = Annotated[int | None, typer.Option(help="tokens a sequence  [default: 1
 BatchSize = Annotated[int | None, typer.Option(help="sequences in a forward pass  [default: 4]")]
 RecipeDevice = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N  [default: auto]")]
 Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a hub model")]
+
+# How the work is done, which is no part of a recipe: the result does not depend on it, but for threads.
+EngineFlag = Annotated[str, typer.Option("--engine", help="who solves: local (this machine) or ray (a cluster)")]
+Workers = Annotated[int, typer.Option(min=1, help="processes that solve, with --engine local; 1 is this one alone")]
+ThreadsPerTask = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads of one solve  [default: torch's choice over the workers]")
+]
+RayAddress = Annotated[str | None, typer.Option(help="cluster to join  [default: RAY_ADDRESS, or a local one]")]
+AllowMixed = Annotated[
+    bool, typer.Option("--allow-mixed", help="let machines of different device models solve parts of one job")
+]
+CacheGb = Annotated[
+    float, typer.Option(min=0, help="GB of hidden states and whitenings kept in memory, not on disk or made again")
+]
+KeepGrams = Annotated[
+    bool,
+    typer.Option("--keep-grams", help="write whitenings that exceed that to the job directory, not make them again"),
+]
+Resume = Annotated[
+    bool | None,
+    typer.Option(
+        "--resume/--no-resume",
+        help="go on with an unfinished job in DIR.work, or begin anew  [default: go on if it is the same job]",
+    ),
+]
 
 
 @app.command()
@@ -133,19 +159,30 @@ def compress(
     batch_size: BatchSize = None,
     device: RecipeDevice = None,
     revision: Revision = None,
+    resume: Resume = None,
+    engine: EngineFlag = "local",
+    workers: Workers = 1,
+    threads_per_task: ThreadsPerTask = None,
+    ray_address: RayAddress = None,
+    allow_mixed: AllowMixed = False,
+    cache_gb: CacheGb = 4,
+    keep_grams: KeepGrams = False,
     as_json: Json = False,
     progress: Progress = "auto",
 ) -> None:
     """Compress a model and write a checkpoint that from_pretrained loads."""
     flags = dict(locals())
-    with _if_stopped(f"Nothing was written to {output}. The same command starts over."):
+    with _if_stopped(lambda: _what_is_left(output)):
         built = _recipe(flags)
         stages = _talk(progress)
         from cospadi import report
         from cospadi.compress import compress as run
 
         with stages.shown():
-            result = run(model, built, output, plan=plan, overwrite=overwrite, stages=stages)
+            result = run(
+                model, built, output, plan=plan, overwrite=overwrite, resume=resume, engine=_engine(flags),
+                cache_bytes=int(cache_gb * 1e9), keep_grams=keep_grams, stages=stages,
+            )  # fmt: skip
     _show(report.compressed_json(result, built), as_json, report.compressed_table(result, built))
 
 
@@ -185,12 +222,19 @@ def plan(
     batch_size: BatchSize = None,
     device: RecipeDevice = None,
     revision: Revision = None,
+    engine: EngineFlag = "local",
+    workers: Workers = 1,
+    threads_per_task: ThreadsPerTask = None,
+    ray_address: RayAddress = None,
+    allow_mixed: AllowMixed = False,
+    cache_gb: CacheGb = 4,
+    keep_grams: KeepGrams = False,
     as_json: Json = False,
     progress: Progress = "auto",
 ) -> None:
     """Show what `compress` would do: from the model's config and headers alone, or measured."""
     flags = dict(locals())
-    with _if_stopped(f"No plan was written to {measure}." if measure else "Nothing was written."):
+    with _if_stopped(lambda: f"No plan was written to {measure}." if measure else "Nothing was written."):
         built = _recipe(flags)
         stages = _talk(progress if measure else "off")
         from cospadi import report
@@ -202,7 +246,10 @@ def plan(
         if measure:
             check_plan_file(measure)
             with stages.shown():
-                measured = measure_plan(model, built, stages=stages)
+                measured = measure_plan(
+                    model, built, engine=_engine(flags), cache_bytes=int(cache_gb * 1e9), keep_grams=keep_grams,
+                    stages=stages,
+                )  # fmt: skip
             write_plan(measured, built, measure)
         found = outlook(model, built, measured)
     notes = [f"Whole checkpoint: {report.megabytes(found.before)} before, {report.megabytes(found.after)} after."]
@@ -377,7 +424,9 @@ def main() -> None:
         if os.environ.get("COSPADI_TRACEBACK") == "1":
             raise
         if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):
-            _fail("the disk is full. Nothing was left behind; free some space and run the same command again", 1)
+            _fail(
+                "the disk is full. Free some space and run the same command again: it goes on from what is finished", 1
+            )
         if isinstance(error, MemoryError) or "not enough memory" in str(error) or "out of memory" in str(error):
             _fail("out of memory. Use a smaller --batch-size, or a machine with more memory", 1)
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -422,13 +471,33 @@ def _runtime(name: str) -> Runtime:
 
 
 @contextmanager
-def _if_stopped(message: str) -> Iterator[None]:
+def _if_stopped(message: Callable[[], str]) -> Iterator[None]:
     """On Ctrl-C say so, and what it means."""
     try:
         yield
     except KeyboardInterrupt:
-        typer.secho(f"Stopped. {message}", bold=True, err=True)
+        typer.secho(f"Stopped. {message()}", bold=True, err=True)
         raise
+
+
+def _what_is_left(output: Path) -> str:
+    from cospadi.compress import work_folder
+
+    if not work_folder(output).exists():
+        return f"Nothing was written to {output}. The same command starts over."
+    return f"What is finished is kept in {work_folder(output)}: the same command goes on from there."
+
+
+def _engine(flags: dict[str, Any]) -> Any:
+    """Who solves, by the flags."""
+    from typing import get_args
+
+    from cospadi.engine import Engine, Kind
+
+    if flags["engine"] not in get_args(Kind):
+        raise typer.BadParameter(f"--engine {flags['engine']} is not known. Use {', '.join(get_args(Kind))}")
+    names = ("workers", "threads_per_task", "ray_address", "allow_mixed")
+    return Engine(flags["engine"], **{name: flags[name] for name in names})
 
 
 def _talk(progress: str) -> Stages:
