@@ -22,7 +22,7 @@ from functools import cache, partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -47,7 +47,9 @@ PATIENCE_SECONDS = 60.0
 """How long tasks wait for a node that could run them after the last such node is lost."""
 
 ALIGNMENT = 64
-"""Bytes. Products may round differently where a tensor begins elsewhere in a cache line, so that is sent along."""
+"""Bytes. Products round differently where a tensor begins elsewhere in a cache line, so that is kept on the way."""
+
+Kind = Literal["local", "ray"]
 
 Report = Callable[[float, str], None]
 """What a task tells while it runs: the share of it that is done, 0..1, and a short note."""
@@ -61,7 +63,7 @@ class Task:
     """Arguments of one call.
 
     Attributes:
-        payload: the arguments; tensors on the CPU, unless the engine is local.
+        payload: the arguments; their tensors on the CPU, unless tasks run in this process.
         nbytes: host memory it needs while it runs, bytes; 0 where unknown. Ray keeps as much free for it.
     """
 
@@ -74,9 +76,11 @@ class Pool(Protocol):
 
     Attributes:
         threads: torch threads a task.
+        allow_mixed: whether results may come from nodes that differ from this machine.
     """
 
     threads: int
+    allow_mixed: bool
 
     def map(
         self, function: Callable[..., Any], tasks: Iterable[Task], on_progress: OnProgress | None = None
@@ -116,15 +120,15 @@ class Engine:
         UserError: no such engine.
     """
 
-    kind: Literal["local", "ray"] = "local"
+    kind: Kind = "local"
     workers: int = 1
     threads_per_task: int | None = None
     ray_address: str | None = None
     allow_mixed: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in ("local", "ray"):
-            raise UserError(f"engine {self.kind} is not known. Use local or ray")
+        if self.kind not in get_args(Kind):
+            raise UserError(f"--engine {self.kind} is not known. Use {' or '.join(get_args(Kind))}")
         if self.workers < 1:
             raise UserError(f"--workers {self.workers} cannot do anything. Use 1 or more")
         if self.threads_per_task is not None and self.threads_per_task < 1:
@@ -141,11 +145,11 @@ class Engine:
         threads = self.threads_per_task or max(1, here)
         if self.kind == "ray":
             with _cluster(self.ray_address):
-                yield _RayPool(threads, device, self.allow_mixed)
+                yield _RayPool(threads, self.allow_mixed, device)
         elif self.workers == 1:
-            yield _ThisProcess(threads)
+            yield _ThisProcess(threads, self.allow_mixed)
         else:
-            pool = _Processes(threads, self.workers)
+            pool = _Processes(threads, self.allow_mixed, self.workers)
             try:
                 yield pool
             finally:
@@ -326,6 +330,7 @@ def _silent(share: float, note: str) -> None:
 @dataclass
 class _ThisProcess:
     threads: int
+    allow_mixed: bool
 
     def map(
         self, function: Callable[..., Any], tasks: Iterable[Task], on_progress: OnProgress | None = None
@@ -386,8 +391,8 @@ class _Worker:
 class _Processes:
     """Fresh Python processes with a connection to each, which carries a task, its reports, and its answer."""
 
-    def __init__(self, threads: int, count: int) -> None:
-        self.threads = threads
+    def __init__(self, threads: int, allow_mixed: bool, count: int) -> None:
+        self.threads, self.allow_mixed = threads, allow_mixed
         self._count = count
         self._workers: list[_Worker] = []
         self._stillborn = 0
@@ -604,11 +609,11 @@ class _RayPool:
     result.
     """
 
-    def __init__(self, threads: int, device: torch.device, allow_mixed: bool) -> None:
+    def __init__(self, threads: int, allow_mixed: bool, device: torch.device) -> None:
         import ray
 
         self._ray = ray
-        self.threads = threads
+        self.threads, self.allow_mixed = threads, allow_mixed
         self._gpus = 1 if device.type == "cuda" else 0
         self._device = torch.device(device.type)  # a task sees no other GPU than its own
         self._remote = ray.remote(
@@ -701,8 +706,8 @@ class _RayPool:
             parcel = self._ray.get(answer)
         except exceptions.RayTaskError as error:  # what the function raises comes in the parcel
             raise UserError(
-                f"a node of the Ray cluster cannot run cospadi: {' '.join(str(error.cause).split())}. Install the same "
-                "version on all of them"
+                f"a node of the Ray cluster cannot run cospadi: {str(error.cause).strip().splitlines()[-1]}. Install "
+                "the same version on all of them"
             ) from None
         except exceptions.RayError as error:
             raise RuntimeError(
