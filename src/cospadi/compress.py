@@ -253,10 +253,10 @@ class Prepared:
                 },
                 "threads": torch.get_num_threads(),
                 "threads_per_task": job.pool.threads,
+                "device": device_model(job.blocks.device),
             }
-            if not job.pool.allow_mixed:
-                identity["device"] = device_model(job.blocks.device)
-            if ledger.begin(identity, {"weights": [stamps, origin["weights_sha256"]]}):
+            notes = {"weights": [stamps, origin["weights_sha256"]]}
+            if ledger.begin(identity, notes, but=["device"] if job.pool.allow_mixed else []):
                 log.info("going on with the unfinished job in %s", ledger.folder)
         return origin
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,7 +83,9 @@ class Job:
         return Work(self.recipe, group, metric, weight, of_group, weighs_columns(self.recipe), self.blocks.device)
 
     def task(self, work: Work, *more: Any) -> Task:
-        """The same for the pool."""
+        """The same for the pool; what leaves this process travels through the CPU."""
+        if not self.pool.here:
+            work = replace(work.on(torch.device("cpu")), device=torch.device(work.device.type))
         return Task((work, *more), memory_of(work.group))
 
 

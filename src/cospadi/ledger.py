@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,19 +124,20 @@ class JobDirectory(Ledger):
         """What an earlier run noted beside the job's identity, or None."""
         return self._notes.get(key)
 
-    def begin(self, identity: dict[str, Any], notes: dict[str, Any]) -> bool:
+    def begin(self, identity: dict[str, Any], notes: dict[str, Any], but: Sequence[str] = ()) -> bool:
         """Say which job this is; True where an unfinished one goes on.
 
         Args:
             identity: everything that the job's bytes follow from: name -> JSON value.
             notes: kept beside it for a later run, not compared.
+            but: names in the identity that may differ.
 
         Raises:
             UserError: the folder holds another job.
         """
         identity = json.loads(json.dumps(identity))
         if self._identity is not None:
-            for name in sorted(set(identity) | set(self._identity)):
+            for name in sorted((set(identity) | set(self._identity)) - set(but)):
                 there, here = self._identity.get(name), identity.get(name)
                 if there != here:
                     raise UserError(

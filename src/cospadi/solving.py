@@ -41,6 +41,7 @@ class Work:
         weight: W of its members side by side, (d1, sum of d2), in any dtype.
         fisher: F of its members side by side, float64 (sum of d2,); None where nothing asks for it.
         weighed: whether the solver weighs outputs by `fisher`.
+        device: where it is solved.
     """
 
     recipe: Recipe
@@ -51,14 +52,14 @@ class Work:
     weighed: bool
     device: torch.device
 
-    def here(self) -> Work:
-        """The same with its tensors on its device."""
+    def on(self, device: torch.device) -> Work:
+        """The same with its tensors on a device."""
         factor = self.metric.factor
         return replace(
             self,
-            metric=self.metric if factor is None else replace(self.metric, factor=factor.to(self.device)),
-            weight=self.weight.to(self.device),
-            fisher=None if self.fisher is None else self.fisher.to(self.device),
+            metric=self.metric if factor is None else replace(self.metric, factor=factor.to(device)),
+            weight=self.weight.to(device),
+            fisher=None if self.fisher is None else self.fisher.to(device),
         )
 
     def target(self) -> Tensor:
@@ -90,7 +91,7 @@ class Packed:
 
 def factorize(work: Work, report: Report) -> Packed:
     """Solve a group in full, and round its factors to what is stored."""
-    work = work.here()
+    work = work.on(work.device)
     first, iterations = work.group.members[0], work.recipe.iterations
     short = f"{first.block}.{first.kind.rpartition('.')[2]}"
 
@@ -104,7 +105,7 @@ def factorize(work: Work, report: Report) -> Packed:
 
 def approximate(work: Work, report: Report) -> dict[str, Tensor]:
     """The weights (d2, d1) that a short solver run makes of a group, in the dtype of its own, on the CPU."""
-    work = work.here()
+    work = work.on(work.device)
     solution = solve(work, work.group, work.target(), QUICK_ITERATIONS)
     dictionary = work.metric.undo(solution.dictionary).float()
     parts = torch.split(solution.coefficients, work.group.d2s, dim=1)
@@ -125,7 +126,7 @@ def cost_curve(
         sizes: the group at several sizes, each with the ratio and rho that it stands for.
         by_fisher: F_j is that of the work; else one over the energy ||L W||^2 of the projection.
     """
-    work = work.here()
+    work = work.on(work.device)
     group, target = work.group, work.target()
     if by_fisher:
         assert work.fisher is not None
