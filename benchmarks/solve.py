@@ -31,9 +31,8 @@ import typer
 from torch import Tensor
 
 from cospadi import budget, source
-from cospadi.calibration.gram import Whitening
-from cospadi.calibration.text import token_sequences
-from cospadi.compress import Job, pack, solve, walk
+from cospadi.compress import prepare
+from cospadi.engine import Engine
 from cospadi.factorization import SOLVERS, Problem, SolverOptions
 from cospadi.factorization.mod_htp import (
     BLOCK_ENTRIES,
@@ -44,10 +43,12 @@ from cospadi.factorization.mod_htp import (
     _scheduled,
     _self_product,
 )
-from cospadi.plan import Group, make_plan
+from cospadi.job import read_text, walk
+from cospadi.ledger import Ledger
+from cospadi.plan import Group
 from cospadi.progress import Stages
-from cospadi.projections import find_projections, select, shared_inputs
 from cospadi.recipe import Recipe
+from cospadi.solving import pack, solve
 
 RESULTS = Path(__file__).parent / "results" / "solve"
 KSVD_RESULTS = Path(__file__).parent / "results" / "quality"
@@ -254,46 +255,39 @@ def _projections_row(
         allocate="uniform",
         weight_columns="none",
     )
-    model = source.load_model(source.resolve(folder), torch.device("cpu")).eval()
-    selected = select(find_projections(model))[:limit]
-    job = Job(model, recipe, shared_inputs(model, selected), None, Stages())
-    job.sequences = token_sequences(source.load_tokenizer(folder), recipe, source.positions(model.config))
-    ours = replace(job, recipe=recipe.model_copy(update={"solver": "mod-htp"}))
     found: dict[str, dict[str, Any]] = {}
     ksvd_seconds: dict[str, float] = {}
-    for groups, metrics in walk(job, make_plan(selected, recipe, job.owner).groups):
-        for group in groups:
-            metric = metrics[job.inputs(group)]
-            (name, shape), target = _name_and_shape(group), _whitened(model, group, metric)
-            if shape not in ksvd_seconds:
+    with prepare(folder, recipe, None, Stages(), Engine(), Ledger()) as prepared:
+        job, groups = prepared.job, prepared.uniform.groups[:limit]
+        read_text(job, prepared.tokenizer, prepared.folder)
+        for some, metrics in walk(job, groups):
+            for group in some:
+                work = job.work(group, metrics[job.inputs(group)], None)
+                ours = replace(work, recipe=recipe.model_copy(update={"solver": "mod-htp"}))
+                (name, shape), target = _name_and_shape(group), work.target()
+                if shape not in ksvd_seconds:
+                    start = time.perf_counter()
+                    solve(work, group, target, 2)
+                    ksvd_seconds[shape] = (time.perf_counter() - start) / 2 * PAPER_ITERATIONS
                 start = time.perf_counter()
-                solve(job, group, metric, target, None, 2)
-                ksvd_seconds[shape] = (time.perf_counter() - start) / 2 * PAPER_ITERATIONS
-            start = time.perf_counter()
-            solution = solve(ours, group, metric, target, None, iterations)
-            seconds = time.perf_counter() - start
-            energy = torch.linalg.svdvals(target).square()
-            found[name] = {
-                "shape": shape,
-                "k": group.k,
-                "s": round(group.s),
-                "error": pack(group, solution, metric, target).errors[name],
-                "error_ksvd": ksvd_errors[name],
-                "error_rank_k": float((energy[group.k :].sum() / energy.sum()).sqrt()),
-                "seconds": seconds,
-                "seconds_ksvd": ksvd_seconds[shape],
-            }
+                solution = solve(ours, group, target, iterations)
+                seconds = time.perf_counter() - start
+                energy = torch.linalg.svdvals(target).square()
+                found[name] = {
+                    "shape": shape,
+                    "k": group.k,
+                    "s": round(group.s),
+                    "error": pack(group, solution, work.metric, target).errors[name],
+                    "error_ksvd": ksvd_errors[name],
+                    "error_rank_k": float((energy[group.k :].sum() / energy.sum()).sqrt()),
+                    "seconds": seconds,
+                    "seconds_ksvd": ksvd_seconds[shape],
+                }
     return {"model": folder.name, "ratio": ratio, "iterations": iterations, "projections": found}
 
 
 def _name_and_shape(group: Group) -> tuple[str, str]:
     return group.members[0].name, f"{group.d1}x{sum(group.d2s)}"
-
-
-def _whitened(model: torch.nn.Module, group: Group, metric: Whitening) -> Tensor:
-    weight = model.get_submodule(group.members[0].name).weight
-    assert isinstance(weight, Tensor)
-    return metric.apply(weight.detach().T)
 
 
 @app.command()
