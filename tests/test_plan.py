@@ -162,7 +162,7 @@ def test_plan_that_cannot_be_read_or_written_is_a_sentence(
     assert not list(tmp_path.iterdir())
 
 
-def test_stopping_a_measurement_leaves_nothing(
+def test_measurement_that_was_stopped_goes_on(
     dense_folder: Path,
     flags: list[str],
     run: Callable[..., Answer],
@@ -172,11 +172,17 @@ def test_stopping_a_measurement_leaves_nothing(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["cospadi.compress"], "allocate", interrupt)
-    answer = run("plan", dense_folder, *flags, "--measure", tmp_path / "plan.json")
+    command = ["plan", dense_folder, *flags, "--measure"]
+    assert run(*command, tmp_path / "reference.json").code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["cospadi.compress"], "allocate", interrupt)
+        answer = run(*command, tmp_path / "plan.json")
     assert answer.code == 130
-    assert "No plan was written" in answer.err
-    assert not list(tmp_path.iterdir())
+    assert f"What is finished is kept in {tmp_path / 'plan.json.work'}" in answer.err
+    assert not (tmp_path / "plan.json").exists()
+    assert "going on with the unfinished job" in run(*command, tmp_path / "plan.json").err
+    assert (tmp_path / "plan.json").read_bytes() == (tmp_path / "reference.json").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "reference.json"}
 
 
 def test_unmeasured_plan_says_what_is_not_final(dense_folder: Path, run: Callable[..., Answer]) -> None:

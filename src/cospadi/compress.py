@@ -183,6 +183,8 @@ def measure_plan(
     recipe: Recipe | Path | str | dict[str, Any] | None = None,
     *,
     tokenizer: Any = None,
+    work: Path | None = None,
+    resume: bool | None = None,
     engine: Engine | None = None,
     cache_bytes: int = CACHE_BYTES,
     keep_grams: bool = False,
@@ -191,21 +193,29 @@ def measure_plan(
     """The plan that `compress` would follow: calibrates, and spreads the bytes, but compresses nothing.
 
     Args: as of `compress`; a loaded model is left as it was.
+        work: folder for finished work, from which the same call goes on if it died; removed at the end.
 
     Raises:
         UserError: a request that cannot be met.
     """
     training = isinstance(model, nn.Module) and model.training
     recipe, engine, stages = Recipe.build(recipe), engine or Engine(), stages or Stages()
-    with prepare(model, recipe, tokenizer, stages, engine, Ledger(), cache_bytes, keep_grams) as prepared:
+    with ExitStack() as stack:
+        ledger = Ledger() if work is None else JobDirectory(work, resume)
+        stack.callback(ledger.close)
+        prepared = stack.enter_context(
+            prepare(model, recipe, tokenizer, stages, engine, ledger, cache_bytes, keep_grams)
+        )
         job, uniform = prepared.job, prepared.uniform
-        try:
-            if needs_text(recipe):
-                read_text(job, prepared.tokenizer, prepared.folder)
-            fisher = estimate_fisher(job, uniform) if allocation_of(recipe) != "uniform" else None
-            return allocate(job, uniform, fisher)
-        finally:
-            job.blocks.model.train(training)
+        stack.callback(job.blocks.model.train, training)
+        prepared.begin(None)
+        if needs_text(recipe):
+            read_text(job, prepared.tokenizer, prepared.folder)
+        fisher = estimate_fisher(job, uniform) if allocation_of(recipe) != "uniform" else None
+        plan = allocate(job, uniform, fisher)
+        if isinstance(ledger, JobDirectory):
+            ledger.remove()
+        return plan
 
 
 @dataclass(frozen=True)
@@ -234,6 +244,7 @@ class Prepared:
         """
         job, ledger = self.job, self.job.ledger
         origin = {"model": self.hub_name, "weights_sha256": None}
+        stamps: list[Any] = []
         if self.folder is not None:
             stamps = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in checkpoint.weight_files(self.folder)]
             noted = ledger.note("weights") if isinstance(ledger, JobDirectory) else None
@@ -441,7 +452,9 @@ def solve_in_sequence(job: Job, groups: Sequence[Group], fisher: Mapping[str, Te
                         count = (last + 1) * len(dense)
                         with job.stages.stage("calibrate", count) as progress:
                             progress.reach(index * len(dense), f"block {index + 1} of {last + 1}")
-                            pairs = sequence.paired_grams(block, index, calls, dense, compressed, stand_ins, readers)
+                            pairs = sequence.paired_grams(
+                                block, index, calls, dense, compressed, stand_ins, readers, progress.advance
+                            )
                         solve_together(job, groups, by_reader, wanted, pairs, keys, fisher)
                     for group in (group for some in by_reader.values() for group in some):
                         piece = job.ledger.get(keys[group])

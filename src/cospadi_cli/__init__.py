@@ -222,6 +222,7 @@ def plan(
     batch_size: BatchSize = None,
     device: RecipeDevice = None,
     revision: Revision = None,
+    resume: Resume = None,
     engine: EngineFlag = "local",
     workers: Workers = 1,
     threads_per_task: ThreadsPerTask = None,
@@ -234,11 +235,11 @@ def plan(
 ) -> None:
     """Show what `compress` would do: from the model's config and headers alone, or measured."""
     flags = dict(locals())
-    with _if_stopped(lambda: f"No plan was written to {measure}." if measure else "Nothing was written."):
+    with _if_stopped(lambda: _what_is_left(measure) if measure else "Nothing was written."):
         built = _recipe(flags)
         stages = _talk(progress if measure else "off")
         from cospadi import report
-        from cospadi.compress import measure_plan
+        from cospadi.compress import measure_plan, work_folder
         from cospadi.job import allocation_of
         from cospadi.plan import check_plan_file, outlook, write_plan
 
@@ -247,8 +248,8 @@ def plan(
             check_plan_file(measure)
             with stages.shown():
                 measured = measure_plan(
-                    model, built, engine=_engine(flags), cache_bytes=int(cache_gb * 1e9), keep_grams=keep_grams,
-                    stages=stages,
+                    model, built, work=work_folder(measure), resume=resume, engine=_engine(flags),
+                    cache_bytes=int(cache_gb * 1e9), keep_grams=keep_grams, stages=stages,
                 )  # fmt: skip
             write_plan(measured, built, measure)
         found = outlook(model, built, measured)
