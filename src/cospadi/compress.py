@@ -388,17 +388,18 @@ def describe(
 
 
 def check_space(job: Job, plan: Plan, output: Path) -> None:
-    """Refuse a disk that will be too full, before any work is done."""
-    parameters = {
-        name: parameter.numel() * parameter.element_size() for name, parameter in job.blocks.model.named_parameters()
-    }
-    needed = sum(parameters.values()) - sum(
-        parameters[f"{member.name}.weight"] for group in plan.compressed for member in group.members
-    )
+    """Refuse a disk that will be too full, before any work is done.
+
+    The job directory first holds the weights that short solves make of all groups, then, without these, the factors,
+    which are in the output a second time when it is written.
+    """
+    parameters = {name: parameter.nbytes for name, parameter in job.blocks.model.named_parameters()}
+    replaced = sum(parameters[f"{member.name}.weight"] for group in plan.compressed for member in group.members)
     packed = sum(group.parts.total for group in plan.compressed)
-    needed += packed
+    needed = sum(parameters.values()) - replaced + packed
     if job.ledger.folder is not None:
-        needed += packed  # in the job directory, until the output is there
+        by_fisher = weighs_columns(job.recipe) or allocation_of(job.recipe) == "fisher"
+        needed = max(needed + packed, replaced if by_fisher else 0)
         needed -= sum(path.stat().st_size for path in job.ledger.folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(checkpoint.nearest_folder(output)).free
     if needed > free:

@@ -93,13 +93,13 @@ class JobDirectory(Ledger):
 
     Args:
         folder: made if it is not there; its parent too.
-        resume: None goes on with a job of the same identity and refuses another; True does the same and says what it
-            found; False begins anew.
+        resume: None goes on with a job of the same identity and refuses another; True says, too, where there is none;
+            False begins anew.
     """
 
     def __init__(self, folder: Path, resume: bool | None = None) -> None:
         super().__init__()
-        self.folder = folder
+        self.folder, self._resume = folder, resume
         strange = sorted({path.name for path in folder.iterdir()} - KNOWN) if folder.is_dir() else []
         if strange:
             raise UserError(
@@ -146,6 +146,8 @@ class JobDirectory(Ledger):
                     )
             return True
         assert self.folder is not None
+        if self._resume:
+            log.info("there is no unfinished job in %s: a new one begins", self.folder)
         (self.folder / PIECES).mkdir(exist_ok=True)
         _write_whole(self.folder / NAME, _line({"cospadi_job": VERSION, "identity": identity, "notes": notes}))
         self._identity, self._notes = identity, notes
