@@ -32,7 +32,7 @@ from cospadi.calibration.fisher import _summed_loss, output_fisher_by_blocks
 from cospadi.calibration.gram import IDENTITY, whiten
 from cospadi.calibration.text import sequence_length
 from cospadi.factorization import Factorization, find_solver
-from cospadi.factorization.mod_htp import EXACT_SHARE
+from cospadi.factorization.mod_htp import EXACT_SHARE, _bf16_is_fast
 from cospadi.job import CACHE_BYTES, allocation_of, needs_text, weighs_columns
 from cospadi.measuring import SPANS, measured_ratios, measured_rhos
 from cospadi.plan import Group, Plan, _owner_without_weights, size_group
@@ -459,8 +459,8 @@ def memory_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text, agenda: Agen
         return tokens * (shape.item * (4 * shape.hidden + 3 * widest) + 4 * widest) + 4 * widest**2
 
     def losses(tokens: int) -> int:
-        """Logits, in float32, their softmax and its gradient."""
-        return shape.edge_bytes + tokens * shape.vocabulary * (shape.item + 8)
+        """Logits in float32 and their softmax."""
+        return shape.edge_bytes + 8 * tokens * shape.vocabulary
 
     # Without text the whole job is the solving.
     stages = [solving]
@@ -482,7 +482,25 @@ def memory_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text, agenda: Agen
         flows, square = min(2 * flow, shelf), 8 * widest**2
         stages.append(flows + 2 * block + 2 * square + 2 * activations(batch))
         stages.append(flows + 2 * block + 7 * square + solving)
-    return base_bytes() + max(stages)
+    return base_bytes() + prepared_bytes(recipe, agenda) + max(stages)
+
+
+PRODUCTS, PRODUCT_BYTES, MOST_PRODUCTS = 6, 550_000, 1024
+"""Products of mod-htp that differ between sizes; bytes of what torch's CPU library keeps of one, and of how many."""
+
+
+def prepared_bytes(recipe: Recipe, agenda: Agenda) -> int:
+    """Bytes of prepared bf16 products: torch's CPU library keeps the code that it made for each shape.
+
+    A size that groups are measured at counts once for equal groups; the sizes that budgets then choose all differ.
+    """
+    cpu = torch.device("cpu")
+    if recipe.solver != "mod-htp" or source.pick_device(recipe.device).type != "cpu" or not _bf16_is_fast(cpu):
+        return 0
+    sizes = {(_key(size), size.k) for run in agenda.runs for size in run.sizes if run.stage != "candidates"}
+    groups = len({run.sizes[0].members for run in agenda.runs})
+    chosen = (len(SPANS) - 1) * groups if agenda.candidates else 0
+    return PRODUCT_BYTES * min(MOST_PRODUCTS, PRODUCTS * (len(sizes) + chosen))
 
 
 def solving_bytes(group: Group, compensated: bool) -> int:
@@ -590,6 +608,7 @@ STAND_IN = {"cpu": 1024, "cuda": 4096}
 
 PROBE_FLOPS = {"cpu": 2e10, "cuda": 5e12}
 """FLOPs that one timed piece may take: a part of a second."""
+
 
 def measure(model: Any, recipe: Recipe, text: Text, agenda: Agenda) -> Pace:
     """Time the pieces of a job on the recipe's device, at its own shapes or, where they are large, at smaller ones.
