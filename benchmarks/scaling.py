@@ -44,7 +44,11 @@ RESULTS = Path(__file__).parent / "results" / "scaling"
 FIGURE = Path(__file__).parents[1] / "docs" / "images" / "scaling.svg"
 WIDTHS = (64, 128, 256, 512, 768)
 DEPTHS = (1, 2, 4, 8)
-LARGE = {"Llama-3-8B": (4096, 14336, 32, 32), "Llama-3-70B": (8192, 28672, 80, 64), "405B": (16384, 53248, 126, 128)}
+LARGE = {
+    "Llama-3-8B": (4096, 14336, 32, 32),
+    "Llama-3-70B": (8192, 28672, 80, 64),
+    "Llama-3.1-405B": (16384, 53248, 126, 128),
+}
 """Hidden and intermediate size, blocks, heads; 8 of keys and values, 128256 tokens."""
 app = typer.Typer(add_completion=False)
 
@@ -230,46 +234,41 @@ def figure(output: Path = FIGURE) -> None:
 def extrapolate(
     tflops: Annotated[float, typer.Option(help="10^12 FLOPs a second that a node sustains in products")] = 100.0,
     factor_tflops: Annotated[float, typer.Option(help="the same in factorizations, float64")] = 2.0,
+    gigabytes: Annotated[float, typer.Option(help="10^9 bytes a second that the disk reads or writes")] = 2.0,
     nodes: int = 16,
 ) -> None:
     """Costs of large Llamas by the default recipe, at assumed speeds."""
     print("| model | stage | products | factorizations | 1 node | spread over nodes? |\n|---|---|---|---|---|---|")
     totals = []
     for name, sizes in LARGE.items():
-        flops, memory, disk = _large(*sizes)
-        spread, alone = 0.0, 0.0
+        seconds, flops, memory, disk = _large(Recipe(), sizes, tflops, factor_tflops, gigabytes)
         for stage, spent in flops.items():
-            if not spent.total:
-                continue
-            seconds = _at(spent, tflops, factor_tflops)
-            where = {"runs": "yes", "solve": "with --no-compensate"}.get(stage, "no")
-            spread += seconds * (stage == "runs")
-            alone += seconds
-            print(f"| {name} | {stage} | {spent.products:.2g} | {spent.others:.2g} | {duration(seconds)} | {where} |")
-        solving = _at(flops["solve"], tflops, factor_tflops)
-        totals.append((name, alone, alone - spread * (1 - 1 / nodes), solving, memory, disk))
-    print(
-        f"\n| model | 1 node | {nodes} nodes | {nodes} nodes, --no-compensate | memory | disk |\n|---|---|---|---|---|---|"
-    )
-    for name, one, some, solving, memory, disk in totals:
-        freed = some - solving * (1 - 1 / nodes)
-        print(f"| {name} | {duration(one)} | {duration(some)} | {duration(freed)} ", end="")
+            where = {"short runs": "yes", "solve": "with --no-compensate"}.get(stage, "no")
+            print(f"| {name} | {stage} | {spent.products:.2g} | {spent.others:.2g} ", end="")
+            print(f"| {duration(seconds[stage])} | {where} |")
+        print(f"| {name} | disk | - | - | {duration(seconds['disk'])} | no |")
+        freed, *_ = _large(Recipe(compensate=False), sizes, tflops, factor_tflops, gigabytes)
+        some = sum(seconds.values()) - seconds["short runs"] * (1 - 1 / nodes)
+        fewest = sum(freed.values()) - (freed["short runs"] + freed["solve"]) * (1 - 1 / nodes)
+        totals.append((name, sum(seconds.values()), some, fewest, memory, disk))
+    print(f"\n| model | 1 node | {nodes} nodes | {nodes} nodes, --no-compensate | memory | disk |")
+    print("|---|---|---|---|---|---|")
+    for name, one, some, fewest, memory, disk in totals:
+        print(f"| {name} | {duration(one)} | {duration(some)} | {duration(fewest)} ", end="")
         print(f"| {memory / 1e9:,.0f} GB | {disk / 1e9:,.0f} GB |")
 
 
-def _at(flops: Flops, tflops: float, factor_tflops: float) -> float:
-    return flops.products / tflops / 1e12 + flops.others / factor_tflops / 1e12
-
-
-def _large(hidden: int, inside: int, depth: int, heads: int) -> tuple[dict[str, Flops], int, int]:
-    """FLOPs of every stage, "runs" being the short solver runs of the budgets; memory and disk."""
+def _large(
+    recipe: Recipe, sizes: tuple[int, int, int, int], tflops: float, factor_tflops: float, gigabytes: float
+) -> tuple[dict[str, float], dict[str, Flops], int, int]:
+    """Seconds and FLOPs of every stage, "short runs" being those of the budgets; bytes of memory and of disk."""
+    hidden, inside, depth, heads = sizes
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=inside, num_hidden_layers=depth, num_attention_heads=heads,
         num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192,
     )  # fmt: skip
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    recipe = Recipe()
     projections = find_projections(model)
     owner = _owner_without_weights(model, projections)
     plan = make_plan(projections, recipe, owner)
@@ -279,13 +278,19 @@ def _large(hidden: int, inside: int, depth: int, heads: int) -> tuple[dict[str, 
     runs = Flops()
     for one in agenda.runs:
         if one.stage != "solve":
-            runs += estimating.run_flops(one, recipe, True, True)
+            runs += estimating.run_flops(one, recipe, True, agenda.compensated)
     losses = Flops(flops["budgets"].products - runs.products)
     stored = sum(parameter.nbytes for parameter in model.parameters())
     output = stored + sum(group.parts.total - group.dense_bytes for group in plan.compressed)
     memory = estimating.memory_of(shape, recipe, plan, text, agenda, CACHE_BYTES)
     disk = estimating.disk_of(shape, plan, text, agenda, CACHE_BYTES, False, output)
-    return flops | {"budgets": losses, "runs": runs}, memory, disk
+    traffic = estimating.weight_reads(agenda) * stored
+    traffic += sum(estimating.spilled_bytes(shape, text, agenda, CACHE_BYTES))
+    flops = {stage: spent for stage, spent in (flops | {"budgets": losses, "short runs": runs}).items() if spent.total}
+    seconds = {
+        stage: spent.products / tflops / 1e12 + spent.others / factor_tflops / 1e12 for stage, spent in flops.items()
+    }
+    return seconds | {"disk": traffic / gigabytes / 1e9}, flops, memory, disk
 
 
 def _rows() -> list[dict[str, Any]]:

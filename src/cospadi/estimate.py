@@ -212,7 +212,7 @@ def estimate(
     seconds = None
     if timing:
         pace = measure(skeleton.model, recipe, text, agenda)
-        seconds = times(shape, recipe, text, agenda, pace, stored, output)
+        seconds = times(shape, recipe, text, agenda, pace, cache_bytes, stored, output)
     return Estimate(
         flops_of(shape, recipe, text, agenda),
         seconds,
@@ -551,6 +551,27 @@ def disk_of(
     )
 
 
+def weight_reads(agenda: Agenda) -> float:
+    """How often each weight is read from the disk: by whatever loads its block, and for each problem it is part of."""
+    first = agenda.runs[0].sizes[0].members
+    problems = sum(run.count for run in agenda.runs if run.sizes[0].members == first)
+    return 5 + agenda.walks + 2 * agenda.rounds + 2 * (agenda.candidates > 0) + agenda.compensated + problems
+
+
+def spilled_bytes(shape: Shape, text: Text, agenda: Agenda, cache_bytes: int) -> tuple[int, int]:
+    """Bytes of hidden states, beyond half of the cache, that are read from the disk and written to it."""
+
+    def beyond(flow: int) -> int:
+        return max(0, flow - cache_bytes // 2)
+
+    blocks = len(shape.parameters)
+    flow, checked = text.tokens * shape.hidden * shape.item, text.checked_tokens * shape.hidden * shape.item
+    moved = blocks * (agenda.walks * beyond(flow) + beyond(agenda.candidates * checked))
+    paired = agenda.compensated * beyond(2 * flow)
+    inputs = agenda.rounds * beyond((blocks + 2) * checked)
+    return moved + (blocks + len(shape.readers)) * paired + 2 * inputs, moved + blocks * paired + 2 * inputs
+
+
 @dataclass(frozen=True)
 class SolverPace:
     """Seconds of a solver run of one shape, at one size.
@@ -606,7 +627,7 @@ class Pace:
 STAND_IN = {"cpu": 1024, "cuda": 4096}
 """Hidden size of the block that is timed in place of one that would take too long."""
 
-PROBE_FLOPS = {"cpu": 2e10, "cuda": 5e12}
+PROBE_FLOPS = {"cpu": 1.5e10, "cuda": 5e12}
 """FLOPs that one timed piece may take: a part of a second."""
 
 
@@ -761,16 +782,16 @@ def _time_group(
     work = Work(recipe, small, metric, weight, fisher, weighs_columns(recipe), device)
     target = work.target()
     rows: list[list[float]] = []
+    found: list[Factorization] = []
 
-    def run() -> Factorization:
+    def run() -> None:
         stamps = [_now(device)]
-        result = solve(work, small, target, iterations, lambda _iteration, _error: stamps.append(_now(device)))
+        found[:] = [solve(work, small, target, iterations, lambda _iteration, _error: stamps.append(_now(device)))]
         rows.append([after - before for before, after in pairwise([*stamps, _now(device)])])
-        return result
 
     scale = shrink**3
     _seconds(run, device)
-    solution = run()
+    solution = found[0]
     first, *steps, end = (scale * min(row[place] for row in rows) for place in range(min(map(len, rows))))
     quick, exact = (min(steps[:-1] or steps), steps[-1]) if steps else (0.0, 0.0)
     rounding = scale * _seconds(lambda: dense_weights(pack(small, solution, metric, target)), device)
@@ -826,7 +847,7 @@ def _time_disk() -> tuple[float, float, float, float]:
 
 
 def times(
-    shape: Shape, recipe: Recipe, text: Text, agenda: Agenda, pace: Pace, stored: int, output: int
+    shape: Shape, recipe: Recipe, text: Text, agenda: Agenda, pace: Pace, cache_bytes: int, stored: int, output: int
 ) -> dict[str, float]:
     """Seconds of every stage: the same counts as of FLOPs, times what was measured.
 
@@ -845,14 +866,14 @@ def times(
     walked = forward_flops(shape, text.tokens, text.length) * pace.forward + grams + whitening
     paired = (paired_flops(shape, text).products - 2 * squares) * pace.forward + 2 * grams + whitening
     spent = dict.fromkeys(STAGES, 0.0)
-    first = _key(agenda.runs[0].sizes[0]), agenda.runs[0].sizes[0].members
-    of_one = [run for run in agenda.runs if (_key(run.sizes[0]), run.sizes[0].members) == first]
-    passes = 5 + agenda.walks + 2 * agenda.rounds + 2 * (agenda.candidates > 0) + agenda.compensated
-    passes += round(sum(run.count for run in of_one))
-    spent["load"] = pace.start + stored * (pace.hashed + passes * pace.read) + whole(agenda.learned * text.length)
+    spent["load"] = (
+        pace.start + stored * (pace.hashed + weight_reads(agenda) * pace.read) + whole(agenda.learned * text.length)
+    )
     spent["fisher"] = agenda.rounds * (gradients * pace.backward + of_head * pace.head)
     spent["calibrate"] = agenda.walks * walked + agenda.compensated * paired
     spent["budgets"] = whole(agenda.candidates * text.checked_tokens)
+    read, written = spilled_bytes(shape, text, agenda, cache_bytes)
+    spent["calibrate"] += read * pace.read + written * pace.written
     for run in agenda.runs:
         spent[_shown(run)] += run_seconds(run, recipe, pace)
         spent["write"] += pace.piece * (run.stage != "candidates") * min(1, run.count)
