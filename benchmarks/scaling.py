@@ -42,7 +42,7 @@ from cospadi.report import duration
 
 RESULTS = Path(__file__).parent / "results" / "scaling"
 FIGURE = Path(__file__).parents[1] / "docs" / "images" / "scaling.svg"
-WIDTHS = (64, 128, 256, 512, 768)
+WIDTHS = (64, 128, 256, 512, 768, 1024)
 DEPTHS = (1, 2, 4, 8)
 LARGE = {
     "Llama-3-8B": (4096, 14336, 32, 32),
@@ -220,7 +220,7 @@ def figure(output: Path = FIGURE) -> None:
         flops = [row["flops"] / rows[-1]["flops"] * _measured(rows[-1]) for row in rows]
         axis.plot(sizes, flops, ":", color="grey", label=f"FLOPs, slope {wanted:.2f}")
         axis.set(xscale="log", yscale="log", xlabel=label, ylabel="seconds on one core")
-        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.set_xticks(sizes, [str(size) for size in sizes], fontsize=7)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
