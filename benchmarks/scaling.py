@@ -1,6 +1,6 @@
 """How the cost of a job grows: estimates against what happens, runs at growing sizes, extrapolation to large models.
 
-    python benchmarks/scaling.py check MODEL --calibration FILE --sequences 32 --iterations 20
+    python benchmarks/scaling.py check MODEL CALIBRATION --sequences 32 --iterations 20
     python benchmarks/scaling.py run
     python benchmarks/scaling.py table
     python benchmarks/scaling.py figure
