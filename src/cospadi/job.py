@@ -224,12 +224,13 @@ def walk(job: Job, groups: Sequence[Group]) -> Iterator[tuple[Sequence[Group], M
     if job.sequences is None:
         yield groups, {job.inputs(group): IDENTITY for group in groups}
         return
-    if all(job.inputs(group) in job.metrics for group in groups):
-        yield groups, job.metrics
-        return
     by_end: dict[int, list[Group]] = {}
     for group in groups:
         by_end.setdefault(group.members[-1].block, []).append(group)
+    if all(job.inputs(group) in job.metrics for group in groups):
+        for end in sorted(by_end):
+            yield by_end[end], job.metrics
+        return
     kept = {inputs: _kept_metric(job, inputs) for inputs in map(job.inputs, groups)}
     if None not in kept.values():
         for end in sorted(by_end):

@@ -15,6 +15,7 @@ from cospadi.checkpoint import StoredProjection, StoredTensor
 from cospadi.compress import Compressed
 from cospadi.demo.job import Row
 from cospadi.doctor import Examination
+from cospadi.estimate import Estimate
 from cospadi.evaluate import Perplexity
 from cospadi.plan import Group, Plan
 from cospadi.recipe import Recipe
@@ -64,6 +65,63 @@ def plan_json(
             for group in plan.groups
         ],
     }
+
+
+def estimate_json(found: Estimate) -> dict[str, Any]:
+    """What a job will cost, for machines: FLOPs, bytes, seconds; null where nothing was timed."""
+    seconds = found.seconds
+    return {
+        "flops": sum(flops.total for flops in found.flops.values()),
+        "seconds": None if seconds is None else round(sum(seconds.values()), 3),
+        "memory_bytes": found.memory_bytes,
+        "disk_bytes": found.disk_bytes,
+        "stages": {
+            stage: {
+                "flops_products": flops.products,
+                "flops_others": flops.others,
+                "seconds": None if seconds is None else round(seconds[stage], 3),
+            }
+            for stage, flops in found.flops.items()
+        },
+    }
+
+
+def estimate_table(found: Estimate) -> Table:
+    """A line a stage: FLOPs and time; then memory and disk."""
+    seconds = found.seconds or {}
+    table = _table("compress would take", "FLOPs", "time")
+    table.columns[0].justify = "left"
+    for stage, flops in found.flops.items():
+        if flops.total or seconds.get(stage):
+            table.add_row(stage, _flops(flops.total), duration(seconds[stage]) if seconds else "-")
+    total = sum(flops.total for flops in found.flops.values())
+    table.add_section()
+    table.add_row("all", _flops(total), duration(sum(seconds.values())) if seconds else "-")
+    table.add_row("peak memory", "", gigabytes(found.memory_bytes))
+    table.add_row("disk, beside the source", "", gigabytes(found.disk_bytes))
+    return table
+
+
+def _flops(count: float) -> str:
+    """FLOPs with a prefix, for reading."""
+    for unit in ("", "k", "M", "G", "T", "P", "E"):
+        if count < 1000:
+            return f"{count:.3g} {unit}".rstrip()
+        count /= 1000
+    return f"{count:,.0f} Z"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes, hours or days, for reading."""
+    for size, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def gigabytes(nbytes: int) -> str:
+    """Bytes in MB of 10^6 or GB of 10^9 bytes, for reading."""
+    return megabytes(nbytes) if nbytes < 10**9 else f"{nbytes / 1e9:,.2f} GB"
 
 
 def plan_table(plan: Plan) -> Table:

@@ -230,6 +230,9 @@ def plan(
     allow_mixed: AllowMixed = False,
     cache_gb: CacheGb = 4,
     keep_grams: KeepGrams = False,
+    timing: Annotated[
+        bool, typer.Option("--timing/--no-timing", help="run pieces of the job for some seconds to tell its time")
+    ] = True,
     as_json: Json = False,
     progress: Progress = "auto",
 ) -> None:
@@ -240,6 +243,7 @@ def plan(
         stages = _talk(progress if measure else "off")
         from cospadi import report
         from cospadi.compress import measure_plan, work_folder
+        from cospadi.estimate import estimate
         from cospadi.job import allocation_of
         from cospadi.plan import check_plan_file, outlook, write_plan
 
@@ -253,6 +257,10 @@ def plan(
                 )  # fmt: skip
             write_plan(measured, built, measure)
         found = outlook(model, built, measured)
+        costs = estimate(
+            model, built, found.plan, final=measured is not None, cache_bytes=int(cache_gb * 1e9),
+            keep_grams=keep_grams, timing=timing,
+        )  # fmt: skip
     notes = [f"Whole checkpoint: {report.megabytes(found.before)} before, {report.megabytes(found.after)} after."]
     if found.experts:
         notes.append(f"Left dense, experts that are not nn.Linear: {found.experts}")
@@ -265,7 +273,8 @@ def plan(
             "final: what each group gets is measured with calibration text, which --measure FILE does."
         )
     data = report.plan_json(found.plan, built, found.before, found.after, final)
-    _show(data, as_json, report.plan_table(found.plan), *notes)
+    data["estimate"] = report.estimate_json(costs)
+    _show(data, as_json, report.plan_table(found.plan), *notes, "", report.estimate_table(costs))
 
 
 @app.command("eval")
