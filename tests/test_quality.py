@@ -1,6 +1,5 @@
 """The job on real trained models: sparse dictionaries beat low rank at equal bytes."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 
 import cospadi
-from cospadi import evaluate, source
+from cospadi import evaluate, measuring, source
 from cospadi.demo import HELD_OUT, model_path, stdlib_documents
 from cospadi.demo.job import run_demo
 from cospadi.progress import Stages
@@ -18,7 +17,7 @@ def test_demo_ranks_the_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cospadi.demo.job.WINDOWS", 12)
     monkeypatch.setattr("cospadi.demo.job.SEQUENCES", 24)
     monkeypatch.setattr("cospadi.demo.job.FISHER_SEQUENCES", 2)
-    monkeypatch.setattr(sys.modules["cospadi.compress"], "RHOS", (2.2,))  # a quarter of the short runs
+    monkeypatch.setattr(measuring, "RHOS", (2.2,))  # a quarter of the short runs
     dense, low_rank, paper, ours = run_demo(ratio=0.4, iterations=2, stages=Stages())
     assert dense.perplexity < 20
     assert dense.perplexity < ours.perplexity < paper.perplexity < low_rank.perplexity
