@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from cospadi.calibration.gram import accumulate_grams, whiten
 from cospadi.calibration.text import token_sequences
@@ -109,9 +110,9 @@ def recipe(source: object, **fields: object) -> Recipe:
     return Recipe.build({"calibration": str(source), "sequences": 4, "length": 5}, **fields)
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "txt"])
-def test_local_sources(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"text.{suffix}"
+@pytest.mark.parametrize("name", ["text.jsonl", "text.parquet", "text.txt"])
+def test_local_sources(tmp_path: Path, name: str) -> None:
+    path, suffix = tmp_path / name, name.rpartition(".")[2]
     texts = [f"{'a ' * 3}{'bb ' * 4}{i}" for i in range(10)]
     if suffix == "jsonl":
         path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
@@ -166,6 +167,76 @@ def test_malformed_lines_are_refused(tmp_path: Path) -> None:
     path.write_text('{"text": "a b c"}\n{"text": \n')
     with pytest.raises(UserError, match="cannot be read as jsonl"):
         token_sequences(words, recipe(path), 100)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" * 100_000,
+        b'{"text": ' + b"[" * 100_000,
+        b'{"text": ' + b"9" * 5000 + b"}",
+        b"5\n",
+        b"null",
+        b'["words", 5]',
+        b'{"text": "a b c d e f"}\n["a"]',
+        b'{"text": "caf\xe9"}',
+    ],
+    ids=lambda content: content[:20],
+)
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_rows_that_are_no_objects_are_refused(suffix: str, content: bytes, tmp_path: Path) -> None:
+    """Not only with an exception: Arrow's reader of JSON crashes on the deepest of these."""
+    path = tmp_path / f"text.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"text.{suffix}"):
+        token_sequences(words, recipe(path), 100)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '[{"text": "a b c d e"}, {"text": "f g h i j", "other": {"deep": [1, "x"]}}]',
+        '["a b c d e", "f g h i j"]',
+        '\ufeff{"text": "a b c d e"}\n\n{"other": [], "text": "f g h i j"}\n',
+        '{"text": "a b c d e", "mixed": 1}\r\n{"text": "f g h i j", "mixed": "one"}',
+    ],
+    ids=["objects", "texts", "lines after a BOM", "lines of mixed types"],
+)
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_rows_are_lines_or_one_list(suffix: str, content: str, tmp_path: Path) -> None:
+    path = tmp_path / f"text.{suffix}"
+    path.write_text(content, encoding="utf-8", newline="")
+    assert token_sequences(words, recipe(path), 100).shape == (2, 5)
+
+
+@pytest.mark.parametrize("name", ["[1].jsonl", "a*.jsonl", "[1].parquet", "a?.parquet"])
+def test_a_file_name_is_no_pattern(name: str, tmp_path: Path) -> None:
+    test_local_sources(tmp_path, name)
+
+
+@pytest.mark.parametrize("source", ["~nobody/text.txt", "x" * 300, "a\0b.txt", "\udcff\ud800.jsonl"])
+def test_a_name_that_no_file_can_have_is_refused(source: str) -> None:
+    with pytest.raises(UserError, match="calibration file"):
+        token_sequences(words, recipe("x").model_copy(update={"calibration": source}), 100)
+
+
+def test_a_folder_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").mkdir()
+    with pytest.raises(UserError, match=r"text\.txt is not a file"):
+        token_sequences(words, recipe(tmp_path / "text.txt"), 100)
+
+
+def test_a_tokenizer_that_fails_or_knows_other_tokens_is_told(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "\\ud800 is half a character"}')
+    with pytest.raises(UserError, match="tokenizer fails on the text"):
+        token_sequences(tokenizer, recipe(path), 100)
+    path.write_text('{"text": "one two three four five"}')
+    assert len(token_sequences(words, recipe(path), 100, vocabulary=6)) == 1
+    with pytest.raises(UserError, match="gives token 5, and the model has 5"):
+        token_sequences(words, recipe(path), 100, vocabulary=5)
 
 
 def test_length_defaults_to_the_positions_and_cannot_exceed_them(tmp_path: Path) -> None:

@@ -296,6 +296,7 @@ def test_wrong_nnz_is_refused(change: int, damaged: Path) -> None:
     ("fields", "field"),
     [
         ({"k": 0}, "k"),
+        ({"k": 2**62}, "k"),
         ({"k": "many"}, "k"),
         ({"nnz": -1}, "nnz"),
         ({"nnz": 10**9}, "nnz"),
@@ -354,7 +355,7 @@ def test_tensor_of_another_dtype_is_refused(tensor: str, damaged: Path) -> None:
     refused(damaged, "model.safetensors", tensor, "F32")
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", None])
+@pytest.mark.parametrize("version", [2, 0, "1", None, True, 1.0])
 @pytest.mark.parametrize("file", ["config.json", "cospadi.json"])
 def test_other_format_version_is_refused(file: str, version: object, damaged: Path) -> None:
     def change(content: dict[str, Any]) -> None:
@@ -383,7 +384,11 @@ def test_manifest_of_another_checkpoint_is_refused(damaged: Path, companions: Pa
         b'{"format_version": 1, "projections": null}',
         b'{"format_version": 1, "projections": 5}',
         b"null",
+        b'{"format_version": ' + b"9" * 5000,
+        b"[" * 100_000,
+        b'{"format_version": 1, "projections": {"a": {"relative_error": "small"}}}',
     ],
+    ids=lambda content: content[:20],
 )
 def test_malformed_manifest_is_refused(content: bytes, damaged: Path) -> None:
     (damaged / "cospadi.json").write_bytes(content)
@@ -427,9 +432,61 @@ def test_malformed_projections_are_refused(projections: object, damaged: Path) -
     refused(damaged, "config.json")
 
 
-def test_unknown_field_of_the_quantization_config_is_refused(damaged: Path) -> None:
-    edit_json(damaged / "config.json", lambda c: c["quantization_config"].update(extra=1))
-    refused(damaged, "config.json", "extra")
+@pytest.mark.parametrize("field", ["extra", "self"])
+def test_unknown_field_of_the_quantization_config_is_refused(field: str, damaged: Path) -> None:
+    edit_json(damaged / "config.json", lambda c: c["quantization_config"].update({field: 1}))
+    refused(damaged, "config.json", field)
+    with pytest.raises(cospadi.CheckpointError, match=field):
+        checkpoint.verify(damaged)
+
+
+@pytest.mark.parametrize("value", ["cospadi", ["cospadi"], True, None])
+def test_quantization_config_that_is_no_mapping_is_refused(value: object, damaged: Path) -> None:
+    edit_json(damaged / "config.json", lambda c: c.update(quantization_config=value))
+    with pytest.raises(UserError, match="is not a CoSpaDi checkpoint"):
+        checkpoint.verify(damaged)
+
+
+def test_bias_that_config_json_does_not_tell_of_is_refused(damaged: Path) -> None:
+    (damaged / "cospadi.json").unlink()
+    tensors = load_file(damaged / "model.safetensors")
+    save_file(tensors | {f"{GATE}.bias": torch.zeros(75)}, damaged / "model.safetensors", {"format": "pt"})
+    refused(damaged, f"{GATE}.bias", "config.json")
+
+
+@pytest.mark.parametrize("name", ["", "..", "../elsewhere.safetensors", "\ud800", "a\0b", "x" * 300])
+def test_index_of_odd_names_is_refused(name: str, damaged: Path) -> None:
+    (damaged / "model.safetensors").rename(damaged / "elsewhere.safetensors")
+    (damaged / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    for call in (checkpoint.read_checkpoint, cospadi.load):
+        with pytest.raises(cospadi.CheckpointError):
+            call(damaged)
+
+
+def test_what_only_has_the_name_of_a_safetensors_file_is_passed_over(damaged: Path) -> None:
+    (damaged / "folder.safetensors").mkdir()
+    (damaged / "link.safetensors").symlink_to(damaged / "nowhere")
+    checkpoint.verify(damaged)
+    load(damaged)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_hidden_layers": 10**9},
+        {"num_labels": 10**9},
+        {"head_dim": 10**12},
+        {"hidden_size": 0},
+        {"rope_parameters": "none"},
+        {"vocab_size": "many"},
+        {"dtype": 5},
+    ],
+    ids=str,
+)
+def test_config_of_another_model_is_refused_before_anything_is_built(fields: dict[str, Any], damaged: Path) -> None:
+    edit_json(damaged / "config.json", lambda config: config.update(fields))
+    with pytest.raises(UserError):
+        cospadi.load(damaged)
 
 
 @pytest.mark.parametrize("absolute", [False, True])
@@ -497,6 +554,20 @@ def test_without_the_package_loading_stops_instead_of_inventing_weights(whole: P
 
 
 # Writing that fails
+
+
+def test_folders_made_for_an_output_that_fails_go_with_it(
+    companions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "write_manifest", fail)
+    with pytest.raises(OSError, match="No space left"):
+        cospadi.compress(companions, {"iterations": 1, "data_free": True}, tmp_path / "new" / "below" / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_as_long_as_the_system_allows_is_written(companions: Path, tmp_path: Path) -> None:
+    cospadi.compress(companions, {"iterations": 1, "data_free": True}, tmp_path / ("n" * 255))
+    checkpoint.verify(tmp_path / ("n" * 255))
 
 
 def fail(*_: object) -> None:

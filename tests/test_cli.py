@@ -471,6 +471,102 @@ def test_prompt_without_room_is_refused(compressed: tuple[Path, Any], run: Calla
     check_mistake(run("generate", compressed[0], ""), "the prompt is empty")
 
 
+@pytest.mark.parametrize("temperature", ["1e-320", "1e-30", "0"])
+def test_a_temperature_of_nearly_nothing_takes_the_likeliest_token(
+    temperature: str, compressed: tuple[Path, Any], run: Callable[..., Answer]
+) -> None:
+    words = ["generate", compressed[0], "12 squared", "--tokens", "4"]
+    assert run(*words, "--temperature", temperature) == run(*words)
+
+
+@pytest.mark.parametrize("temperature", ["nan", "inf", "1e999"])
+def test_a_temperature_that_is_no_number_is_refused(
+    temperature: str, compressed: tuple[Path, Any], run: Callable[..., Answer]
+) -> None:
+    answer = run("generate", compressed[0], "12", "--temperature", temperature)
+    assert answer.code == 2
+    assert answer.out == ""
+    assert "Traceback" not in answer.err
+    assert "--temperature" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("output", "mentioned"),
+    [
+        ("file/out", "file is a file"),
+        ("file/below/out", "file is a file"),
+        ("x" * 300, "File name too long"),
+        ("\udcff", "only paths that are UTF-8"),
+        ("..", "or one around it"),
+    ],
+    ids=lambda value: ascii(value[:10]),
+)
+def test_output_that_cannot_be_written_is_refused_before_any_work(
+    output: str, mentioned: str, run: Callable[..., Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "around" / "here"
+    here.mkdir(parents=True)
+    (here / "file").write_text("a file")
+    monkeypatch.chdir(here)
+    check_mistake(run("compress", "no-such-model", "-o", output, "--overwrite", *FREE), mentioned)
+    assert [path.name for path in tmp_path.rglob("*")] == ["around", "here", "file"]
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~nobody/model", "a\0b", "\ud800"], ids=lambda name: ascii(name[:10]))
+def test_model_of_a_name_that_no_file_can_have(
+    name: str, text_file: Path, run: Callable[..., Answer], tmp_path: Path
+) -> None:
+    check_mistake(run("plan", name), "model")
+    check_mistake(run("eval", name, "--text", text_file), "model")
+    check_mistake(run("compress", name, "-o", tmp_path / "out", *FREE))
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_from_files_reach_the_terminal_escaped_and_cut(
+    dense_folder: Path, run: Callable[..., Answer], tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text('"a\\nb\\e[31m": 1\n')
+    check_mistake(run("plan", dense_folder, "--recipe", recipe), r"unknown field 'a\nb\x1b[31m'")
+    recipe.write_text(f"{'x' * 5000}: 1\n")
+    assert len(run("plan", dense_folder, "--recipe", recipe).err) < 1100
+
+
+def test_what_a_model_gives_back_is_not_for_its_config_to_say(
+    make_model: Callable[..., Path], text_file: Path, run: Callable[..., Answer], tmp_path: Path
+) -> None:
+    """transformers would refuse to save such a configuration, after all the work."""
+    folder = make_model()
+    config = json.loads((folder / "config.json").read_text())
+    odd = {"return_dict": False, "output_attentions": True, "output_hidden_states": True}
+    (folder / "config.json").write_text(json.dumps(config | odd))
+    answer = run("compress", folder, "-o", tmp_path / "out", "--calibration", text_file, *QUICK)
+    assert answer.code == 0, answer.err
+    assert run("eval", tmp_path / "out", "--text", text_file, "--length", "32").code == 0
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "5", "{}", "{"])
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_does_not_load_is_told(
+    file: str, content: str, make_model: Callable[..., Path], text_file: Path, run: Callable[..., Answer]
+) -> None:
+    folder = make_model()
+    (folder / file).write_text(content)
+    answer = run("eval", folder, "--text", text_file)
+    if (file, content) == ("tokenizer_config.json", "{}"):
+        assert answer.code == 0
+    else:
+        check_mistake(answer, str(folder), "tokenizer")
+
+
+def test_a_tokenizer_of_another_model_is_told(
+    make_llama: Callable[..., Path], text_file: Path, run: Callable[..., Answer]
+) -> None:
+    folder = make_llama(vocab_size=50, bos_token_id=0, eos_token_id=1)
+    check_mistake(run("eval", folder, "--text", text_file), "the model has 50")
+    check_mistake(run("generate", folder, "zzz"), "the model has 50")
+
+
 def test_our_own_fault_is_exit_code_1_and_says_so(
     dense_folder: Path, run: Callable[..., Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

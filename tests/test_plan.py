@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 import cospadi
 from cospadi import checkpoint
+from cospadi.budget import free_bytes
 from cospadi.plan import Plan, dense_group, outlook, write_plan
 
 DENSE = "model.layers.0.self_attn.o_proj"
@@ -44,6 +45,13 @@ def saved(direct: tuple[cospadi.Compressed, Path], default: dict[str, Any], tmp_
     path: Path = tmp_path_factory.mktemp("plan") / "plan.json"
     write_plan(direct[0].plan, cospadi.Recipe.build(default), path)
     return path
+
+
+def resize(group: dict[str, Any], **fields: Any) -> None:
+    """Other sizes for the group of q, k and v, and the bytes that follow from them."""
+    group.update(fields)
+    d2s = [48, 24, 24] * (len(group["members"]) // 3)
+    group["bytes"] = free_bytes(48, d2s, group["k"], group["nonzeros"], group["value_bits"]).total
 
 
 def with_dense_projection(plan: Plan) -> Plan:
@@ -120,6 +128,13 @@ def test_flags_that_would_change_the_plan_are_refused(
         (lambda plan: plan["groups"][0].update(bytes=5), "do not follow from its sizes"),
         (lambda plan: plan["groups"][0].update(k=-1), "do not follow from its sizes"),
         (lambda plan: plan["groups"][0].update(value_bits=15), "is not a plan"),
+        (lambda plan: resize(plan["groups"][0], value_bits=16, nonzeros=400), "values of 16 bits"),
+        (lambda plan: resize(plan["groups"][0], nonzeros=0), "do not follow from its sizes"),
+        (lambda plan: plan["groups"][0]["members"].reverse(), "for another model, selection"),
+        (
+            lambda plan: resize(plan["groups"][0], members=plan["groups"][0]["members"] * 2),
+            "for another model, selection",
+        ),
         (lambda plan: plan["groups"][0].update(members=["lm_head"]), "names lm_head"),
         (lambda plan: plan["groups"][0].update(members=[[]]), "is not a plan"),
         (lambda plan: plan["groups"].pop(), "for another model, selection"),

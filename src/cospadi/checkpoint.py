@@ -13,25 +13,32 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, StrictInt, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 
 from cospadi import budget, packing
-from cospadi.errors import CheckpointError, UserError
+from cospadi.errors import CheckpointError, UserError, first_line
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "cospadi"
 MANIFEST = "cospadi.json"
 
+CONFIG_FIELDS = ("quant_method", "format_version", "projections")
+"""What our `quantization_config` holds."""
+
 DICTIONARY, SUPPORT, VALUES, LEFT, RIGHT, SENTINEL = "dictionary", "support", "values", "left", "right", "weight"
+BIAS = "bias"
+
+LARGEST = 2**28
+"""Most features or atoms that are believed: products of two such sizes, in bytes, still are numbers to torch."""
 
 
 class StoredProjection(BaseModel):
@@ -48,9 +55,9 @@ class StoredProjection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     layout: Literal["sparse-dictionary", "low-rank"]
-    d1: int = Field(gt=0)
-    d2: int = Field(gt=0)
-    k: int = Field(gt=0)
+    d1: int = Field(gt=0, le=LARGEST)
+    d2: int = Field(gt=0, le=LARGEST)
+    k: int = Field(gt=0, le=LARGEST)
     nnz: int = Field(0, ge=0)
     value_bits: Literal[14, 16] = 16
     dictionary: str
@@ -87,13 +94,21 @@ class FileRecord(BaseModel):
     tensors: dict[str, str]
 
 
+class ProjectionRecord(BaseModel):
+    """What the manifest says of one projection that is read again: its error, if it is known."""
+
+    model_config = ConfigDict(extra="allow")
+
+    relative_error: Annotated[float, Strict()] | None = Field(None, allow_inf_nan=False)
+
+
 class Manifest(BaseModel):
     """The part of `cospadi.json` that reading relies on; other fields are for people."""
 
     model_config = ConfigDict(extra="allow")
 
     format_version: int
-    projections: dict[str, dict[str, Any]] = {}
+    projections: dict[str, ProjectionRecord] = {}
     dense: dict[str, StrictInt] = {}
     files: dict[str, FileRecord] = {}
 
@@ -140,12 +155,14 @@ def open_file(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except (SafetensorError, OSError) as error:
+    except UserError:
+        raise
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}. Copy or download it again") from None
 
 
 def check_files(files: Sequence[Path], projections: Mapping[str, StoredProjection]) -> set[str]:
-    """Check the compressed projections' tensors: presence, dtype, shape, popcount of masks, padding bits.
+    """Check the compressed projections' tensors: presence, biases too, dtype, shape, popcount of masks, padding bits.
 
     Returns:
         The names of all tensors in the files.
@@ -175,6 +192,10 @@ def check_files(files: Sequence[Path], projections: Mapping[str, StoredProjectio
     missing = [tensor for tensor in expected if tensor not in present]
     if missing:
         raise CheckpointError(f"{files[0].parent}: tensor {missing[0]} is in none of the checkpoint's files")
+    for name, entry in projections.items():
+        if entry.bias != (f"{name}.{BIAS}" in present):
+            what = "is in none of the checkpoint's files" if entry.bias else "is there, which config.json denies"
+            raise CheckpointError(f"{files[0].parent}: tensor {name}.{BIAS} {what}")
     return present
 
 
@@ -255,15 +276,15 @@ def weight_files(folder: Path) -> list[Path]:
         if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
             raise CheckpointError(f"{index} has no weight_map of tensor names to file names")
         for name in named.values():
-            if Path(name).name != name:
-                raise CheckpointError(f"{index} names {name}, a path that leaves its folder")
+            if Path(name).name != name or name in ("", ".."):
+                raise CheckpointError(f"{index} names '{name}', a path that leaves its folder")
         return [folder / name for name in sorted(set(named.values()))]
     return all_safetensors(folder)
 
 
 def all_safetensors(folder: Path) -> list[Path]:
     """Every safetensors file in a folder."""
-    return sorted(folder.glob("*.safetensors"))
+    return sorted(path for path in folder.glob("*.safetensors") if path.is_file())
 
 
 SAFETENSORS_TYPES: dict[str, torch.dtype] = {
@@ -415,8 +436,8 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:  # numbers and nesting have limits, too
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return value
@@ -430,18 +451,26 @@ def read_config(folder: Path) -> dict[str, StoredProjection]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
-    config = read_json(folder / "config.json").get("quantization_config") or {}
-    if config.get("quant_method") != QUANT_METHOD:
+    config = read_json(folder / "config.json").get("quantization_config")
+    if not isinstance(config, dict) or config.get("quant_method") != QUANT_METHOD:
         raise UserError(f"{folder} is not a CoSpaDi checkpoint: its config.json has no quantization_config of ours")
     check_version(config.get("format_version"), "config.json")
+    check_fields(config)
     return parse_projections(config.get("projections", {}))
+
+
+def check_fields(names: Iterable[str]) -> None:
+    """Refuse fields of a quantization_config that are not ours."""
+    unknown = [name for name in names if name not in CONFIG_FIELDS]
+    if unknown:
+        raise CheckpointError(f"config.json: quantization_config has unknown fields: {', '.join(unknown)}")
 
 
 def check_version(version: object, file: str) -> None:
     """Refuse a format version that is not ours."""
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{file} says format version {version}; this cospadi reads version {FORMAT_VERSION}. "
+            f"{file} says format version {version!s:.40}; this cospadi reads version {FORMAT_VERSION}. "
             "Install a matching release"
         )
 
@@ -548,18 +577,50 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     return manifest
 
 
+def local_path(name: str | Path, what: str) -> Path:
+    """A path with its ~ resolved, whether there is such a file or not; `what` names it in messages.
+
+    Raises:
+        UserError: there can be none.
+    """
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:  # a ~ of nobody
+        raise UserError(f"{what} {name} cannot be used: {first_line(error)}") from None
+    check_name(path, what)
+    return path
+
+
+def check_name(path: Path, what: str) -> None:
+    """Refuse a path that no file can have: with a name that is too long, or with characters that are in none."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else first_line(error)
+        raise UserError(f"{what} {path} cannot be used: {reason}") from None
+
+
 def check_output(output: Path, overwrite: bool) -> None:
     """Refuse an output folder that holds something, or that cannot be written, before any work is done."""
+    check_name(output, "output")
+    try:
+        os.path.realpath(output).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"output {output} cannot be written: safetensors takes only paths that are UTF-8") from None
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file. Name a folder")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise UserError(f"output folder {output} is not empty. Name another, or pass --overwrite to replace it")
-    if output.is_mount() or output.resolve() == Path.cwd():
+    if output.is_mount() or Path.cwd().is_relative_to(output.resolve()):
         raise UserError(
-            f"output {output} is a mount point or the current folder, which cannot be replaced whole. "
-            "Name a folder inside it"
+            f"output {output} is a mount point, or the current folder or one around it, which cannot be replaced "
+            "whole. Name a folder inside it"
         )
     parent = nearest_folder(output)
+    if not parent.is_dir():
+        raise UserError(f"output {output} cannot be written: {parent} is a file")
     if not os.access(parent, os.W_OK):
         raise UserError(f"output {output} cannot be written: no permission in {parent}")
 
@@ -581,15 +642,16 @@ def staged(output: Path, staging: Path | None = None, retired: Path | None = Non
         retired: where an `output` that is replaced goes until the new one is in its place.
     """
     output = Path(os.path.realpath(output))  # behind a link, so that staging is on the same disk
+    made = [parent for parent in output.parents if not parent.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
-    if staging is None:
-        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    if staging is None:  # a name may be as long as the system allows, and the one to write under is longer
+        staging = Path(tempfile.mkdtemp(prefix=f".{output.name[:40]}.", suffix=".partial", dir=output.parent))
     else:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
-    staging.chmod(0o755)
     retired = retired or staging.with_suffix(".old")
     try:
+        staging.chmod(0o755)
         yield staging
         for path in staging.rglob("*"):
             if path.is_file():
@@ -612,6 +674,9 @@ def staged(output: Path, staging: Path | None = None, retired: Path | None = Non
             sync_folder(output.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # another program may have put something there
+                parent.rmdir()
         raise
 
 

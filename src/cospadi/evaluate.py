@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from cospadi import source
-from cospadi.calibration.text import read_text, sequence_length
+from cospadi.calibration.text import read_text, sequence_length, tokenize
 from cospadi.errors import UserError
 from cospadi.linear import Runtime, set_runtime
 from cospadi.progress import Stages
+
+COLDEST = 1e-6
+"""Below this temperature logits, divided by it, might no longer be finite."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,13 @@ class Perplexity:
     length: int
 
 
-def text_windows(tokenizer: Any, text: str, length: int) -> Tensor:
+def text_windows(tokenizer: Any, text: str, length: int, vocabulary: int | None = None) -> Tensor:
     """Non-overlapping windows of the whole text, the last partial one dropped: int64 (windows, length).
 
     Raises:
-        UserError: the text is shorter than one window.
+        UserError: the text is shorter than one window, or has tokens that the model's vocabulary has not.
     """
-    tokens = tokenizer(text, verbose=False)["input_ids"]
+    tokens = tokenize(tokenizer, text, vocabulary)
     count = len(tokens) // length
     if count == 0:
         raise UserError(f"the text has {len(tokens)} tokens, less than one window of {length}. Give a longer text")
@@ -111,7 +114,8 @@ def evaluate_models(
             tokenizer = source.load_tokenizer(folder)
             model = source.load_model(folder, where)
             set_runtime(model, runtime)
-        windows = text_windows(tokenizer, content, sequence_length(length, source.positions(model.config)))
+        asked = sequence_length(length, source.positions(model.config))
+        windows = text_windows(tokenizer, content, asked, source.vocabulary(model))
         with stages.stage("evaluate", len(windows)) as progress:
             results.append((str(name), perplexity(model, windows, batch_size, progress.advance)))
         del model  # before the next one is loaded
@@ -127,28 +131,30 @@ def continue_text(
     device: str = "auto",
     runtime: Runtime = "auto",
 ) -> str:
-    """The prompt and what the model adds to it; greedy at temperature 0.
+    """The prompt and what the model adds to it; greedy at temperature 0, and at one so low that it comes to the same.
 
     Raises:
-        UserError: a model that cannot be read, an empty prompt, or no room for it.
+        UserError: a temperature below 0, a model that cannot be read, an empty prompt, or no room for it.
     """
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"--temperature {temperature:g} is not a number from 0 up")
     where = source.pick_device(device)
     folder = source.resolve(model)
     tokenizer = source.load_tokenizer(folder)
     network: Any = source.load_model(folder, where)
     set_runtime(network, runtime)
-    inputs = tokenizer(prompt, return_tensors="pt").to(where)
-    used, room = inputs["input_ids"].shape[1], source.positions(network.config)
+    inputs = torch.tensor([tokenize(tokenizer, prompt, source.vocabulary(network))], dtype=torch.int64, device=where)
+    used, room = inputs.shape[1], source.positions(network.config)
     if used == 0:
         raise UserError("the prompt is empty")
     if used >= room:
         raise UserError(f"the prompt has {used} tokens; the model has {room} positions")
     torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > COLDEST else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     output = network.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
+        input_ids=inputs,
+        attention_mask=torch.ones_like(inputs),
         max_new_tokens=min(tokens, room - used),
         pad_token_id=pad,
         **sampling,

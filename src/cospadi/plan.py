@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cospadi import budget, source
 from cospadi.budget import Parts
+from cospadi.checkpoint import check_name
 from cospadi.errors import UserError
 from cospadi.factorization import find_solver
 from cospadi.projections import Projection, dense_experts, find_projections, kinds_of, select, shared_inputs
@@ -198,7 +199,7 @@ def write_plan(plan: Plan, recipe: Recipe, path: Path) -> None:
         for group in plan.groups
     ]
     content = {"cospadi_plan": 1, "recipe": recipe.model_dump(mode="json"), "bytes": plan.bytes, "groups": groups}
-    staging = path.with_name(path.name + ".tmp")
+    staging = _staging(path)
     try:
         staging.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         staging.replace(path)
@@ -208,8 +209,14 @@ def write_plan(plan: Plan, recipe: Recipe, path: Path) -> None:
         staging.unlink(missing_ok=True)
 
 
+def _staging(path: Path) -> Path:
+    """Where a plan is written before it gets its name."""
+    return path.with_name(f"{path.name}.tmp")
+
+
 def check_plan_file(path: Path) -> None:
     """Refuse a name that no plan can be written to, before any work is done."""
+    check_name(_staging(path) if path.name else path, "plan")
     if path.is_dir():
         raise UserError(f"plan {path} is a folder. Name a file")
     if not path.parent.is_dir():
@@ -279,8 +286,8 @@ def check_plan(plan: Plan, uniform: Plan, recipe: Recipe) -> None:
     Raises:
         UserError: other groups, more bytes than the recipe leaves, or what the recipe's solver does not give.
     """
-    wanted = {frozenset(member.name for member in group.members): group for group in uniform.groups}
-    planned = [frozenset(member.name for member in group.members) for group in plan.groups]
+    wanted = [tuple(member.name for member in group.members) for group in uniform.groups]
+    planned = [tuple(member.name for member in group.members) for group in plan.groups]
     strange = [names for names in planned if names not in wanted] + [names for names in wanted if names not in planned]
     if strange or len(planned) != len(wanted):
         names = ", ".join(sorted(min(strange or planned, key=min)))
@@ -289,9 +296,18 @@ def check_plan(plan: Plan, uniform: Plan, recipe: Recipe) -> None:
         raise UserError(f"the plan takes {plan.bytes:,} bytes, more than ratio {recipe.ratio:g} leaves")
     solver = find_solver(recipe.solver)
     for group in plan.compressed:
-        fits = solver.free_support or group.layout == "low-rank" or group.nonzeros % sum(group.d2s) == 0
+        if solver.free_support:
+            most = budget.most_nonzeros(group.d2s, group.k)
+            fits = group.nonzeros <= most and group.nonzeros % budget.VALUE_UNIT == 0
+        else:
+            fits = group.layout == "low-rank" or group.nonzeros % sum(group.d2s) == 0
         if group.layout != solver.layout or not fits:
             raise UserError(f"the plan is not for solver {recipe.solver}: {group.members[0].name} does not fit it")
+        if group.layout != "low-rank" and group.value_bits != recipe.stored_value_bits:
+            raise UserError(
+                f"the plan gives {group.members[0].name} values of {group.value_bits} bits; the recipe asks for "
+                f"{recipe.stored_value_bits}"
+            )
 
 
 def _stored_group(members: tuple[Projection, ...], entry: dict[str, Any]) -> Group | None:
@@ -299,11 +315,14 @@ def _stored_group(members: tuple[Projection, ...], entry: dict[str, Any]) -> Gro
     d1, d2s = members[0].d1, [member.d2 for member in members]
     layout, k, nonzeros, bits = entry["layout"], entry["k"], entry["nonzeros"], entry["value_bits"]
     if layout == "dense":
-        return dense_group(members)
-    if any(member.d1 != d1 for member in members) or k < 1 or not 0 <= nonzeros <= k * sum(d2s):
+        return dense_group(members) if (k, nonzeros, bits) == (0, 0, budget.DENSE_BITS) else None
+    if any(member.d1 != d1 for member in members) or k < 1:
         return None
     if layout == "low-rank":
-        return Group(members, layout, k, 0, bits, budget.low_rank_bytes(d1, d2s, k))
+        rank = Group(members, layout, k, 0, bits, budget.low_rank_bytes(d1, d2s, k))
+        return rank if (nonzeros, bits) == (0, budget.DENSE_BITS) else None
+    if not 1 <= nonzeros <= k * sum(d2s):
+        return None
     s, rest = divmod(nonzeros, sum(d2s))
     exact = budget.sparse_bytes(d1, d2s, k, s, bits) if rest == 0 else None
     if exact is None or exact.total != entry["bytes"]:  # else every column has s, and each member pads its own bytes
@@ -318,7 +337,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"plan {path} does not exist. Make it with cospadi plan MODEL --measure FILE") from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # numbers and nesting have limits, too
         raise UserError(f"plan {path} cannot be read: {' '.join(str(error).split())}") from None
     groups = content.get("groups") if isinstance(content, dict) and content.get("cospadi_plan") == 1 else None
     if not isinstance(groups, list) or not isinstance(content.get("recipe"), dict) or not all(map(_complete, groups)):

@@ -56,14 +56,22 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def find_projections(model: nn.Module) -> list[Projection]:
-    """Every plain `nn.Linear` of the decoder blocks, routers of experts left out, in the order of definition."""
+    """Every plain `nn.Linear` of the decoder blocks, routers of experts left out, in the order of definition.
+
+    Raises:
+        UserError: one has no features at all.
+    """
     prefix, blocks = decoder_blocks(model)
-    return [
+    found = [
         Projection(f"{prefix}.{block}.{kind}", block, kind, module.in_features, module.out_features)
         for block, layer in enumerate(blocks)
         for kind, module in layer.named_modules()
         if type(module) is nn.Linear and kind.rpartition(".")[2] not in ROUTERS
     ]
+    for projection in found:
+        if min(projection.d1, projection.d2) < 1:
+            raise UserError(f"{projection.name}, a projection of {projection.d1} x {projection.d2}, has no weights")
+    return found
 
 
 def select(

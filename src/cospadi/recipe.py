@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -9,6 +10,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cospadi.errors import UserError
+
+MOST = 2**31
+"""Bound of every count: beyond what anybody has, within what torch can count."""
 
 
 class Recipe(BaseModel):
@@ -45,10 +49,12 @@ class Recipe(BaseModel):
     compensate: bool = Field(
         True, description="each projection makes up for the errors of those before it (not with share layers:N)"
     )
-    fisher_sequences: int = Field(16, ge=1, description="calibration sequences from which those costs are estimated")
+    fisher_sequences: int = Field(
+        16, ge=1, le=MOST, description="calibration sequences from which those costs are estimated"
+    )
 
     update: Literal["power", "pca", "mod"] = Field("power", description="dictionary update of ksvd")
-    iterations: int = Field(60, ge=1, description="alternations T of mod-htp, ksvd and procrustes")
+    iterations: int = Field(60, ge=1, le=MOST, description="alternations T of mod-htp, ksvd and procrustes")
     tolerance: float = Field(0.0, ge=0, lt=1, description="stop once an iteration gains less than this; 0: never")
     seed: int = Field(42, ge=0, lt=2**63, description="of the initial dictionary and the choice of calibration text")
     share: str = Field(
@@ -67,9 +73,11 @@ class Recipe(BaseModel):
     calibration_config: str | None = Field(None, description="configuration name of a hub data set")
     calibration_split: str = Field("train", description="split of a hub data set")
     calibration_field: str | None = Field(None, description="text field (default: text, else content)")
-    sequences: int = Field(256, ge=1, description="calibration sequences")
-    length: int | None = Field(None, ge=2, description="tokens a sequence (default: 1024, or the model's positions)")
-    batch_size: int = Field(4, ge=1, description="calibration sequences in one forward pass")
+    sequences: int = Field(256, ge=1, le=MOST, description="calibration sequences")
+    length: int | None = Field(
+        None, ge=2, le=MOST, description="tokens a sequence (default: 1024, or the model's positions)"
+    )
+    batch_size: int = Field(4, ge=1, le=MOST, description="calibration sequences in one forward pass")
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
@@ -89,7 +97,7 @@ class Recipe(BaseModel):
         known = words in (["none"], ["input"]) or (
             len(layers) == 1 and words in ([f"layers:{layers[0]}"], ["input", f"layers:{layers[0]}"])
         )
-        if not known or not all(count.isdecimal() and int(count) >= 2 for count in layers):
+        if not known or not all(count.isdecimal() and len(count) < 10 and int(count) >= 2 for count in layers):
             raise ValueError("use none, input, layers:N or input,layers:N, where N is at least 2")
         return ",".join(words)
 
@@ -149,7 +157,9 @@ class Recipe(BaseModel):
             return cls.model_validate(fields | overrides)
         except ValidationError as error:
             where = f"recipe {source}: " if isinstance(source, (str, Path)) else ""
-            raise UserError(where + "; ".join(_sentence(problem) for problem in error.errors())) from None
+            problems = error.errors()
+            more = f"; and {len(problems) - MOST_PROBLEMS} more" if len(problems) > MOST_PROBLEMS else ""
+            raise UserError(where + "; ".join(map(_sentence, problems[:MOST_PROBLEMS])) + more) from None
 
     def to_yaml(self) -> str:
         """The whole recipe, defaults included, as YAML."""
@@ -161,7 +171,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"recipe {path} does not exist") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except Exception as error:  # beside its own errors, yaml raises whatever a malformed scalar or deep nesting meets
         reason = " ".join(str(error).split())
         raise UserError(f"recipe {path} cannot be read as YAML: {reason}") from None
     if fields is None:
@@ -171,9 +181,23 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return fields
 
 
+MOST_PROBLEMS = 5
+"""Wrong fields that one message tells of."""
+
+
 def _sentence(problem: Any) -> str:
-    name = ".".join(str(part) for part in problem["loc"])
+    name = ".".join(part if part in Recipe.model_fields else _shown(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"unknown field '{name}'"
+        return f"unknown field {name}"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{name}: {message} (got {problem['input']!r})" if name else message
+    return f"{name}: {message} (got {_shown(problem['input'])})" if name else message
+
+
+def _shown(value: object) -> str:
+    """A value in a few words, however large or deep it is."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 2, 80, 80
+    try:
+        return short.repr(value)
+    except ValueError:  # Python does not write whole numbers of more than some thousand digits
+        return "a number of too many digits"

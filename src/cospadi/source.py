@@ -22,6 +22,10 @@ from cospadi.projections import decoder_blocks
 
 log = logging.getLogger("cospadi")
 
+OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+"""What a forward pass gives back, whatever a model's configuration says."""
+
+MOST_LABELS = 10_000
 DEFAULT_POSITIONS = 2048
 DEMO = "demo"
 """Model name that stands for the built-in demo model."""
@@ -46,11 +50,11 @@ def resolve(model: str | Path, revision: str | None = None, weights: bool = True
     Raises:
         UserError: no such folder and no such hub model, or no network.
     """
-    if str(model) == DEMO and not Path(model).exists():
+    path = checkpoint.local_path(model, "model")
+    if str(model) == DEMO and not path.exists():
         from cospadi.demo import model_path
 
         return model_path()
-    path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"{path} is not a model folder: it has no config.json")
@@ -83,8 +87,11 @@ def read_config(folder: Path) -> Any:
     """
     from transformers import AutoConfig
 
+    labels = checkpoint.read_json(folder / "config.json").get("num_labels")
+    if isinstance(labels, int) and labels > MOST_LABELS:  # each would get a name
+        raise CheckpointError(f"{folder / 'config.json'} asks for {labels} labels, which no language model has")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **OUTPUTS)
     except Exception as error:  # a config class may raise anything on values it does not expect
         raise UserError(f"{folder / 'config.json'} cannot be used: {first_line(error)}") from None
 
@@ -103,6 +110,19 @@ def load_config(folder: Path) -> Any:
     return config
 
 
+def check_blocks(config: Any, folder: Path, tensors: int) -> None:
+    """Refuse more decoder blocks than the checkpoint's tensors could fill, before they are built.
+
+    Raises:
+        CheckpointError: config.json is not that of the weights beside it.
+    """
+    blocks = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if isinstance(blocks, int) and blocks > tensors:
+        raise CheckpointError(
+            f"{folder / 'config.json'} asks for {blocks} decoder blocks; the checkpoint has only {tensors} tensors"
+        )
+
+
 def load_skeleton(model: str | Path, revision: str | None = None) -> Skeleton:
     """Read config and safetensors headers only, and build the model on the meta device.
 
@@ -112,6 +132,9 @@ def load_skeleton(model: str | Path, revision: str | None = None) -> Skeleton:
 
     folder = resolve(model, revision, weights=False)
     config = load_config(folder)
+    sizes = _stored_sizes(model, folder, revision)
+    if sizes is not None:
+        check_blocks(config, folder, len(sizes))
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(
@@ -119,7 +142,7 @@ def load_skeleton(model: str | Path, revision: str | None = None) -> Skeleton:
             ).eval()
     except Exception as error:  # a model class may raise anything on a config it cannot build
         raise UserError(f"{model} does not build a causal language model: {first_line(error)}") from None
-    return Skeleton(skeleton, _stored_sizes(model, folder, revision))
+    return Skeleton(skeleton, sizes)
 
 
 def _stored_sizes(model: str | Path, folder: Path, revision: str | None) -> dict[str, int] | None:
@@ -158,9 +181,7 @@ def _check_files(folder: Path) -> None:
             f"{folder} has no safetensors files. Pickled weights are never loaded: "
             "convert them first (model.save_pretrained writes safetensors)"
         )
-    for path in files:
-        with checkpoint.open_file(path):
-            pass
+    check_blocks(read_config(folder), folder, len(checkpoint.tensor_sizes(folder)))
 
 
 def _from_pretrained(folder: Path, **options: Any) -> nn.Module:
@@ -168,11 +189,11 @@ def _from_pretrained(folder: Path, **options: Any) -> nn.Module:
 
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", use_safetensors=True, trust_remote_code=False, **options
+            folder, dtype="auto", use_safetensors=True, trust_remote_code=False, **OUTPUTS, **options
         )
-    except UserError:
+    except (UserError, MemoryError):
         raise
-    except (ValueError, OSError, RuntimeError, KeyError, TypeError, ZeroDivisionError) as error:
+    except Exception as error:  # a model class may raise anything on a config or an index that is damaged
         raise UserError(f"{folder} cannot be loaded: {first_line(error)}") from None
     return model
 
@@ -312,8 +333,13 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # malformed files make transformers raise anything
         raise UserError(f"{folder} has no tokenizer that loads: {first_line(error)}") from None
+
+
+def vocabulary(model: Any) -> int:
+    """Tokens a model knows: the rows of its input embedding."""
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def positions(config: Any) -> int:

@@ -7,6 +7,7 @@ transformers, which takes seconds: help and mistyped flags answer at once, and a
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import os
@@ -30,6 +31,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Make large language models smaller after training, by calibration-guided sparse dictionary learning.",
 )
+
+LONGEST_MESSAGE = 1000
+NOT_OURS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP)
+"""What a system says of a file that the user named and that nobody could read or write."""
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="model folder, hub name, or 'demo'")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="folder that `cospadi compress` wrote")]
@@ -327,7 +332,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="text to continue")],
     tokens: Annotated[int, typer.Option(min=1, help="new tokens at most")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time")] = 0.0,
-    seed: Annotated[int, typer.Option()] = 42,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 42,
     device: Device = "auto",
     runtime: RuntimeFlag = "auto",
 ) -> None:
@@ -351,7 +356,9 @@ def demo(
     stages = _talk(progress)
     from cospadi import report
     from cospadi.demo.job import ITERATIONS, run_demo
+    from cospadi.recipe import Recipe
 
+    Recipe.build(ratio=ratio)  # refuses one that is out of range before the first model is measured
     with stages.shown():
         rows = run_demo(ratio, iterations or ITERATIONS, stages)
     _show({"rows": [asdict(row) for row in rows]}, as_json, report.demo_table(rows))
@@ -366,7 +373,7 @@ def bench(
     batch: Annotated[list[int] | None, typer.Option(help="sequences decoded, repeatable  [default: 1, 4, 16]")] = None,
     tokens: Annotated[int, typer.Option(help="decoding steps timed together")] = 16,
     repeats: Annotated[int, typer.Option(help="timed runs of each")] = 5,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads  [default: torch's choice]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads  [default: torch's choice]")] = None,
     device: Device = "auto",
     runtime: RuntimeFlag = "auto",
     as_json: Json = False,
@@ -412,6 +419,8 @@ def doctor(as_json: Json = False) -> None:
 def main() -> None:
     """Entry point: exit code 0, 2 for the user's mistake, 1 for ours, 130 after Ctrl-C."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no characters
     if sys.argv[1:2] in (["compress"], ["plan"], ["demo"]):
         # OpenMP's threads then sleep while they wait. Spinning, they slow the many small products of sparse coding
         # several times as soon as anything else wants a core. Read when torch is loaded, which has not happened yet.
@@ -430,7 +439,7 @@ def main() -> None:
         from cospadi.errors import UserError
 
         if isinstance(error, UserError):
-            _fail(str(error), 2)
+            _fail(_one_line(str(error)), 2)
         if os.environ.get("COSPADI_TRACEBACK") == "1":
             raise
         if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):
@@ -439,6 +448,8 @@ def main() -> None:
             )
         if isinstance(error, MemoryError) or "not enough memory" in str(error) or "out of memory" in str(error):
             _fail("out of memory. Use a smaller --batch-size, or a machine with more memory", 1)
+        if isinstance(error, OSError) and error.filename is not None and error.errno in NOT_OURS:
+            _fail(_one_line(f"{error.filename}: {error.strerror}"), 2)
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         _fail(f"{type(error).__name__}: {first}\nThis is a fault of cospadi. COSPADI_TRACEBACK=1 shows where", 1)
     sys.exit(code if isinstance(code, int) else 0)
@@ -448,6 +459,12 @@ def _fail(message: str, code: int) -> None:
     typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
     typer.echo(message, err=True)
     sys.exit(code)
+
+
+def _one_line(message: str) -> str:
+    """A message of bounded length that a terminal shows as it is, whatever the names in it, which a file may hold."""
+    text = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in message)
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]} ..."
 
 
 def _recipe(flags: dict[str, Any]) -> Any:
@@ -476,7 +493,7 @@ def _runtime(name: str) -> Runtime:
     from cospadi.linear import Runtime
 
     if name not in get_args(Runtime):
-        raise typer.BadParameter(f"--runtime {name} is not known. Use {', '.join(get_args(Runtime))}")
+        raise typer.BadParameter(_one_line(f"--runtime {name} is not known. Use {', '.join(get_args(Runtime))}"))
     return cast(Runtime, name)
 
 
@@ -517,7 +534,7 @@ def _talk(progress: str) -> Stages:
     from cospadi.progress import Stages, log_to
 
     if progress not in ("auto", "on", "off"):
-        raise typer.BadParameter(f"--progress {progress} is not known. Use auto, on or off")
+        raise typer.BadParameter(_one_line(f"--progress {progress} is not known. Use auto, on or off"))
     console = Console(stderr=True)
     bars = progress == "on" or (progress == "auto" and console.is_terminal)
     log_to(console, bars)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import json
 import logging
 import random
 from collections.abc import Iterable, Iterator
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cospadi.checkpoint import local_path
 from cospadi.errors import UserError, first_line
 from cospadi.recipe import Recipe
 
@@ -21,10 +24,11 @@ DEFAULT_DATASET = "tiiuae/falcon-refinedweb"
 
 BUILTIN = "builtin"
 SHUFFLE_BUFFER = 10_000
-LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+ROWS = (".jsonl", ".json", ".parquet")
+"""Suffixes of files that hold rows, of which one field is text."""
 
 
-def token_sequences(tokenizer: Any, recipe: Recipe, positions: int) -> Tensor:
+def token_sequences(tokenizer: Any, recipe: Recipe, positions: int, vocabulary: int | None = None) -> Tensor:
     """Calibration sequences for a model.
 
     Documents are drawn in an order set by the seed, tokenized, joined, and cut into full sequences.
@@ -33,12 +37,14 @@ def token_sequences(tokenizer: Any, recipe: Recipe, positions: int) -> Tensor:
         tokenizer: the model's.
         recipe: names the source, the number of sequences and their length.
         positions: tokens the model can attend to.
+        vocabulary: tokens the model knows.
 
     Returns:
         int64 (n, length) with n <= recipe.sequences; fewer, with a warning, where the text is short.
 
     Raises:
-        UserError: no source, an empty one, a wrong field, or a length beyond the model's positions.
+        UserError: no source, an empty one, a wrong field, a length beyond the model's positions, or a tokenizer that
+            is not the model's.
     """
     length = sequence_length(recipe.length, positions)
     wanted = recipe.sequences * length
@@ -46,7 +52,7 @@ def token_sequences(tokenizer: Any, recipe: Recipe, positions: int) -> Tensor:
     documents = 0
     for document in _documents(recipe, length):
         documents += 1
-        tokens += tokenizer(document, verbose=False)["input_ids"]
+        tokens += tokenize(tokenizer, document, vocabulary)
         if len(tokens) >= wanted:
             break
     source = recipe.calibration or DEFAULT_DATASET
@@ -65,6 +71,26 @@ def token_sequences(tokenizer: Any, recipe: Recipe, positions: int) -> Tensor:
             recipe.sequences,
         )
     return torch.tensor(tokens[: count * length], dtype=torch.int64).view(count, length)
+
+
+def tokenize(tokenizer: Any, text: str, vocabulary: int | None = None) -> list[int]:
+    """The tokens of a text.
+
+    Args:
+        vocabulary: tokens the model knows.
+
+    Raises:
+        UserError: the tokenizer fails, or gives a token that the model does not have.
+    """
+    try:
+        tokens: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    except Exception as error:  # a tokenizer may raise anything where its files, or a text, are malformed
+        raise UserError(f"the model's tokenizer fails on the text: {first_line(error)}") from None
+    if vocabulary is not None and max(tokens, default=0) >= vocabulary:
+        raise UserError(
+            f"the tokenizer gives token {max(tokens)}, and the model has {vocabulary}: it is not the model's tokenizer"
+        )
+    return tokens
 
 
 def sequence_length(asked: int | None, positions: int) -> int:
@@ -89,10 +115,10 @@ def _documents(recipe: Recipe, length: int) -> Iterator[str]:
         return _passages("\n".join(_builtin_text()), recipe.seed, length)
     if source is None:
         return _hub_documents(DEFAULT_DATASET, recipe)
-    path = Path(source).expanduser()
-    if path.suffix == ".txt" or (path.suffix in LOADERS and path.exists()):
+    path = local_path(source, "calibration file")
+    if path.suffix == ".txt" or (path.suffix in ROWS and path.exists()):
         if not path.is_file():
-            raise UserError(f"calibration file {path} does not exist")
+            raise UserError(f"calibration file {path} " + ("is not a file" if path.exists() else "does not exist"))
         if path.stat().st_size == 0:
             raise UserError(f"calibration file {path} is empty")
         return (
@@ -100,7 +126,7 @@ def _documents(recipe: Recipe, length: int) -> Iterator[str]:
             if path.suffix == ".txt"
             else _file_rows(path, recipe)
         )
-    if path.exists() or path.suffix in LOADERS or source.startswith((".", "/", "~")):
+    if path.exists() or path.suffix in ROWS or source.startswith((".", "/", "~")):
         reason = "is not a .txt, .jsonl or .parquet file" if path.exists() else "does not exist"
         raise UserError(f"calibration file {path} {reason}")
     return _hub_documents(source, recipe)
@@ -145,16 +171,30 @@ def _passages(text: str, seed: int, length: int) -> Iterator[str]:
 
 
 def _file_rows(path: Path, recipe: Recipe) -> Iterator[str]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
+    from datasets import IterableDataset, load_dataset
 
     try:
-        rows = load_dataset(LOADERS[path.suffix], data_files=str(path), split="train", streaming=True)
+        if path.suffix == ".parquet":
+            rows = load_dataset("parquet", data_files=glob.escape(str(path)), split="train", streaming=True)
+        else:  # Arrow's own reader of JSON wants one type a column, and crashes on lists nested deep enough
+            rows = IterableDataset.from_generator(_json_rows, gen_kwargs={"path": path})
         yield from _texts(rows.shuffle(seed=recipe.seed, buffer_size=SHUFFLE_BUFFER), str(path), recipe)
     except UserError:
         raise
-    except (DatasetGenerationError, ValueError, OSError, RuntimeError) as error:
+    except Exception as error:  # datasets and pyarrow raise many kinds on what they cannot read
         raise UserError(f"calibration file {path} cannot be read as {path.suffix[1:]}: {first_line(error)}") from None
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """One JSON object a line, or one list of objects or texts."""
+    with path.open(encoding="utf-8-sig") as stream:
+        listed = stream.read(1) == "["
+        stream.seek(0)
+        rows = json.load(stream) if listed else (json.loads(line) for line in stream if line.strip())
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, (dict, str)):
+                raise ValueError(f"row {number} is no JSON object")
+            yield {"text": row} if isinstance(row, str) else row
 
 
 def _hub_documents(name: str, recipe: Recipe) -> Iterator[str]:

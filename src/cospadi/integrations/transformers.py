@@ -31,14 +31,14 @@ class CospadiConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
+        /,  # a field of any name is a field
         projections: object = None,
         format_version: object = None,
         quant_method: str = checkpoint.QUANT_METHOD,
         **unknown: Any,
     ) -> None:
         checkpoint.check_version(format_version, "config.json")
-        if unknown:
-            raise CheckpointError(f"config.json: quantization_config has unknown fields: {', '.join(unknown)}")
+        checkpoint.check_fields(unknown)
         self.quant_method = quant_method
         self.format_version = format_version
         self.projections = {
