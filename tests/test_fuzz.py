@@ -729,6 +729,8 @@ def test_any_flag(
 
     monkeypatch.setattr("cospadi.bench._in_new_process", refuse)
     monkeypatch.setattr("cospadi.demo.job.run_demo", refuse)
+    monkeypatch.setattr("cospadi.engine._cluster", refuse)
+    monkeypatch.setattr("cospadi.engine._start_worker", refuse)
     monkeypatch.chdir(tmp_path)
     outer = tmp_path / "outer"  # what `..` names
     outer.mkdir(exist_ok=True)

@@ -46,6 +46,9 @@ CONNECT_SECONDS = 10.0
 PATIENCE_SECONDS = 60.0
 """How long tasks wait for a node that could run them after the last such node is lost."""
 
+OVERSUBSCRIBED = 16
+"""Most processes, and most threads, for each processor of this machine."""
+
 ALIGNMENT = 64
 """Bytes. Products round differently where a tensor begins elsewhere in a cache line, so that is kept on the way."""
 
@@ -135,10 +138,18 @@ class Engine:
             raise UserError(f"--workers {self.workers} cannot do anything. Use 1 or more")
         if self.threads_per_task is not None and self.threads_per_task < 1:
             raise UserError(f"--threads-per-task {self.threads_per_task} cannot do anything. Use 1 or more")
+        most = OVERSUBSCRIBED * (os.cpu_count() or 1)
+        threads = self.threads_per_task or 1
+        if self.kind == "local" and max(self.workers, threads) > most:
+            name = "--workers" if self.workers > most else "--threads-per-task"
+            raise UserError(
+                f"{name} {max(self.workers, threads)} is far more than this machine's {os.cpu_count()} processors. "
+                f"Use {most} or fewer"
+            )
 
     @contextmanager
     def open(self, device: torch.device) -> Iterator[Pool]:
-        """A pool for tasks on a device; processes start here, and end with the block.
+        """A pool for tasks on a device; processes start with its first task, and end with the block.
 
         Raises:
             UserError: no Ray, no such cluster, or none of its nodes can run a task on `device`.
@@ -363,7 +374,10 @@ def follow():
 
 threading.Thread(target=follow, daemon=True).start()
 connection = Connection(channel)
-sys.path[:] = connection.recv()
+try:
+    sys.path[:] = connection.recv()
+except EOFError:
+    os._exit(0)
 from cospadi.engine import _serve
 _serve(connection, threads)
 """
@@ -401,7 +415,6 @@ class _Processes:
         self._count = count
         self._workers: list[_Worker] = []
         self._stillborn = 0
-        self._fill()
 
     def map(
         self, function: Callable[..., Any], tasks: Iterable[Task], on_progress: OnProgress | None = None

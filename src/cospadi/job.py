@@ -134,7 +134,8 @@ def read_text(job: Job, tokenizer: Any, folder: Path | None) -> None:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
         piece = job.ledger.get("text")
         if piece is None:
-            job.sequences = token_sequences(tokenizer, recipe, source.positions(job.blocks.model.config))
+            model = job.blocks.model
+            job.sequences = token_sequences(tokenizer, recipe, source.positions(model.config), source.vocabulary(model))
             job.ledger.put("text", {"sha256_of_file": digest}, {"tokens": job.sequences})
         else:
             if piece.record.get("sha256_of_file") != digest:
