@@ -559,10 +559,16 @@ def test_without_the_package_loading_stops_instead_of_inventing_weights(whole: P
 def test_folders_made_for_an_output_that_fails_go_with_it(
     companions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    output, recipe = tmp_path / "new" / "below" / "out", {"iterations": 1, "data_free": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["cospadi.compress"], "solve_at_once", fail)  # before anything is finished
+        with pytest.raises(OSError, match="No space left"):
+            cospadi.compress(companions, recipe, output)
+    assert not list(tmp_path.iterdir())
     monkeypatch.setattr(checkpoint, "write_manifest", fail)
     with pytest.raises(OSError, match="No space left"):
-        cospadi.compress(companions, {"iterations": 1, "data_free": True}, tmp_path / "new" / "below" / "out")
-    assert not list(tmp_path.iterdir())
+        cospadi.compress(companions, recipe, output)
+    assert [path.name for path in output.parent.iterdir()] == ["out.work"]
 
 
 def test_a_name_as_long_as_the_system_allows_is_written(companions: Path, tmp_path: Path) -> None:

@@ -294,7 +294,8 @@ def test_ctrl_c_ends_the_processes() -> None:
 
     with Engine(workers=2).open(CPU) as pool, pytest.raises(KeyboardInterrupt):
         list(pool.map(threads, tasks()))
-    assert [process.returncode for process in running] == [-signal.SIGKILL] * 2
+    assert len(running) == 2
+    assert all(process.returncode is not None for process in running)
 
 
 def test_a_task_that_always_kills_its_process_ends_the_others(

@@ -337,7 +337,10 @@ def prepare(
 def work_folder(output: Path) -> Path:
     """Where a job keeps its unfinished work: beside the output."""
     output = Path(os.path.realpath(output))  # behind a link, so that it is on the same disk
-    return output.with_name(f"{output.name}.work")
+    name = output.name
+    if len(os.fsencode(name)) > 200:  # a name may be as long as the system allows, and this one is longer
+        name = f"{name[:40]}.{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
+    return output.with_name(f"{name}.work")
 
 
 def was_written(ledger: Ledger, output: Path) -> bool:
