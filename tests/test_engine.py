@@ -286,14 +286,19 @@ def test_a_process_ends_when_its_parent_is_another(monkeypatch: pytest.MonkeyPat
 
 def test_ctrl_c_ends_the_processes() -> None:
     running: list[subprocess.Popen[bytes]] = []
+    # A shell starts its background jobs, of which this may be one, with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def tasks() -> Iterator[Task]:
         running.extend(worker.process for worker in pool._workers)
         signal.raise_signal(signal.SIGINT)
         yield Task(())
 
-    with Engine(workers=2).open(CPU) as pool, pytest.raises(KeyboardInterrupt):
-        list(pool.map(threads, tasks()))
+    try:
+        with Engine(workers=2).open(CPU) as pool, pytest.raises(KeyboardInterrupt):
+            list(pool.map(threads, tasks()))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(running) == 2
     assert all(process.returncode is not None for process in running)
 
