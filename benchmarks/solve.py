@@ -48,7 +48,7 @@ from cospadi.ledger import Ledger
 from cospadi.plan import Group
 from cospadi.progress import Stages
 from cospadi.recipe import Recipe
-from cospadi.solving import pack, solve
+from cospadi.solving import pack, pose, solve
 
 RESULTS = Path(__file__).parent / "results" / "solve"
 KSVD_RESULTS = Path(__file__).parent / "results" / "quality"
@@ -173,18 +173,19 @@ def _row(target: Tensor, solver: str, iterations: int, ratio: float, accounting:
 
 
 def _is_settled(iteration: int, iterations: int, d1: int, d2: int, k: int, s: int) -> bool:
-    return _scheduled(iteration / iterations, d2 * min(k, d1), s * d2) == s * d2
+    return _scheduled(iteration / iterations, d2 * min(k, d1, d2), s * d2) == s * d2
 
 
 def iteration_flops(d1: int, d2: int, k: int) -> int:
     """Floating-point operations of the matrix products in one iteration of mod-htp, two for each multiply-and-add.
 
-    D^T D and D^T A: 2 k^2 d1 + 2 d1 k d2. Gradient step and codes: four products of S and G of 2 d2 k^2.
-    S S^T: five eighths of 2 d2 k^2, from k = 512 on. S A^T: 2 d1 k d2. S S^T times D^T, for the error: 2 k^2 d1.
+    With d1 no more than d2, which is all that it works in. D^T A and S A^T: 2 d1 k d2 each. Gradient step and codes:
+    four products of S and G of 2 d2 k^2. D^T D and S S^T: 2 d1 k^2 and 2 d2 k^2, of which five eighths from k = 512 on.
     Cholesky factor and its solve, which are no products, do not count.
     """
-    outer = 2 * d2 * k * k if k < 512 else 2 * d2 * k * k * 5 // 8
-    return 4 * k * k * d1 + 4 * d1 * k * d2 + 8 * d2 * k * k + outer
+    d1 = min(d1, d2)
+    squares = 2 * (d1 + d2) * k * k
+    return 4 * d1 * k * d2 + 8 * d2 * k * k + (squares if k < 512 else squares * 5 // 8)
 
 
 def bare_products(target: Tensor, k: int, repeats: int = 3) -> float:
@@ -192,14 +193,13 @@ def bare_products(target: Tensor, k: int, repeats: int = 3) -> float:
 
     Operands of bf16 products are bf16 already, and random. The best of several rounds, after one to warm up.
     """
-    (d1, d2), device = target.shape, target.device
-    columns = target.T.contiguous()
+    (d1, d2), device = (min(target.shape), target.shape[1]), target.device
+    columns = target[:d1].T.contiguous()
     generator = torch.Generator(device=device).manual_seed(0)
     atoms = torch.randn(k, d1, generator=generator, device=device)
     codes = torch.randn(d2, k, generator=generator, device=device)
     low = torch.bfloat16 if _bf16_is_fast(device) else torch.float32
     codes_low, coherence = codes.to(low), torch.randn(k, k, generator=generator, device=device).to(low)
-    outer = torch.randn(k, k, generator=generator, device=device)
     blocks = _blocks(slice(0, d2), max(1, BLOCK_ENTRIES[device.type] // max(k, d1)))
     atoms_t = atoms.T.contiguous()
     best = float("inf")
@@ -207,14 +207,13 @@ def bare_products(target: Tensor, k: int, repeats: int = 3) -> float:
         _synchronize(device)
         start = time.perf_counter()
         with _float32_products("medium"):
-            torch.mm(atoms, atoms.T)
+            _self_product(atoms_t)
             for block in blocks:
                 torch.mm(columns[block], atoms_t)
                 for _ in range(4):
                     torch.mm(codes_low[block], coherence)
             _self_product(codes)
             torch.mm(codes.T, columns)
-            torch.mm(outer, atoms)
         _synchronize(device)
         best = min(best, time.perf_counter() - start)
     return best
@@ -267,10 +266,10 @@ def _projections_row(
                 (name, shape), target = _name_and_shape(group), work.target()
                 if shape not in ksvd_seconds:
                     start = time.perf_counter()
-                    solve(work, group, target, 2)
+                    solve(work, group, pose(work, target), 2)
                     ksvd_seconds[shape] = (time.perf_counter() - start) / 2 * PAPER_ITERATIONS
                 start = time.perf_counter()
-                solution = solve(ours, group, target, iterations)
+                solution = solve(ours, group, pose(ours, target), iterations)
                 seconds = time.perf_counter() - start
                 energy = torch.linalg.svdvals(target).square()
                 found[name] = {

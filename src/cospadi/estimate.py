@@ -39,7 +39,7 @@ from cospadi.plan import Group, Plan, _owner_without_weights, size_group
 from cospadi.projections import decoder_blocks, find_projections, shared_inputs
 from cospadi.recipe import Recipe
 from cospadi.shelf import Shelf
-from cospadi.solving import QUICK_ITERATIONS, Work, dense_weights, pack, solve
+from cospadi.solving import QUICK_ITERATIONS, Work, dense_weights, pack, pose, solve
 
 log = logging.getLogger("cospadi")
 
@@ -364,32 +364,47 @@ def _cholesky(shape: Shape) -> float:
     return sum(reader.d1**3 / 3 for reader in shape.readers)
 
 
+DIRECTED = ("mod-htp", "procrustes", "eigen")
+"""Solvers that start from the left singular vectors of A."""
+
+
+def shared_flops(solver: str, d1: int, d2: int) -> Flops:
+    """Of what runs at different sizes share: the left singular vectors of A, by a QR decomposition if A is tall."""
+    if solver not in DIRECTED:
+        return Flops()
+    if d1 > d2:
+        return Flops(2.0 * d1 * d2**2 + 2.0 * d2**3, 4.0 * d1 * d2**2 + 9.0 * d2**3)
+    return Flops(2.0 * d1**2 * d2, 9.0 * d1**3)
+
+
 def start_flops(solver: str, d1: int, d2: int, k: int) -> Flops:
-    """Of what a solver does once: mostly the truncated SVD of A, by an eigendecomposition where that is smaller."""
+    """Of what a solver does once."""
     if solver in ("svd-llm", "svd"):
         small, large = min(d1, d2), max(d1, d2)
         return Flops(2.0 * d1 * k * d2, 6.0 * large * small**2 + 20.0 * small**3)
-    if solver == "ksvd":
-        return Flops()
-    directions = Flops(0, 6.0 * d1 * d2**2 + 20.0 * d2**3) if k <= d2 < d1 else Flops(2.0 * d1**2 * d2, 9.0 * d1**3)
     if solver == "eigen":  # the coding, the pseudo-inverse, the error
-        return directions + Flops(2.0 * d1**2 * k + 6.0 * d1 * k * d2 + 4.0 * k**2 * d2, 9.0 * k**3)
-    if solver == "mod-htp" and k > d1:
-        return directions + Flops(2.0 * d1**2 * k + 2.0 * d1 * k * d2, 2.0 * d1**2 * d2)
-    return directions + Flops(2.0 * d1 * k * d2)
+        return Flops(2.0 * d1**2 * k + 6.0 * d1 * k * d2 + 4.0 * k**2 * d2, 9.0 * k**3)
+    if solver == "mod-htp":
+        turned = Flops(2.0 * d1 * d2**2 + 2.0 * d1 * d2 * k if d1 > d2 else 0.0)
+        d1 = min(d1, d2)
+        if k > d1:
+            return turned + Flops(2.0 * d1**2 * k + 2.0 * d1 * k * d2, 2.0 * d1**2 * d2)
+        return turned + Flops(2.0 * d1 * k * d2)
+    return Flops(2.0 * d1 * k * d2 if solver == "procrustes" else 0.0)
 
 
 def iteration_flops(solver: str, d1: int, d2: int, k: int, s: float) -> Flops:
     """Of one iteration.
 
-    mod-htp: D^T D, the error: 4 k^2 d1. D^T A, S A^T: 4 d1 k d2. Four products of S and G: 8 k^2 d2. S S^T: 2 k^2 d2,
-    of which five eighths from k = 512 on. Cholesky factor and its solve: k^3 / 3 + 2 k^2 d1.
+    mod-htp, with d1 no more than d2: D^T A, S A^T: 4 d1 k d2. Four products of S and G: 8 k^2 d2. D^T D, S S^T:
+    2 k^2 (d1 + d2), of which five eighths from k = 512 on. Cholesky factor and its solve: k^3 / 3 + 2 k^2 d1.
     ksvd: products of OMP, 2 k^2 d2 an atom; 8 power iterations on s d2 columns.
     procrustes: three products of A, D and S, and the SVD of A S^T.
     """
     if solver == "mod-htp":
-        outer = 2.0 if k < 512 else 1.25
-        return Flops(4.0 * k**2 * d1 + 4.0 * d1 * k * d2 + (8 + outer) * k**2 * d2, k**3 / 3 + 2.0 * k**2 * d1)
+        d1, squares = min(d1, d2), 2.0 if k < 512 else 1.25
+        products = 4.0 * d1 * k * d2 + 8.0 * k**2 * d2 + squares * k**2 * (d1 + d2)
+        return Flops(products, k**3 / 3 + 2.0 * k**2 * d1)
     if solver == "ksvd":
         return Flops(2.0 * (s + 1) * k**2 * d2 + 4.0 * d1 * k * d2 + 40.0 * d1 * s * d2)
     if solver == "procrustes":
@@ -401,7 +416,7 @@ def run_flops(run: Run, recipe: Recipe, whitened: bool, compensated: bool) -> Fl
     """Of solver runs, with L W before them and D S after each of them."""
     group = run.sizes[0]
     d1, d2 = group.d1, sum(group.d2s)
-    total = Flops(2.0 * d1**2 * d2 if whitened else 0.0)
+    total = Flops(2.0 * d1**2 * d2 if whitened else 0.0) + shared_flops(recipe.solver, d1, d2)
     for size in run.sizes:
         once, each = start_flops(recipe.solver, d1, d2, size.k), iteration_flops(recipe.solver, d1, d2, size.k, size.s)
         total += once + each * run.iterations + Flops(2.0 * d1 * size.k * d2)
@@ -504,12 +519,13 @@ def prepared_bytes(recipe: Recipe, agenda: Agenda) -> int:
 
 
 def solving_bytes(group: Group, compensated: bool) -> int:
-    """Bytes of a solver run: A in two precisions and twice, its decomposition or the codes; W' where it has one."""
+    """Bytes of a solver run: W, A in two precisions, its decomposition or the codes; W' where it has one."""
     d1, d2, k = group.d1, sum(group.d2s), group.k
-    start = 20 * d1 * d2 + 32 * d1**2
-    iterating = 4 * d1 * d2 + 16 * k * d2 + 20 * k**2
-    packing = 16 * d1 * k + 24 * k * d2 + 8 * d1 * d2
-    return (24 + 8 * compensated) * d1 * d2 + max(start, iterating, packing)
+    small = min(d1, d2)
+    start = 28 * d1 * d2 + 32 * small**2
+    iterating = 4 * (d1 + d2) * small + 16 * k * d2 + 20 * k**2
+    packing = 4 * d1 * small + 16 * d1 * k + 24 * k * d2 + 8 * d1 * d2
+    return (16 + 8 * compensated) * d1 * d2 + max(start, iterating, packing)
 
 
 TEXT_LIBRARIES = 80_000_000
@@ -578,18 +594,20 @@ class SolverPace:
 
     Attributes:
         flops: of an iteration; 0 for a solver that has none.
+        shared: of what runs at all sizes have in common.
         start, quick, exact: of the start, of an iteration, of one of the last ones, in full precision.
         rounding: of packing the result, and of the weights it stands for.
     """
 
     flops: float
+    shared: float
     start: float
     quick: float
     exact: float
     rounding: float
 
     def seconds(self, iterations: int) -> float:
-        """Of a run without what comes after it."""
+        """Of a run without what comes before and after it."""
         last = iterations - int(iterations * (1 - EXACT_SHARE))
         return self.start + (iterations - last) * self.quick + last * self.exact
 
@@ -763,7 +781,7 @@ def _time_group(
     """
     iterations = 4 if recipe.solver == "mod-htp" else 2
     d1, d2 = group.d1, sum(group.d2s)
-    once = start_flops(recipe.solver, d1, d2, group.k)
+    once = start_flops(recipe.solver, d1, d2, group.k) + shared_flops(recipe.solver, d1, d2)
     each = iteration_flops(recipe.solver, d1, d2, group.k, group.s)
     cost = once.products + each.products * iterations + 4 * (once.others + each.others * iterations)
     shrink = max(1.0, (cost / PROBE_FLOPS[device.type]) ** (1 / 3))
@@ -781,21 +799,25 @@ def _time_group(
     fisher = torch.rand(d2, generator=generator, dtype=torch.float64).to(device) + 0.5
     work = Work(recipe, small, metric, weight, fisher, weighs_columns(recipe), device)
     target = work.target()
+    posed = pose(work, target)
     rows: list[list[float]] = []
     found: list[Factorization] = []
 
     def run() -> None:
         stamps = [_now(device)]
-        found[:] = [solve(work, small, target, iterations, lambda _iteration, _error: stamps.append(_now(device)))]
+        found[:] = [solve(work, small, posed, iterations, lambda _iteration, _error: stamps.append(_now(device)))]
         rows.append([after - before for before, after in pairwise([*stamps, _now(device)])])
 
     scale = shrink**3
+    shared = 0.0
+    if recipe.solver in DIRECTED:
+        shared = scale * _seconds(lambda: replace(posed[0]).directions, device)
     _seconds(run, device)
     solution = found[0]
     first, *steps, end = (scale * min(row[place] for row in rows) for place in range(min(map(len, rows))))
     quick, exact = (min(steps[:-1] or steps), steps[-1]) if steps else (0.0, 0.0)
     rounding = scale * _seconds(lambda: dense_weights(pack(small, solution, metric, target)), device)
-    of_solver = SolverPace(each.total, max(0.0, first - quick) + end, quick, exact, rounding)
+    of_solver = SolverPace(each.total, shared, max(0.0, first - quick) + end, quick, exact, rounding)
     if gram is None:
         return 0.0, 0.0, 0.0, of_solver
     square = gram
@@ -885,7 +907,7 @@ def run_seconds(run: Run, recipe: Recipe, pace: Pace) -> float:
     """Of solver runs, between those of the two sizes that were timed by the FLOPs of an iteration."""
     key = _key(run.sizes[0])
     low, high = pace.solver[key][0], pace.solver[key][-1]
-    total = pace.target[key]
+    total = pace.target[key] + low.shared
     for size in run.sizes:
         flops = iteration_flops(recipe.solver, size.d1, sum(size.d2s), size.k, size.s).total
         share = (flops - low.flops) / (high.flops - low.flops) if high.flops > low.flops else 0.0

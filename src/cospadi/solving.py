@@ -99,14 +99,14 @@ def factorize(work: Work, report: Report) -> Packed:
         report(iteration / iterations, f"{short} T {iteration} error {error:.4f}")
 
     target = work.target()
-    solution = solve(work, work.group, target, iterations, on_iteration)
+    solution = solve(work, work.group, pose(work, target), iterations, on_iteration)
     return pack(work.group, solution, work.metric, target)
 
 
 def approximate(work: Work, report: Report) -> dict[str, Tensor]:
     """The weights (d2, d1) that a short solver run makes of a group, in the dtype of its own, on the CPU."""
     work = work.on(work.device)
-    solution = solve(work, work.group, work.target(), QUICK_ITERATIONS)
+    solution = solve(work, work.group, pose(work, work.target()), QUICK_ITERATIONS)
     dictionary = work.metric.undo(solution.dictionary).float()
     parts = torch.split(solution.coefficients, work.group.d2s, dim=1)
     return {
@@ -128,6 +128,7 @@ def cost_curve(
     """
     work = work.on(work.device)
     group, target = work.group, work.target()
+    posed = pose(work, target)
     if by_fisher:
         assert work.fisher is not None
         weight = work.fisher
@@ -138,27 +139,19 @@ def cost_curve(
     options = []
     for done, (sized, ratio, rho) in enumerate(sizes):
         report(done / len(sizes), f"{group.members[0].block}.{group.members[0].kind.rpartition('.')[2]}")
-        solution = solve(work, sized, target, QUICK_ITERATIONS)
+        solution = solve(work, sized, posed, QUICK_ITERATIONS)
         error = target.float() - solution.dictionary @ solution.coefficients
         cost = float((error.square().sum(0, dtype=torch.float64) * weight).sum())
         options.append(Option(sized.parts.total, cost + floor, ratio, rho))
     return options
 
 
-def solve(
-    work: Work,
-    group: Group,
-    target: Tensor,
-    iterations: int,
-    on_iteration: Callable[[int, float], None] | None = None,
-) -> Factorization:
-    """min ||(A - D S) diag(w)|| for one group at one size, w_j = sqrt(F_j) where columns are weighed, else 1.
+def pose(work: Work, target: Tensor) -> tuple[Problem, Tensor]:
+    """A diag(w) for solvers, w_j = sqrt(F_j) where columns are weighed, else 1; and what its S is multiplied with.
 
     Args:
-        group: of the work's members.
         target: A = L W, float64 (d1, sum of d2).
     """
-    recipe, metric = work.recipe, work.metric
     weighed = target
     weights = None
     if work.weighed:
@@ -167,19 +160,34 @@ def solve(
         weights = weights / weights.mean()
         weighed = target * weights
     scale = weighed.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+    unwhiten = None if work.metric.factor is None else work.metric.undo
+    problem = Problem((weighed / scale).float(), unwhiten, tuple(work.group.d2s))
+    return problem, scale if weights is None else scale / weights
+
+
+def solve(
+    work: Work,
+    group: Group,
+    posed: tuple[Problem, Tensor],
+    iterations: int,
+    on_iteration: Callable[[int, float], None] | None = None,
+) -> Factorization:
+    """A ~ D S for the work's group at one of its sizes.
+
+    Args:
+        posed: by `pose`; the same for all sizes, so that what they share of the start is computed once.
+    """
+    recipe, (problem, factor) = work.recipe, posed
     options = SolverOptions(
         iterations=iterations,
         update=recipe.update,
         tolerance=recipe.tolerance,
         seed=recipe.seed,
-        memory_bytes=SOLVER_MEMORY["cuda" if target.is_cuda else "cpu"],
+        memory_bytes=SOLVER_MEMORY["cuda" if problem.target.is_cuda else "cpu"],
         on_iteration=on_iteration,
     )
-    unwhiten = None if metric.factor is None else metric.undo
-    problem = Problem((weighed / scale).float(), unwhiten, tuple(group.d2s))
     solver = find_solver(recipe.solver)
     solution = solver.solve(problem, group.k, group.s if solver.free_support else round(group.s), options)
-    factor = scale if weights is None else scale / weights
     return replace(solution, coefficients=(solution.coefficients * factor).to(solution.coefficients))
 
 

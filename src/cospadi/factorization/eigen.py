@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cospadi.factorization.least_squares import refit_dictionary
-from cospadi.factorization.orthogonal import keep_largest, leading_directions
+from cospadi.factorization.orthogonal import keep_largest
 from cospadi.factorization.problem import Factorization, Problem, SolverOptions, relative_error
 
 
@@ -20,7 +20,7 @@ def eigen(problem: Problem, k: int, s: int, options: SolverOptions) -> Factoriza
     the largest |c_i| ||L^-1 u_i|| of any column), and the refit has no ridge and always stands.
     """
     target = problem.target
-    dictionary = leading_directions(target, k)
+    dictionary = problem.leading(k)
     coefficients = dictionary.T @ target
     scores = coefficients.abs()
     if problem.unwhiten:

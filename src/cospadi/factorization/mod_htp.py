@@ -15,13 +15,12 @@ truncated SVD, which is the best start there is while n is large. docs/solvers.m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from cospadi.factorization.orthogonal import leading_directions
 from cospadi.factorization.problem import Factorization, Problem, SolverOptions, relative_error
 
 DESCENT = 0.6
@@ -42,7 +41,6 @@ BLOCK_ENTRIES = {"cpu": 2**20, "cuda": 2**27}
 """Entries of S worked on at once; on a CPU few enough to stay in cache."""
 
 TINY = torch.finfo(torch.float32).tiny
-Product = Callable[[Tensor, Tensor], Tensor]
 
 
 def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Factorization:
@@ -51,24 +49,31 @@ def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Facto
     Returns the best pair of the last, exact iterations and the start that was given; others' errors are rough.
 
     Computed in float32, in which errors below 1e-3 are known roughly or come out as zero. Deterministic without a
-    seed. k may exceed d1 and d2. Memory: A, and three matrices of the size of S.
+    seed. k may exceed d1 and d2. Memory: A, and three matrices of the size of S. Where d1 > d2 all of it happens in the
+    space of A's columns, which the best D lies in: A is then d2 x d2.
     Of several members each gets a multiple of four nonzeros where s d2 is one, so that 14-bit values fill bytes.
     `options.start` replaces the truncated SVD; the schedule then begins at its number of nonzeros, and it counts as a
     pair seen if it has no more than each member may have.
     """
     target = problem.target.float()
     scale = target.abs().max().clamp(min=TINY)
+    basis = problem.directions.float() if target.shape[0] > target.shape[1] else None
+    if basis is not None:
+        target = basis.T @ target
     columns = (target.T / scale).contiguous()  # a column of A a row: (d2, d1)
     norm = float(torch.linalg.vector_norm(columns, dtype=torch.float64))
     d2, d1 = columns.shape
     nonzeros = round(s * d2)
-    atoms, codes = _start(target / scale, k) if options.start is None else _given(options.start, scale)
+    if options.start is None:
+        atoms, codes = _start(columns, problem.directions.float() if basis is None else torch.eye(d1).to(columns), k)
+    else:
+        atoms, codes = _given(options.start, basis, scale)
     dense = d2 * min(k, d1) if options.start is None else max(nonzeros, int(codes.count_nonzero()))
     rows = max(1, BLOCK_ENTRIES[columns.device.type] // max(k, d1))
     blocks = _blocks(slice(0, d2), rows)
     members = problem.members or (d2,)
     shares: list[int] | None = None  # each member's nonzeros, fixed once the schedule has come down
-    quick = _product_bf16 if _bf16_is_fast(columns.device) else torch.mm
+    quick = torch.bfloat16 if _bf16_is_fast(columns.device) else torch.float32
 
     best, best_error, best_shares = (atoms, codes.clone()), float("inf"), [nonzeros]
     if options.start is not None:
@@ -83,15 +88,16 @@ def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Facto
     for iteration in range(1, options.iterations + 1):
         n = _scheduled(iteration / options.iterations, dense, nonzeros)
         exact = stopping or iteration > options.iterations * (1 - EXACT_SHARE)
-        product: Product = torch.mm if exact else quick
         with _float32_products("highest" if exact else "medium"):
-            lead = _unit_rows(atoms + momentum * (atoms - previous))
-            coherence = lead @ lead.T  # G less its unit diagonal, so that low precision touches small numbers only
-            coherence.diagonal().zero_()
+            lead = _unit_rows(atoms.lerp(previous, -momentum))
             lead_t = lead.T.contiguous()
+            coherence = _self_product(lead_t)
+            coherence.diagonal().zero_()  # G less its unit diagonal, so that low precision touches small numbers only
+            if not exact:
+                coherence = coherence.to(quick)
             for block in blocks:
                 torch.mm(columns[block], lead_t, out=correlations[block])
-                _gradient_step(codes[block], correlations[block], coherence, product)
+                _gradient_step(codes[block], correlations[block], coherence)
             if n > nonzeros:
                 keep_largest_entries(codes, n, blocks)
             else:
@@ -99,11 +105,11 @@ def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Facto
                 for member, share in zip(_spans(members), shares, strict=True):
                     keep_largest_entries(codes, share, _blocks(member, rows))
             for block in blocks:
-                _fit_codes(codes[block], correlations[block], coherence, product)
+                _fit_codes(codes[block], correlations[block], coherence)
             previous = atoms
             atoms, distance = _fit_dictionary(_self_product(codes), codes.T @ columns, lead, norm)
         norms = torch.linalg.vector_norm(atoms, dim=1)  # zero where an atom has a twin that does all the work
-        atoms = torch.where(norms[:, None] > 0, _unit_rows(atoms), lead)
+        atoms = torch.where(norms[:, None] > 0, atoms / norms.clamp(min=TINY)[:, None], lead)
         codes *= norms
         error = distance / norm if norm > 0 else 0.0
 
@@ -124,7 +130,8 @@ def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Facto
     support = codes != 0
     for member, share in zip(_spans(members), best_shares, strict=True):
         _fill(support[member], share)
-    dictionary, coefficients = atoms.T.to(problem.target), (codes * scale).T.to(problem.target)
+    dictionary = atoms.T if basis is None else basis @ atoms.T
+    dictionary, coefficients = dictionary.to(problem.target), (codes * scale).T.to(problem.target)
     return Factorization(dictionary.contiguous(), coefficients.contiguous(), support.T.contiguous(), errors)
 
 
@@ -133,55 +140,57 @@ def _scheduled(progress: float, dense: int, nonzeros: int) -> int:
     return nonzeros + round(max(0, dense - nonzeros) * max(0.0, 1 - progress / DESCENT) ** 3)
 
 
-def _start(target: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _start(columns: Tensor, directions: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """D^T (k, d1): the leading left singular vectors of A, and S^T (d2, k): A over them.
 
     Atoms beyond d1 are columns of A, evenly spaced; S is then the smallest one that meets A.
+
+    Args:
+        columns: A^T (d2, d1). directions: all left singular vectors of A (d1, d1).
     """
-    (d1, d2), dictionary = target.shape, leading_directions(target, k)
+    d2, d1 = columns.shape
     if k <= d1:
-        return dictionary.T.contiguous(), target.T @ dictionary
-    dictionary[:, d1:] = target[:, torch.arange(k - d1, device=target.device) * d2 // (k - d1)]
-    dictionary[:, d1:] += TINY
-    atoms = _unit_rows(dictionary.T)
+        return directions[:, :k].T.contiguous(), columns @ directions[:, :k]
+    more = columns[torch.arange(k - d1, device=columns.device) * d2 // (k - d1)] + TINY
+    atoms = torch.cat([directions.T, _unit_rows(more)])
     gram = atoms.T.double() @ atoms.double()  # D D^T, which contains I
-    codes: Tensor = torch.linalg.solve(gram, target.double()).T @ atoms.T.double()
-    return atoms.contiguous(), codes.float()
+    codes: Tensor = torch.linalg.solve(gram, columns.T.double()).T @ atoms.T.double()
+    return atoms, codes.float()
 
 
-def _given(start: Factorization, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """D^T with unit rows and S^T of a solution, for A / scale."""
-    norms = torch.linalg.vector_norm(start.dictionary, dim=0)
-    return _unit_rows(start.dictionary.T).contiguous(), (start.coefficients.T * norms / scale).contiguous()
+def _given(start: Factorization, basis: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """D^T with unit rows and S^T of a solution, for A / scale, in the basis (d1, d2) of A's columns if there is one."""
+    dictionary = start.dictionary if basis is None else basis.T @ start.dictionary
+    norms = torch.linalg.vector_norm(dictionary, dim=0)
+    return _unit_rows(dictionary.T).contiguous(), (start.coefficients.T * norms / scale).contiguous()
 
 
-def _gradient_step(codes: Tensor, correlations: Tensor, coherence: Tensor, product: Product) -> None:
+def _gradient_step(codes: Tensor, correlations: Tensor, coherence: Tensor) -> None:
     """S + OVERSHOOT t R in place, R = B - G S, with t the best step of each column (here: row)."""
     residual = correlations - codes
-    residual -= product(codes, coherence)
-    squared = torch.linalg.vecdot(residual, residual)
-    step = _step(squared, residual, product(residual, coherence).add_(residual))
-    codes.addcmul_(residual, step, value=OVERSHOOT)
+    residual -= _product(codes, coherence)
+    codes.addcmul_(residual, _best_step(residual, coherence), value=OVERSHOOT)
 
 
-def _fit_codes(codes: Tensor, correlations: Tensor, coherence: Tensor, product: Product) -> None:
+def _fit_codes(codes: Tensor, correlations: Tensor, coherence: Tensor) -> None:
     """A step of steepest descent in place towards G S = B on the support of S, of the best length for each column."""
     support = (codes != 0).to(codes.dtype)
     residual = correlations - codes
-    residual.sub_(product(codes, coherence)).mul_(support)
-    image = product(residual, coherence).add_(residual)
-    codes.addcmul_(residual, _step(torch.linalg.vecdot(residual, residual), residual, image))
+    residual.sub_(_product(codes, coherence)).mul_(support)
+    codes.addcmul_(residual, _best_step(residual, coherence))
 
 
-def _step(squared: Tensor, direction: Tensor, image: Tensor) -> Tensor:
-    """Steps (rows, 1) of squared / (p . G p); where p . G p is lost in rounding, short ones.
+def _best_step(residual: Tensor, coherence: Tensor) -> Tensor:
+    """r . r / (r . G r) of each row r (rows, 1); where r . G r is lost in rounding, a shorter one."""
+    squared = torch.linalg.vecdot(residual, residual)
+    curvature = squared + torch.linalg.vecdot(residual, _product(residual, coherence))
+    return (squared / torch.maximum(curvature, LEAST_CURVATURE * squared).clamp(min=TINY))[:, None]
 
-    Args:
-        squared: (rows,), of the residual. direction, image: p and G p (rows, k).
-    """
-    least = LEAST_CURVATURE * torch.linalg.vecdot(direction, direction)
-    curvature = torch.maximum(torch.linalg.vecdot(direction, image), least)
-    return (squared / curvature.clamp(min=TINY))[:, None]
+
+def _product(rows: Tensor, coherence: Tensor) -> Tensor:
+    """Rows times G - I, computed in the precision of the latter."""
+    product: Tensor = rows.to(coherence.dtype) @ coherence
+    return product.to(rows.dtype)
 
 
 def _fit_dictionary(outer: Tensor, cross: Tensor, unused: Tensor, norm: float) -> tuple[Tensor, float]:
@@ -197,18 +206,24 @@ def _fit_dictionary(outer: Tensor, cross: Tensor, unused: Tensor, norm: float) -
     scaled = outer / size / size[:, None]
     scaled.diagonal().fill_(1 + RIDGE)
     factor, failed = torch.linalg.cholesky_ex(scaled)
-    solution = cross / size[:, None]
+    cross = cross / size[:, None]
     if failed.item():  # atoms that are tied, to the precision of the product: the pseudo-inverse, above its noise
         values, vectors = torch.linalg.eigh(scaled.double())
         noise = max(100 * RIDGE * float(values[-1]), -2 * float(values[0]))
-        weights = torch.where(values > noise, 1 / values, torch.zeros_like(values))
-        solution = (vectors @ (weights[:, None] * (vectors.T @ solution.double()))).to(cross.dtype)
-    else:
-        solution = torch.cholesky_solve(solution, factor)
-    solution = solution / size[:, None]
-    atoms = torch.where(used[:, None], solution, unused)
-    gained = 2 * (atoms * cross).sum(dtype=torch.float64) - ((outer @ atoms) * atoms).sum(dtype=torch.float64)
-    return atoms, max(norm**2 - float(gained), 0.0) ** 0.5
+        roots = torch.where(values > noise, values.rsqrt(), torch.zeros_like(values))[:, None]
+        half = roots * (vectors.T @ cross.double())
+        solution = (vectors @ (roots * half)).to(cross.dtype)
+    else:  # from the right, where rows of D^T lie as the triangular solver wants them
+        half = torch.linalg.solve_triangular(factor.mT, cross.T, upper=True, left=False)
+        solution = torch.linalg.solve_triangular(factor, half, upper=False, left=False).T
+    gained = _energy(half) + RIDGE * _energy(solution)
+    atoms = torch.where(used[:, None], solution / size[:, None], unused)
+    return atoms, max(norm**2 - gained, 0.0) ** 0.5
+
+
+def _energy(matrix: Tensor) -> float:
+    """||M||_F^2, rows in their own precision and their sum in float64."""
+    return float(torch.linalg.vecdot(matrix, matrix).sum(dtype=torch.float64))
 
 
 def keep_largest_entries(matrix: Tensor, n: int, blocks: Sequence[slice]) -> None:
@@ -295,7 +310,7 @@ def _unit_rows(matrix: Tensor) -> Tensor:
 
 
 def _self_product(codes: Tensor) -> Tensor:
-    """S S^T (k, k) for S^T (d2, k), its lower half copied from the upper one: 5/8 of the work of the full product."""
+    """S S^T (k, k) for S^T (d2, k), or G for D; its lower half copied from the upper one: 5/8 of the full product."""
     k = codes.shape[1]
     if k < 512:
         return codes.T @ codes
@@ -304,10 +319,6 @@ def _self_product(codes: Tensor) -> Tensor:
         outer[panel, panel.start :] = codes[:, panel].T @ codes[:, panel.start :]
         outer[panel.start :, panel] = outer[panel, panel.start :].T
     return outer
-
-
-def _product_bf16(left: Tensor, right: Tensor) -> Tensor:
-    return (left.bfloat16() @ right.bfloat16()).float()
 
 
 def _bf16_is_fast(device: torch.device) -> bool:

@@ -14,7 +14,8 @@ def leading_directions(target: Tensor, k: int) -> Tensor:
     """
     (d1, d2), matrix = target.shape, target.double()
     if k <= d2 < d1:
-        left = torch.linalg.svd(matrix, full_matrices=False)[0]
+        basis, triangle = torch.linalg.qr(matrix)
+        left = basis @ torch.linalg.eigh(triangle @ triangle.T)[1].flip(1)
     else:
         left = torch.linalg.eigh(matrix @ matrix.T)[1].flip(1)
     dictionary = torch.zeros(d1, k, dtype=target.dtype, device=target.device)

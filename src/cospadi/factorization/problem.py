@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from cospadi.factorization.orthogonal import leading_directions
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,15 @@ class Problem:
     target: Tensor
     unwhiten: Callable[[Tensor], Tensor] | None = None
     members: tuple[int, ...] = ()
+
+    @cached_property
+    def directions(self) -> Tensor:
+        """All left singular vectors of A, float (d1, min(d1, d2)), the leading ones first; kept for the next solve."""
+        return leading_directions(self.target, min(self.target.shape))
+
+    def leading(self, k: int) -> Tensor:
+        """The k leading left singular vectors of A (d1, k), any basis of the rest beyond its rank, zeros beyond d1."""
+        return self.directions[:, :k] if k <= min(self.target.shape) else leading_directions(self.target, k)
 
 
 @dataclass(frozen=True)

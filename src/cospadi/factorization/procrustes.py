@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cospadi.factorization.orthogonal import keep_largest, leading_directions
+from cospadi.factorization.orthogonal import keep_largest
 from cospadi.factorization.problem import Factorization, Problem, SolverOptions, relative_error
 
 
@@ -21,7 +21,7 @@ def procrustes(problem: Problem, k: int, s: int, options: SolverOptions) -> Fact
     first d1 are zero, and no column uses them unless s > d1.
     """
     target = problem.target
-    dictionary = leading_directions(target, k)
+    dictionary = problem.leading(k)
     coefficients, support = code(target, dictionary, s)
     best: Factorization | None = None
     errors: list[float] = []
