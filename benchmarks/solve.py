@@ -37,15 +37,13 @@ from cospadi.factorization import SOLVERS, Problem, SolverOptions
 from cospadi.factorization.mod_htp import (
     BLOCK_ENTRIES,
     EXACT_SHARE,
-    _bf16_is_fast,
     _blocks,
-    _float32_products,
     _scheduled,
-    _self_product,
 )
 from cospadi.job import read_text, walk
 from cospadi.ledger import Ledger
 from cospadi.plan import Group
+from cospadi.products import bf16_is_fast, float32_products, self_product
 from cospadi.progress import Stages
 from cospadi.recipe import Recipe
 from cospadi.solving import pack, pose, solve
@@ -198,7 +196,7 @@ def bare_products(target: Tensor, k: int, repeats: int = 3) -> float:
     generator = torch.Generator(device=device).manual_seed(0)
     atoms = torch.randn(k, d1, generator=generator, device=device)
     codes = torch.randn(d2, k, generator=generator, device=device)
-    low = torch.bfloat16 if _bf16_is_fast(device) else torch.float32
+    low = torch.bfloat16 if bf16_is_fast(device) else torch.float32
     codes_low, coherence = codes.to(low), torch.randn(k, k, generator=generator, device=device).to(low)
     blocks = _blocks(slice(0, d2), max(1, BLOCK_ENTRIES[device.type] // max(k, d1)))
     atoms_t = atoms.T.contiguous()
@@ -206,13 +204,13 @@ def bare_products(target: Tensor, k: int, repeats: int = 3) -> float:
     for _ in range(repeats + 1):
         _synchronize(device)
         start = time.perf_counter()
-        with _float32_products("medium"):
-            _self_product(atoms_t)
+        with float32_products("medium"):
+            self_product(atoms_t)
             for block in blocks:
                 torch.mm(columns[block], atoms_t)
                 for _ in range(4):
                     torch.mm(codes_low[block], coherence)
-            _self_product(codes)
+            self_product(codes)
             torch.mm(codes.T, columns)
         _synchronize(device)
         best = min(best, time.perf_counter() - start)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from cospadi.calibration.gram import accumulate_grams, whiten
+from cospadi.calibration.gram import accumulate_grams, gram_block, whiten
 from cospadi.calibration.text import token_sequences
 from cospadi.errors import UserError
 from cospadi.recipe import Recipe
@@ -48,6 +48,20 @@ def test_gram_is_that_of_all_tokens_whatever_the_batch() -> None:
     assert grams["blocks.1.c"].shape == (4, 4)
     whole = accumulate_grams(model, ["blocks.1.c"], tokens, batch_size=8)["blocks.1.c"]
     torch.testing.assert_close(grams["blocks.1.c"], whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d1", [40, 600])
+def test_gram_of_a_batch_loses_nothing_to_low_precision(dtype: torch.dtype, d1: int) -> None:
+    """Whatever the hardware does with bf16: its numbers are multiplied as they are, and added in float32."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(3, 100, d1, generator=generator).to(dtype) for _ in range(2))
+    before = torch.get_float32_matmul_precision()
+    gram, cross = gram_block(x, x, "q_proj"), gram_block(x, y, "q_proj")
+    assert torch.get_float32_matmul_precision() == before
+    left, right = (tensor.flatten(0, 1).double().numpy() for tensor in (x, y))
+    np.testing.assert_allclose(gram.numpy(), left.T @ left, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(cross.numpy(), left.T @ right, rtol=1e-5, atol=1e-4)
 
 
 def test_forward_stops_after_the_last_wanted_block_and_hooks_go() -> None:

@@ -32,7 +32,6 @@ from cospadi.factorization.mod_htp import (
     _fit_dictionary,
     _gradient_step,
     _scheduled,
-    _self_product,
     _shares,
     keep_largest_entries,
     mod_htp,
@@ -40,6 +39,7 @@ from cospadi.factorization.mod_htp import (
 from cospadi.factorization.omp import omp, scatter_codes
 from cospadi.factorization.orthogonal import keep_largest, leading_directions
 from cospadi.factorization.procrustes import code, procrustes, update_orthonormal
+from cospadi.products import self_product
 
 SPARSE = [name for name, solver in SOLVERS.items() if solver.layout == "sparse-dictionary"]
 
@@ -805,7 +805,7 @@ def test_fit_dictionary_where_atoms_are_tied() -> None:
 @pytest.mark.parametrize("k", [511, 512, 515, 1030])
 def test_self_product_is_a_plain_product(k: int) -> None:
     codes = torch.randn(30, k, generator=torch.Generator().manual_seed(k))
-    outer = _self_product(codes)
+    outer = self_product(codes)
     expected = codes.double().numpy().T @ codes.double().numpy()
     np.testing.assert_allclose(outer.numpy(), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(outer, outer.T)

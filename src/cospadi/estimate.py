@@ -32,10 +32,11 @@ from cospadi.calibration.fisher import _summed_loss, output_fisher_by_blocks
 from cospadi.calibration.gram import IDENTITY, whiten
 from cospadi.calibration.text import sequence_length
 from cospadi.factorization import Factorization, find_solver
-from cospadi.factorization.mod_htp import EXACT_SHARE, _bf16_is_fast
+from cospadi.factorization.mod_htp import EXACT_SHARE
 from cospadi.job import CACHE_BYTES, allocation_of, needs_text, weighs_columns
 from cospadi.measuring import SPANS, measured_ratios, measured_rhos
 from cospadi.plan import Group, Plan, _owner_without_weights, size_group
+from cospadi.products import bf16_is_fast, self_product_flops
 from cospadi.projections import decoder_blocks, find_projections, shared_inputs
 from cospadi.recipe import Recipe
 from cospadi.shelf import Shelf
@@ -342,21 +343,30 @@ def fisher_flops(shape: Shape, tokens: float, length: int) -> float:
 
 
 def walk_flops(shape: Shape, text: Text) -> Flops:
-    """Of one walk of the text through all blocks: forward, a Gram 2 N d1^2 and a Cholesky factor for each input."""
-    grams = sum(2.0 * text.tokens * reader.d1**2 for reader in shape.readers)
-    return Flops(forward_flops(shape, text.tokens, text.length) + grams, _cholesky(shape))
+    """Of one walk of the text through all blocks: forward, a Gram and a Cholesky factor for each input."""
+    return Flops(forward_flops(shape, text.tokens, text.length) + gram_flops(shape, text.tokens), _cholesky(shape))
+
+
+def gram_flops(shape: Shape, tokens: float) -> float:
+    """Of G = X^T X for each input."""
+    return sum(self_product_flops(tokens, reader.d1) for reader in shape.readers)
+
+
+def cross_flops(shape: Shape, tokens: float) -> float:
+    """Of C = X'^T X for each input."""
+    return sum(2.0 * tokens * reader.d1**2 for reader in shape.readers)
 
 
 def paired_flops(shape: Shape, text: Text) -> Flops:
     """Of the walk in the model compressed so far.
 
-    For each input two passes up to it, for the dense and for the compressed model, and two Grams; behind each block but
+    For each input two passes up to it, for the dense and for the compressed model, G and C; behind each block but
     the last two passes through all of it; a Cholesky factor an input.
     """
     n, length = text.tokens, text.length
     attended = 4.0 * length * shape.attention
     passes = sum(2 * n * (2.0 * reader.before + (attended if reader.before else 0)) for reader in shape.readers)
-    grams = sum(4.0 * n * reader.d1**2 for reader in shape.readers)
+    grams = gram_flops(shape, n) + cross_flops(shape, n)
     return Flops(passes + grams + 2 * forward_flops(shape, n, length, slice(0, -1)), _cholesky(shape))
 
 
@@ -402,8 +412,8 @@ def iteration_flops(solver: str, d1: int, d2: int, k: int, s: float) -> Flops:
     procrustes: three products of A, D and S, and the SVD of A S^T.
     """
     if solver == "mod-htp":
-        d1, squares = min(d1, d2), 2.0 if k < 512 else 1.25
-        products = 4.0 * d1 * k * d2 + 8.0 * k**2 * d2 + squares * k**2 * (d1 + d2)
+        d1 = min(d1, d2)
+        products = 4.0 * d1 * k * d2 + 8.0 * k**2 * d2 + self_product_flops(d1 + d2, k)
         return Flops(products, k**3 / 3 + 2.0 * k**2 * d1)
     if solver == "ksvd":
         return Flops(2.0 * (s + 1) * k**2 * d2 + 4.0 * d1 * k * d2 + 40.0 * d1 * s * d2)
@@ -510,7 +520,7 @@ def prepared_bytes(recipe: Recipe, agenda: Agenda) -> int:
     A size that groups are measured at counts once for equal groups; the sizes that budgets then choose all differ.
     """
     cpu = torch.device("cpu")
-    if recipe.solver != "mod-htp" or source.pick_device(recipe.device).type != "cpu" or not _bf16_is_fast(cpu):
+    if recipe.solver != "mod-htp" or source.pick_device(recipe.device).type != "cpu" or not bf16_is_fast(cpu):
         return 0
     sizes = {(_key(size), size.k) for run in agenda.runs for size in run.sizes if run.stage != "candidates"}
     groups = len({run.sizes[0].members for run in agenda.runs})
@@ -730,13 +740,12 @@ def _time_block(model: Any, text: Text, device: torch.device) -> tuple[float, fl
 
     seconds = {function: _seconds(function, device) for function in (forward, grams, gradients, losses)}
     of_head = 2 * head_flops(shape, length)
-    squares = sum(2.0 * tokens.numel() * reader.d1**2 for reader in shape.readers)
     return (
         seconds[forward] / forward_flops(shape, tokens.numel(), length),
         max(seconds[gradients] - seconds[losses], 0.1 * seconds[gradients])
         / (fisher_flops(shape, length, length) - of_head),
         seconds[losses] / of_head,
-        max(seconds[grams] - seconds[forward], 0.1 * seconds[grams]) / squares,
+        max(seconds[grams] - seconds[forward], 0.1 * seconds[grams]) / gram_flops(shape, tokens.numel()),
     )
 
 
@@ -880,13 +889,13 @@ def times(
     def whole(tokens: float) -> float:
         return forward_flops(shape, tokens, text.length) * pace.forward + head_flops(shape, tokens) * pace.head
 
-    squares = sum(2.0 * text.tokens * reader.d1**2 for reader in shape.readers)
-    grams = squares * pace.gram
+    grams, crosses = gram_flops(shape, text.tokens), cross_flops(shape, text.tokens)
     whitening = sum(pace.whitening[reader.d1] for reader in shape.readers)
     of_head = 2 * head_flops(shape, text.checked_tokens)
     gradients = fisher_flops(shape, text.checked_tokens, text.length) - of_head
-    walked = forward_flops(shape, text.tokens, text.length) * pace.forward + grams + whitening
-    paired = (paired_flops(shape, text).products - 2 * squares) * pace.forward + 2 * grams + whitening
+    walked = forward_flops(shape, text.tokens, text.length) * pace.forward + grams * pace.gram + whitening
+    products = paired_flops(shape, text).products - grams - crosses
+    paired = products * pace.forward + (grams + crosses) * pace.gram + whitening
     spent = dict.fromkeys(STAGES, 0.0)
     spent["load"] = (
         pace.start + stored * (pace.hashed + weight_reads(agenda) * pace.read) + whole(agenda.learned * text.length)

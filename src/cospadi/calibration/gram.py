@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from cospadi.errors import UserError
+from cospadi.products import float32_products, self_product
 
 
 class _LastBlockDone(Exception):
@@ -80,11 +81,15 @@ def accumulate_grams(
 def gram_block(x: Tensor, y: Tensor, name: str) -> Tensor:
     """X^T Y of one batch of activations (..., d1), float32 (d1, d1).
 
+    Entries that are bf16 lose nothing where the hardware multiplies float32 as TF32 or bf16: it may then.
+
     Raises:
         UserError: it is not finite; the message says that `name` read it.
     """
     left = x.flatten(0, -2).float()
-    block = left.T @ (left if y is x else y.flatten(0, -2).float())
+    exact_in_bf16 = x.dtype == y.dtype == torch.bfloat16
+    with float32_products("medium") if exact_in_bf16 else nullcontext():
+        block = self_product(left) if y is x else left.T @ y.flatten(0, -2).float()
     if not torch.isfinite(block.diagonal()).all():
         raise UserError(
             f"the input of {name} is not finite on the calibration text. "

@@ -15,13 +15,13 @@ truncated SVD, which is the best start there is while n is large. docs/solvers.m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from cospadi.factorization.problem import Factorization, Problem, SolverOptions, relative_error
+from cospadi.products import bf16_is_fast, float32_products, self_product
 
 DESCENT = 0.6
 """Share of the iterations over which the number of nonzeros falls to the target."""
@@ -73,7 +73,7 @@ def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Facto
     blocks = _blocks(slice(0, d2), rows)
     members = problem.members or (d2,)
     shares: list[int] | None = None  # each member's nonzeros, fixed once the schedule has come down
-    quick = torch.bfloat16 if _bf16_is_fast(columns.device) else torch.float32
+    quick = torch.bfloat16 if bf16_is_fast(columns.device) else torch.float32
 
     best, best_error, best_shares = (atoms, codes.clone()), float("inf"), [nonzeros]
     if options.start is not None:
@@ -88,10 +88,10 @@ def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Facto
     for iteration in range(1, options.iterations + 1):
         n = _scheduled(iteration / options.iterations, dense, nonzeros)
         exact = stopping or iteration > options.iterations * (1 - EXACT_SHARE)
-        with _float32_products("highest" if exact else "medium"):
+        with float32_products("highest" if exact else "medium"):
             lead = _unit_rows(atoms.lerp(previous, -momentum))
             lead_t = lead.T.contiguous()
-            coherence = _self_product(lead_t)
+            coherence = self_product(lead_t)
             coherence.diagonal().zero_()  # G less its unit diagonal, so that low precision touches small numbers only
             if not exact:
                 coherence = coherence.to(quick)
@@ -107,7 +107,7 @@ def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Facto
             for block in blocks:
                 _fit_codes(codes[block], correlations[block], coherence)
             previous = atoms
-            atoms, distance = _fit_dictionary(_self_product(codes), codes.T @ columns, lead, norm)
+            atoms, distance = _fit_dictionary(self_product(codes), codes.T @ columns, lead, norm)
         norms = torch.linalg.vector_norm(atoms, dim=1)  # zero where an atom has a twin that does all the work
         atoms = torch.where(norms[:, None] > 0, atoms / norms.clamp(min=TINY)[:, None], lead)
         codes *= norms
@@ -184,13 +184,14 @@ def _best_step(residual: Tensor, coherence: Tensor) -> Tensor:
     """r . r / (r . G r) of each row r (rows, 1); where r . G r is lost in rounding, a shorter one."""
     squared = torch.linalg.vecdot(residual, residual)
     curvature = squared + torch.linalg.vecdot(residual, _product(residual, coherence))
-    return (squared / torch.maximum(curvature, LEAST_CURVATURE * squared).clamp(min=TINY))[:, None]
+    step: Tensor = squared / torch.maximum(curvature, LEAST_CURVATURE * squared).clamp(min=TINY)
+    return step[:, None]
 
 
 def _product(rows: Tensor, coherence: Tensor) -> Tensor:
     """Rows times G - I, computed in the precision of the latter."""
-    product: Tensor = rows.to(coherence.dtype) @ coherence
-    return product.to(rows.dtype)
+    product: Tensor = (rows.to(coherence.dtype) @ coherence).to(rows.dtype)
+    return product
 
 
 def _fit_dictionary(outer: Tensor, cross: Tensor, unused: Tensor, norm: float) -> tuple[Tensor, float]:
@@ -307,30 +308,3 @@ def _blocks(span: slice, rows: int) -> list[slice]:
 def _unit_rows(matrix: Tensor) -> Tensor:
     unit: Tensor = matrix / torch.linalg.vector_norm(matrix, dim=1, keepdim=True).clamp(min=TINY)
     return unit
-
-
-def _self_product(codes: Tensor) -> Tensor:
-    """S S^T (k, k) for S^T (d2, k), or G for D; its lower half copied from the upper one: 5/8 of the full product."""
-    k = codes.shape[1]
-    if k < 512:
-        return codes.T @ codes
-    outer = torch.empty(k, k, dtype=codes.dtype, device=codes.device)
-    for panel in _blocks(slice(0, k), -(-k // 4)):
-        outer[panel, panel.start :] = codes[:, panel].T @ codes[:, panel.start :]
-        outer[panel.start :, panel] = outer[panel, panel.start :].T
-    return outer
-
-
-def _bf16_is_fast(device: torch.device) -> bool:
-    return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-
-
-@contextmanager
-def _float32_products(precision: str) -> Iterator[None]:
-    """How float32 products may be computed inside this block: "highest", or "medium" (TF32 or bf16 parts)."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
