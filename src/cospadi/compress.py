@@ -37,6 +37,7 @@ from cospadi.job import (
     each_group,
     needs_text,
     read_text,
+    wants_compensation,
     weighs_columns,
 )
 from cospadi.ledger import OUTPUT, REPLACED, JobDirectory, Ledger, Piece
@@ -293,7 +294,8 @@ def prepare(
         UserError: a model that cannot be compressed, a selection or a ratio that cannot be met.
     """
     allocation_of(recipe)  # refuses what needs text where there is none,
-    weighs_columns(recipe)  # and so does this
+    weighs_columns(recipe)  # and so do these
+    wants_compensation(recipe)
     device = source.pick_device(recipe.device)
     folder: Path | None = None
     hub_name: str | None = None

@@ -33,7 +33,7 @@ from cospadi.calibration.gram import IDENTITY, whiten
 from cospadi.calibration.text import sequence_length
 from cospadi.factorization import Factorization, find_solver
 from cospadi.factorization.mod_htp import EXACT_SHARE
-from cospadi.job import CACHE_BYTES, allocation_of, needs_text, weighs_columns
+from cospadi.job import CACHE_BYTES, allocation_of, needs_text, wants_compensation, weighs_columns
 from cospadi.measuring import SPANS, measured_ratios, measured_rhos
 from cospadi.plan import Group, Plan, _owner_without_weights, size_group
 from cospadi.products import bf16_is_fast, self_product_flops
@@ -280,7 +280,7 @@ def agenda_of(
     """What `compress` will do, as compress.py and measuring.py do it."""
     spreads = allocation_of(recipe) != "uniform" and not final
     fisher = weighs_columns(recipe) or (spreads and allocation_of(recipe) == "fisher")
-    compensated = text.sequences > 0 and recipe.compensate and recipe.layers_shared == 1
+    compensated = wants_compensation(recipe)
     kept = sum(8 * reader.d1**2 for reader in shape.readers) <= cache_bytes // 2
     runs: list[Run] = []
     for group in plan.compressed:

@@ -64,7 +64,7 @@ class Job:
 
     def compensates(self) -> bool:
         """Whether projections make up for the errors before them."""
-        return self.calls is not None and self.recipe.compensate and self.recipe.layers_shared == 1
+        return self.calls is not None and wants_compensation(self.recipe)
 
     def inputs(self, group: Group) -> tuple[str, ...]:
         """The tensors that a group's members read, each by its first reader."""
@@ -112,6 +112,15 @@ def weighs_columns(recipe: Recipe) -> bool:
     return needs_text(recipe) and recipe.allocate != "output"
 
 
+def wants_compensation(recipe: Recipe) -> bool:
+    """Whether projections of a recipe are to make up for the errors before them."""
+    possible = needs_text(recipe) and recipe.layers_shared == 1
+    if recipe.compensate and not possible:
+        why = "a dictionary serves several blocks" if needs_text(recipe) else "there is no text"
+        raise UserError(f"compensate is not possible: {why}. Use --no-compensate, or leave it out")
+    return possible and recipe.compensate is not False
+
+
 def read_text(job: Job, tokenizer: Any, folder: Path | None) -> None:
     """Read the calibration text and find out how the model's blocks are called with it.
 
@@ -154,7 +163,7 @@ def read_text(job: Job, tokenizer: Any, folder: Path | None) -> None:
             raise
         log.debug("no forward pass by blocks: %s", error)
     if job.calls is None:
-        notes = ["solved without compensation"] if recipe.compensate and recipe.layers_shared == 1 else []
+        notes = ["solved without compensation"] if wants_compensation(recipe) else []
         if job.blocks.stored is not None:
             assert folder is not None
             finite = job.blocks.finite

@@ -46,8 +46,10 @@ class Recipe(BaseModel):
         None,
         description="weigh outputs by what they cost in the loss (default: fisher; none without text and with output)",
     )
-    compensate: bool = Field(
-        True, description="each projection makes up for the errors of those before it (not with share layers:N)"
+    compensate: bool | None = Field(
+        None,
+        description="each projection makes up for the errors of those before it "
+        "(default: yes; no without text and with share layers:N)",
     )
     fisher_sequences: int = Field(
         16, ge=1, le=MOST, description="calibration sequences from which those costs are estimated"

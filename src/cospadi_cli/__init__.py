@@ -72,7 +72,7 @@ Compensate = Annotated[
     typer.Option(
         "--compensate/--no-compensate",
         "--propagate/--no-propagate",
-        help="each projection makes up for the errors of those before it  [default: yes; not with layers:N]",
+        help="each projection makes up for the errors before it  [default: yes; no without text and with layers:N]",
     ),
 ]
 Update = Annotated[str | None, typer.Option(help="dictionary update of ksvd: power, pca or mod  [default: power]")]
