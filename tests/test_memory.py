@@ -41,7 +41,7 @@ def nbytes(folder: Path) -> int:
 
 def test_peak_memory_does_not_grow_with_depth(make_model: Callable[..., Path], recipe: Path, tmp_path: Path) -> None:
     peaks, sizes = {}, {}
-    for layers in (4, 8, 16):
+    for layers in (4, 16):
         model = make_model(llama_config(num_hidden_layers=layers, **WIDE), torch.float32, max_shard_size="60MB")
         sizes[layers] = nbytes(model)
         done = subprocess.run(
@@ -50,7 +50,7 @@ def test_peak_memory_does_not_grow_with_depth(make_model: Callable[..., Path], r
         assert done.returncode == 0, done.stderr
         peaks[layers] = json.loads(done.stdout)["peak"]
     assert sizes[16] - sizes[4] > 0.2 * peaks[4]  # a whole model in memory would be seen
-    assert max(peaks.values()) < 1.1 * peaks[4], peaks
+    assert peaks[16] < 1.1 * peaks[4], peaks
 
 
 @pytest.fixture

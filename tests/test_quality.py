@@ -14,8 +14,8 @@ from cospadi.progress import Stages
 
 
 def test_demo_ranks_the_methods(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cospadi.demo.job.WINDOWS", 12)
-    monkeypatch.setattr("cospadi.demo.job.SEQUENCES", 24)
+    monkeypatch.setattr("cospadi.demo.job.WINDOWS", 8)
+    monkeypatch.setattr("cospadi.demo.job.SEQUENCES", 10)
     monkeypatch.setattr("cospadi.demo.job.FISHER_SEQUENCES", 2)
     monkeypatch.setattr(measuring, "RHOS", (2.2,))  # a quarter of the short runs
     dense, low_rank, paper, ours = run_demo(ratio=0.4, iterations=2, stages=Stages())
@@ -45,7 +45,7 @@ def test_stories260k(update: str, shared_model: Callable[[str], Path], tmp_path:
     windows = evaluate.text_windows(tokenizer, evaluate.read_text(data / "stories_heldout.txt"), 512)[:32]
     found = {}
     for solver in ("svd-llm", "ksvd"):
-        recipe = {"ratio": 0.2, "solver": solver, "share": "none", "update": update, "iterations": 8, "sequences": 64}
+        recipe = {"ratio": 0.2, "solver": solver, "share": "none", "update": update, "iterations": 6, "sequences": 48}
         recipe |= {"allocate": "uniform", "weight_columns": "none", "compensate": False}
         recipe |= {"calibration": str(data / "stories_calibration.jsonl")}
         result = cospadi.compress(folder, recipe, tmp_path / solver)
