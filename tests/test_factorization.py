@@ -1,5 +1,6 @@
 """Solvers against scikit-learn, numpy and a plain K-SVD written here."""
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -597,6 +598,41 @@ def test_mod_htp_is_never_worse_than_its_start(d1: int, members: tuple[int, ...]
         assert true_error(target, solution) <= true_error(target, start) * (1 + 1e-6)
         check_form(solution, d1, k, 80, s, free=True)
         assert torch.equal(start.coefficients, kept)
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (90, 24)])
+def test_mod_htp_goes_on_in_any_precision(shape: tuple[int, int]) -> None:
+    target = structured(*shape, seed=36)
+    starts = [mod_htp(Problem(one), 12, 5, SolverOptions(iterations=6)) for one in (target, target.double())]
+    for start in starts:
+        for one in (target, target.double()):
+            solution = mod_htp(Problem(one), 12, 5, SolverOptions(iterations=2, start=start))
+            assert solution.dictionary.dtype == solution.coefficients.dtype == one.dtype
+            assert true_error(target, solution) <= true_error(target, start) * (1 + 1e-5)
+
+
+def test_solves_in_threads_leave_the_precision_of_products_alone() -> None:
+    target = structured(30, 60, seed=37)
+    expected = mod_htp(Problem(target), 12, 5, SolverOptions(iterations=6))
+    before = torch.get_float32_matmul_precision()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: mod_htp(Problem(target), 12, 5, SolverOptions(iterations=6)), range(12)))
+    assert torch.get_float32_matmul_precision() == before
+    assert all(torch.equal(one.coefficients, expected.coefficients) for one in found)
+
+
+def test_a_precision_that_was_set_for_one_backend_stays() -> None:
+    backend = torch.backends.mkldnn.matmul
+    if not hasattr(backend, "fp32_precision"):
+        pytest.skip("this torch has one precision for all backends")
+    before = backend.fp32_precision
+    backend.fp32_precision = "bf16"
+    try:
+        solution = mod_htp(Problem(structured(30, 60, seed=38)), 12, 5, SolverOptions(iterations=4))
+        assert backend.fp32_precision == "bf16"
+    finally:
+        backend.fp32_precision = before
+    check_form(solution, 30, 12, 60, 5, free=True)
 
 
 def test_mod_htp_start_with_more_nonzeros_or_uneven_members() -> None:

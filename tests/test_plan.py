@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -293,6 +294,18 @@ def test_measuring_leaves_a_loaded_model_as_it_was(
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert cospadi.measure_plan(model, default, tokenizer=tokenizer) == direct[0].plan
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_uniform_is_taken_where_no_spread_does_better_and_that_is_said(
+    dense_folder: Path, default: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(
+        "cospadi.measuring.candidate_losses", lambda _job, plans, _fisher: [1.0, *[math.nan] * (len(plans) - 1)]
+    )
+    plan = cospadi.measure_plan(dense_folder, default)
+    assert "no other spread of the bytes gives a lower loss on the calibration text" in caplog.text
+    uniform = cospadi.measure_plan(dense_folder, default | {"allocate": "uniform"})
+    assert plan.groups == uniform.groups
 
 
 def test_default_recipe_meets_the_ratio_from_below_on_a_trained_model(

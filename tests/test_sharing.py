@@ -300,7 +300,7 @@ def test_experts_that_did_not_run_and_inputs_that_changed_are_not_shared() -> No
             self.a, self.b, self.c, self.idle, self.idle2 = (nn.Linear(4, 4) for _ in range(5))
 
         def forward(self, x: Tensor) -> Tensor:
-            first = self.a(x), self.b(x)
+            first = self.a(x), self.b(input=x)
             x.add_(1)
             return self.c(x) + sum(first)
 

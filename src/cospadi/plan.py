@@ -271,7 +271,8 @@ def read_plan(path: Path, selected: Sequence[Projection], recipe: Recipe) -> Pla
         group = _stored_group(tuple(by_name[name] for name in entry["members"]), entry)
         if group is None or group.parts.total != entry["bytes"]:
             raise UserError(
-                f"plan {path}: the bytes of {entry['members'][0]} do not follow from its sizes. Make the plan again"
+                f"plan {path}: the bytes of {entry['members'][0]} do not follow from its sizes. The plan is damaged or "
+                "for another model: make it again"
             )
         groups.append(group)
     return Plan(tuple(groups))

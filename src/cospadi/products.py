@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,7 +23,7 @@ def self_product(matrix: Tensor) -> Tensor:
     for start in range(0, k, width):
         panel = slice(start, min(start + width, k))
         product[panel, start:] = matrix[:, panel].T @ matrix[:, start:]
-        product[start:, panel] = product[panel, start:].T
+        product[panel.stop :, panel] = product[panel, panel.stop :].T
     return product
 
 
@@ -36,12 +37,25 @@ def bf16_is_fast(device: torch.device) -> bool:
     return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
 
 
+_PRECISION = threading.RLock()
+
+
 @contextmanager
 def float32_products(precision: str) -> Iterator[None]:
-    """How float32 products may be computed inside this block: "highest", or "medium" (TF32 or bf16 parts)."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    """How float32 products may be computed inside this block: "highest", or "medium" (TF32 or bf16 parts).
+
+    Torch has one setting for the whole process, so that blocks of several threads wait for each other. Where somebody
+    has set it backend by backend, which torch does not let mix with this, it stays as it is.
+    """
+    with _PRECISION:
+        try:
+            before = torch.get_float32_matmul_precision()
+        except RuntimeError:
+            before = None
+        if before is not None:
+            torch.set_float32_matmul_precision(precision)
+        try:
+            yield
+        finally:
+            if before is not None:
+                torch.set_float32_matmul_precision(before)

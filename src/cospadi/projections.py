@@ -131,6 +131,11 @@ def kinds_of(names: Sequence[str]) -> str:
     return ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name, count=1) for name in names))
 
 
+def read_by_linear(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
+    """What a linear layer that was called so reads."""
+    return args[0] if args else kwargs["input"]
+
+
 @torch.no_grad()
 def shared_inputs(
     model: nn.Module, projections: Sequence[Projection], device: torch.device | None = None
@@ -149,14 +154,17 @@ def shared_inputs(
     alive: list[Tensor] = []  # keeps every input alive, so that no id is given twice
 
     def hook(name: str) -> Any:
-        def before(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            alive.append(args[0])
-            version = None if args[0].is_inference() else args[0]._version  # one that changed in place is another
-            owner_of[name] = first_reader.setdefault((id(args[0]), version), name)
+        def before(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            x = read_by_linear(args, kwargs)
+            alive.append(x)
+            version = None if x.is_inference() else x._version  # one that changed in place is another
+            owner_of[name] = first_reader.setdefault((id(x), version), name)
 
         return before
 
-    handles = [model.get_submodule(p.name).register_forward_pre_hook(hook(p.name)) for p in projections]
+    handles = [
+        model.get_submodule(p.name).register_forward_pre_hook(hook(p.name), with_kwargs=True) for p in projections
+    ]
     try:
         device = device or next(model.parameters()).device
         model(input_ids=torch.arange(4, device=device).unsqueeze(0), use_cache=False)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cospadi.errors import UserError
 from cospadi.products import float32_products, self_product
+from cospadi.projections import read_by_linear
 
 
 class _LastBlockDone(Exception):
@@ -42,40 +43,54 @@ def accumulate_grams(
     Raises:
         UserError: a non-finite activation; the message names the module.
     """
-    grams: dict[str, Tensor] = {}
-    handles = []
-
-    def add_input(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach()
-            grams[name] += gram_block(x, x, name)
-
-        return hook
 
     def stop(*_: object) -> None:
         raise _LastBlockDone
 
-    for name in readers:
-        module = model.get_submodule(name)
-        assert isinstance(module, nn.Linear)
-        grams[name] = torch.zeros(
-            module.in_features, module.in_features, dtype=torch.float64, device=module.weight.device
-        )
-        handles.append(module.register_forward_pre_hook(add_input(name)))
-    if last_block is not None:
-        handles.append(last_block.register_forward_hook(stop))
+    handle = last_block.register_forward_hook(stop) if last_block is not None else None
     device = next(model.parameters()).device
     try:
-        for start in range(0, len(sequences), batch_size):
-            batch = sequences[start : start + batch_size]
-            with suppress(_LastBlockDone):
-                model(input_ids=batch.to(device), use_cache=False)
-            if on_batch:
-                on_batch(len(batch))
+        with adding_grams({name: model.get_submodule(name) for name in readers}) as grams:
+            for start in range(0, len(sequences), batch_size):
+                batch = sequences[start : start + batch_size]
+                with suppress(_LastBlockDone):
+                    model(input_ids=batch.to(device), use_cache=False)
+                if on_batch:
+                    on_batch(len(batch))
+    finally:
+        if handle is not None:
+            handle.remove()
+    return grams
+
+
+@contextmanager
+def adding_grams(readers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """G = X^T X of the inputs of some linear layers, over all that runs through them inside this block.
+
+    Yields:
+        name -> float64 (d1, d1), all zeros as long as the layer has not run.
+    """
+    grams = {name: zero_gram(module) for name, module in readers.items()}
+
+    def add_input(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            x = read_by_linear(args, kwargs).detach()
+            grams[name] += gram_block(x, x, name)
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(add_input(name), with_kwargs=True) for name, module in readers.items()]
+    try:
+        yield grams
     finally:
         for handle in handles:
             handle.remove()
-    return grams
+
+
+def zero_gram(module: nn.Module) -> Tensor:
+    """A Gram of a linear layer's input before any token: float64 (d1, d1) on its device."""
+    assert isinstance(module, nn.Linear)
+    return torch.zeros(module.in_features, module.in_features, dtype=torch.float64, device=module.weight.device)
 
 
 def gram_block(x: Tensor, y: Tensor, name: str) -> Tensor:

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from cospadi.blocks import Blocks
-from cospadi.calibration.gram import gram_block
+from cospadi.calibration.gram import adding_grams, gram_block, zero_gram
+from cospadi.projections import read_by_linear
 from cospadi.shelf import Shelf, Shelved
 
 DAMPING = 1e-2
@@ -243,31 +244,13 @@ def grams(
     Raises:
         UserError: a non-finite activation; the message names the module.
     """
-    sums = {name: _zero_gram(module) for name, module in readers.items()}
-
-    def add_input(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach()
-            sums[name] += gram_block(x, x, name)
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(add_input(name)) for name, module in readers.items()]
-    try:
+    with adding_grams(readers) as sums:
         for batch in range(len(flow)):
             hidden = flow[batch]
             flow[batch] = call(block, index, calls, hidden)
             if on_batch:
                 on_batch(len(hidden))
-    finally:
-        for handle in handles:
-            handle.remove()
     return sums
-
-
-def _zero_gram(module: nn.Module) -> Tensor:
-    assert isinstance(module, nn.Linear)
-    return torch.zeros(module.in_features, module.in_features, dtype=torch.float64, device=module.weight.device)
 
 
 @torch.no_grad()
@@ -297,7 +280,7 @@ def paired_grams(
     """
     sums: dict[str, tuple[Tensor, Tensor | None]] = {}
     for name, module in readers.items():
-        sums[name] = _zero_gram(module), _zero_gram(module)
+        sums[name] = zero_gram(module), zero_gram(module)
     for batch in range(len(dense)):
         before, hidden = dense[batch], compressed[batch]
         wanted = _inputs(block, readers, before, *calls.given[len(before)][index])
@@ -350,14 +333,14 @@ def _inputs(
     found: dict[str, Tensor] = {}
 
     def hook(name: str) -> Any:
-        def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found[name] = inputs[0].detach()
+        def before(_module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            found[name] = read_by_linear(inputs, named).detach()
             if len(found) == len(readers):
                 raise _Reached
 
         return before
 
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in readers.items()]
+    handles = [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in readers.items()]
     try:
         with suppress(_Reached):
             block(hidden, *args, **kwargs)

@@ -160,9 +160,11 @@ def _start(columns: Tensor, directions: Tensor, k: int) -> tuple[Tensor, Tensor]
 
 def _given(start: Factorization, basis: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
     """D^T with unit rows and S^T of a solution, for A / scale, in the basis (d1, d2) of A's columns if there is one."""
-    dictionary = start.dictionary if basis is None else basis.T @ start.dictionary
+    dictionary, coefficients = start.dictionary.float(), start.coefficients.float()
+    if basis is not None:
+        dictionary = basis.T @ dictionary
     norms = torch.linalg.vector_norm(dictionary, dim=0)
-    return _unit_rows(dictionary.T).contiguous(), (start.coefficients.T * norms / scale).contiguous()
+    return _unit_rows(dictionary.T).contiguous(), (coefficients.T * norms / scale).contiguous()
 
 
 def _gradient_step(codes: Tensor, correlations: Tensor, coherence: Tensor) -> None:
