@@ -1,5 +1,6 @@
 """Perplexity of dense, low-rank and sparse-dictionary models at equal bytes: a row a (method, ratio), a file a row.
 
+    python benchmarks/quality.py run MODEL --calibration FILE --text FILE
     python benchmarks/quality.py run MODEL --calibration FILE --text FILE --ratio 0.2 --ratio 0.3 --method ksvd
     python benchmarks/quality.py table
 
@@ -30,7 +31,13 @@ from cospadi.calibration.text import read_text
 from cospadi.recipe import Recipe
 
 DEFAULT = "mod-htp+fisher"
-METHODS = ("svd-llm", "ksvd", DEFAULT)
+SUMMARY = ("svd-llm", "ksvd", DEFAULT)
+PEERS = ("svd-llm", "eigen", "procrustes")
+METHODS = (
+    *(*PEERS, "ksvd", "mod-htp"),
+    *(f"{solver}+{allocate}" for allocate in ("fisher", "uniform", "output") for solver in (*PEERS, "mod-htp")),
+    f"{DEFAULT}+once",
+)
 PAPER = {"share": "none", "allocate": "uniform", "weight_columns": "none", "compensate": False, "rho": 2}
 """The paper's own recipe, whatever this package's defaults are."""
 RESULTS = Path(__file__).parent / "results" / "quality"
@@ -143,7 +150,7 @@ def summary() -> None:
     print("| model | ratio | dense | SVD-LLM | the paper's (`ksvd`) | `cospadi compress` |\n|---|---|---|---|---|---|")
     for model, method, ratio in sorted(found):
         if method == DEFAULT:
-            values = [found[model, "dense", 0.0], *(found[model, name, ratio] for name in METHODS)]
+            values = [found[model, "dense", 0.0], *(found[model, name, ratio] for name in SUMMARY)]
             print(f"| {model} | {ratio:g} | {' | '.join(f'{value:.2f}' for value in values)} |")
 
 

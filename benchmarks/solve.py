@@ -346,7 +346,10 @@ def _sizes(row: dict[str, Any]) -> tuple[int, int]:
 
 @app.command()
 def figure(
-    shape: Annotated[list[str] | None, typer.Option(help="d1xd2 or a model's name, repeatable; default: all")] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="d1xd2 or a model's name, repeatable; default: all that several solvers have solved"),
+    ] = None,
     output: Path = FIGURE,
 ) -> None:
     """Draw error against time, a panel a shape and device: best error so far, at the asked number of nonzeros."""
@@ -354,10 +357,14 @@ def figure(
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
 
     rows = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    wanted = [one for text in shape or [] for one in MODELS.get(text, [text])]
-    rows = [row for row in rows if "shape" in row and row["shape"] in (wanted or [row["shape"]])]
+    rows = [row for row in rows if "shape" in row]
+    solvers = {row["shape"]: {other["solver"] for other in rows if other["shape"] == row["shape"]} for row in rows}
+    compared = [name for name, found in solvers.items() if len(found) > 1]
+    wanted = {one for text in shape or compared for one in MODELS.get(text, [text])}
+    rows = [row for row in rows if row["shape"] in wanted]
     panels = sorted({(_sizes(row), row["device"], row["ratio"]) for row in rows})
     if not panels:
         raise typer.BadParameter("there are no rows to draw. Compute some with run")
@@ -377,6 +384,7 @@ def figure(
             axis.annotate(label, (row["seconds"], row["error"]), fontsize=6, xytext=(3, 3), textcoords="offset points")
         (d1, d2), device, ratio = panel
         axis.set(xscale="log", xlabel="seconds", ylabel="relative error")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.margins(x=0.3)
         axis.set_title(f"{d1} x {d2}, ratio {ratio:g}, {device}", fontsize=8)
         axis.grid(alpha=0.3, which="both")
