@@ -556,8 +556,9 @@ def disk_of(
 ) -> int:
     """The job directory and the output together at their largest, in bytes.
 
-    The job directory keeps tokens and F (float64), for a while the weights that short runs make and hidden states
-    beyond half of the cache, in the end the factors beside the output.
+    The job directory keeps tokens and F (float64), for a while the weights that short runs make, the candidates' hidden
+    states behind the last block and the one before it, hidden states beyond half of the cache, in the end the factors
+    beside the output.
     """
 
     def beyond(flow: int) -> int:
@@ -569,10 +570,11 @@ def disk_of(
     kept = sum(8 * reader.d1**2 for reader in shape.readers) if keep_grams and not agenda.kept else 0
     factors = sum(group.parts.total for group in plan.compressed)
     flows = agenda.candidates * checked
+    passed = min(2, len(shape.parameters) - 1) * flows
     inputs = beyond((len(shape.parameters) + 2) * checked) if agenda.rounds else 0
     return small + max(
         quick + kept + max(beyond(flow), inputs),
-        kept + (0 if agenda.kept else flows) + beyond(flow + flows),
+        kept + passed + beyond(flow + flows),
         kept + factors + max(output, beyond((1 + agenda.compensated) * flow)),
     )
 
