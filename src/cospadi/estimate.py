@@ -510,7 +510,7 @@ def memory_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text, agenda: Agen
     return base_bytes() + prepared_bytes(recipe, agenda) + max(stages)
 
 
-PRODUCTS, PRODUCT_BYTES, MOST_PRODUCTS = 6, 550_000, 1024
+PRODUCTS, PRODUCT_BYTES, MOST_PRODUCTS = 5, 550_000, 1024
 """Products of mod-htp that differ between sizes; bytes of what torch's CPU library keeps of one, and of how many."""
 
 
