@@ -34,7 +34,7 @@ from cospadi import source
 from cospadi.compress import compress, work_folder
 from cospadi.estimate import Flops
 from cospadi.job import CACHE_BYTES
-from cospadi.plan import _owner_without_weights, make_plan, outlook
+from cospadi.plan import make_plan, outlook, owner_without_weights
 from cospadi.progress import Stages
 from cospadi.projections import find_projections
 from cospadi.recipe import Recipe
@@ -270,7 +270,7 @@ def _large(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     projections = find_projections(model)
-    owner = _owner_without_weights(model, projections)
+    owner = owner_without_weights(model, projections)
     plan = make_plan(projections, recipe, owner)
     shape, text = estimating.shape_of(model, owner), estimating.text_of(recipe, 8192)
     agenda = estimating.agenda_of(recipe, plan, shape, text, False, CACHE_BYTES, False)

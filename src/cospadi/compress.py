@@ -27,7 +27,7 @@ from cospadi.calibration.gram import whiten
 from cospadi.calibration.text import DEFAULT_DATASET
 from cospadi.card import model_card
 from cospadi.checkpoint import StoredProjection
-from cospadi.engine import Engine, device_model
+from cospadi.engine import Engine, Task, device_model
 from cospadi.errors import UserError
 from cospadi.integrations.transformers import mark_compressed, quantizer_of, swap_in_layers
 from cospadi.job import (
@@ -36,7 +36,9 @@ from cospadi.job import (
     allocation_of,
     each_group,
     needs_text,
+    pieces_of,
     read_text,
+    run_tasks,
     wants_compensation,
     weighs_columns,
 )
@@ -47,7 +49,7 @@ from cospadi.progress import Stage, Stages
 from cospadi.projections import dense_experts, find_projections, kinds_of, select, shared_inputs
 from cospadi.recipe import Recipe
 from cospadi.shelf import Shelf
-from cospadi.solving import Packed, dense_weights, factorize, work_of
+from cospadi.solving import Packed, dense_weights, factorize
 
 log = logging.getLogger("cospadi")
 
@@ -461,7 +463,7 @@ def solve_in_sequence(job: Job, groups: Sequence[Group], fisher: Mapping[str, Te
                             pairs = sequence.paired_grams(
                                 block, index, calls, dense, compressed, stand_ins, readers, progress.advance
                             )
-                        solve_together(job, groups, by_reader, wanted, pairs, keys, fisher)
+                        solve_together(job, by_reader, wanted, pairs, keys, fisher)
                     for group in (group for some in by_reader.values() for group in some):
                         piece = job.ledger.get(keys[group])
                         assert piece is not None
@@ -472,14 +474,11 @@ def solve_in_sequence(job: Job, groups: Sequence[Group], fisher: Mapping[str, Te
                     sequence.advance(block, index, calls, compressed, stand_ins)
         dense.close()
         compressed.close()
-    pieces = [job.ledger.get(keys[group]) for group in groups]
-    assert None not in pieces
-    return [piece for piece in pieces if piece is not None]
+    return pieces_of(job, keys)
 
 
 def solve_together(
     job: Job,
-    groups: Sequence[Group],
     by_reader: Mapping[str, Sequence[Group]],
     wanted: Sequence[Group],
     pairs: dict[str, tuple[Tensor, Tensor | None]],
@@ -489,36 +488,25 @@ def solve_together(
     """Solve the wanted ones of some groups that do not depend on each other, for their corrected weights.
 
     Args:
-        groups: all groups of the model, for the progress.
         by_reader: the first reader of an input, by its name in the block -> the groups that read it.
         pairs: the same name -> G and C of the input; emptied.
+        keys: of all groups' pieces.
     """
     assert job.sequences is not None
-    given: list[Group] = []
+    tokens = job.sequences.numel()
 
-    def tasks() -> Iterator[Any]:
+    def tasks() -> Iterator[tuple[Group, Task]]:
         for name, some in by_reader.items():
             gram, cross = pairs.pop(name)
-            metric = whiten(gram, job.sequences.numel(), job.recipe.damping)  # type: ignore[union-attr]
+            metric = whiten(gram, tokens, job.recipe.damping)
             if metric.factor is None:
                 log.warning("%s reads only zeros on the calibration text: not whitened", job.inputs(some[0])[0])
             for group in some:
                 if group in wanted:
-                    given.append(group)
                     corrected = sequence.corrected(job.weight(group), gram, cross)
-                    yield job.task(job.work(group, metric, fisher, corrected))
+                    yield group, job.task(job.work(group, metric, fisher, corrected))
 
-    with job.stages.stage("solve", sum(map(work_of, groups))) as progress:
-        finished = sum(work_of(group) for group in groups if job.ledger.get(keys[group]) is not None)
-        shares: dict[int, float] = {}
-
-        def on_progress(index: int, share: float, note: str) -> None:
-            shares[index] = share * work_of(given[index])
-            progress.reach(finished + sum(shares.values()), note)
-
-        for index, result in job.pool.map(factorize, tasks(), on_progress):
-            on_progress(index, 1.0, "")
-            job.ledger.put(keys[given[index]], *_kept(result))
+    run_tasks(job, "solve", keys, factorize, tasks(), _kept)
 
 
 def _kept(packed: Packed) -> tuple[dict[str, Any], Mapping[str, Tensor]]:

@@ -28,14 +28,14 @@ from torch import Tensor
 from cospadi import budget, checkpoint, source
 from cospadi.blocks import Blocks
 from cospadi.calibration import sequence
-from cospadi.calibration.fisher import _summed_loss, output_fisher_by_blocks
+from cospadi.calibration.fisher import output_fisher_by_blocks, summed_loss
 from cospadi.calibration.gram import IDENTITY, whiten
 from cospadi.calibration.text import sequence_length
 from cospadi.factorization import Factorization, find_solver
 from cospadi.factorization.mod_htp import EXACT_SHARE
 from cospadi.job import CACHE_BYTES, allocation_of, needs_text, wants_compensation, weighs_columns
 from cospadi.measuring import SPANS, measured_ratios, measured_rhos
-from cospadi.plan import Group, Plan, _owner_without_weights, size_group
+from cospadi.plan import Group, Plan, owner_without_weights, size_group
 from cospadi.products import bf16_is_fast, self_product_flops
 from cospadi.projections import decoder_blocks, find_projections, shared_inputs
 from cospadi.recipe import Recipe
@@ -202,7 +202,7 @@ def estimate(
     skeleton = source.load_skeleton(model, recipe.revision)
     projections = find_projections(skeleton.model)
     selected = {member.name for group in plan.compressed for member in group.members}
-    shape = shape_of(skeleton.model, _owner_without_weights(skeleton.model, projections), selected)
+    shape = shape_of(skeleton.model, owner_without_weights(skeleton.model, projections), selected)
     text = text_of(recipe, source.positions(skeleton.model.config))
     agenda = agenda_of(recipe, plan, shape, text, final, cache_bytes, keep_grams)
     folder = source.resolve(model, recipe.revision, weights=False)
@@ -738,7 +738,7 @@ def _time_block(model: Any, text: Text, device: torch.device) -> tuple[float, fl
     def losses() -> None:
         with torch.enable_grad():
             hidden = alone.detach().clone().requires_grad_()
-            _summed_loss(one, sequence.logits(blocks, calls, hidden, tokens[:1]), tokens[:1]).backward()  # type: ignore[no-untyped-call]
+            summed_loss(one, sequence.logits(blocks, calls, hidden, tokens[:1]), tokens[:1]).backward()  # type: ignore[no-untyped-call]
 
     seconds = {function: _seconds(function, device) for function in (forward, grams, gradients, losses)}
     of_head = 2 * head_flops(shape, length)

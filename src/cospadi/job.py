@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -199,26 +199,50 @@ def each_group(
     """
     keys = {group: f"{key}/{group.members[0].name}" for group in groups}
     missing = [group for group in groups if job.ledger.get(keys[group]) is None]
+    tasks = (
+        (group, make_task(group, metrics[job.inputs(group)])) for some, metrics in walk(job, missing) for group in some
+    )
+    run_tasks(job, stage, keys, function, tasks, keep)
+    return pieces_of(job, keys)
+
+
+def run_tasks(
+    job: Job,
+    stage: str,
+    keys: Mapping[Group, str],
+    function: Callable[..., R],
+    tasks: Iterable[tuple[Group, Task]],
+    keep: Callable[[R], tuple[dict[str, Any], Mapping[str, Tensor] | None]],
+) -> None:
+    """Give some groups' problems to the workers and the results to the ledger, showing how much of all groups is there.
+
+    Args:
+        keys: of all groups' pieces.
+        keep: result -> record and tensors of the piece.
+    """
     given: list[Group] = []
 
-    def tasks() -> Iterator[Task]:
-        for some, metrics in walk(job, missing):
-            for group in some:
-                given.append(group)
-                yield make_task(group, metrics[job.inputs(group)])
+    def noted() -> Iterator[Task]:
+        for group, task in tasks:
+            given.append(group)
+            yield task
 
-    with job.stages.stage(stage, sum(map(work_of, groups))) as progress:
-        finished = sum(work_of(group) for group in groups if group not in missing)
+    with job.stages.stage(stage, sum(map(work_of, keys))) as progress:
+        finished = sum(work_of(group) for group, key in keys.items() if job.ledger.get(key) is not None)
         shares: dict[int, float] = {}
 
         def on_progress(index: int, share: float, note: str) -> None:
             shares[index] = share * work_of(given[index])
             progress.reach(finished + sum(shares.values()), note)
 
-        for index, result in job.pool.map(function, tasks(), on_progress):
+        for index, result in job.pool.map(function, noted(), on_progress):
             on_progress(index, 1.0, "")
             job.ledger.put(keys[given[index]], *keep(result))
-    pieces = [job.ledger.get(keys[group]) for group in groups]
+
+
+def pieces_of(job: Job, keys: Mapping[Group, str]) -> list[Piece]:
+    """The finished pieces of groups, all of which are there."""
+    pieces = [job.ledger.get(key) for key in keys.values()]
     assert None not in pieces
     return [piece for piece in pieces if piece is not None]
 

@@ -389,7 +389,7 @@ def outlook(model: str | Path, recipe: Recipe, plan: Plan | None = None) -> Outl
     skeleton = source.load_skeleton(model, recipe.revision)
     if plan is None:
         selected = select(find_projections(skeleton.model), recipe.include, recipe.exclude, recipe.target)
-        owner = _owner_without_weights(skeleton.model, selected) if recipe.shares_input else {}
+        owner = owner_without_weights(skeleton.model, selected) if recipe.shares_input else {}
         plan = make_plan(selected, recipe, owner)
     before = after = None
     if skeleton.sizes is not None:
@@ -400,7 +400,7 @@ def outlook(model: str | Path, recipe: Recipe, plan: Plan | None = None) -> Outl
     return Outlook(plan, before, after, kinds_of(dense_experts(skeleton.model)))
 
 
-def _owner_without_weights(skeleton: nn.Module, selected: Sequence[Projection]) -> dict[str, str]:
+def owner_without_weights(skeleton: nn.Module, selected: Sequence[Projection]) -> dict[str, str]:
     """`shared_inputs` of a model on the meta device; each reads its own where that fails."""
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):

@@ -54,7 +54,7 @@ def output_fisher(
     ):
         for tokens in sequences:
             tokens = tokens[None].to(device)
-            _summed_loss(model, model(input_ids=tokens, use_cache=False).logits, tokens).backward()  # type: ignore[no-untyped-call]
+            summed_loss(model, model(input_ids=tokens, use_cache=False).logits, tokens).backward()  # type: ignore[no-untyped-call]
             if on_sequence:
                 on_sequence(1)
     return _filled(fisher, projections, sequences.numel())
@@ -91,7 +91,7 @@ def output_fisher_by_blocks(
         for batch, tokens in enumerate(sequences):
             hidden = gradients[batch].requires_grad_()
             tokens = tokens[None].to(blocks.device)
-            _summed_loss(blocks.model, logits(blocks, calls, hidden, tokens), tokens).backward()  # type: ignore[no-untyped-call]
+            summed_loss(blocks.model, logits(blocks, calls, hidden, tokens), tokens).backward()  # type: ignore[no-untyped-call]
             assert hidden.grad is not None
             gradients[batch] = hidden.grad
         for index in reversed(range(len(blocks))):
@@ -111,7 +111,7 @@ def output_fisher_by_blocks(
     return _filled(fisher, projections, sequences.numel())
 
 
-def _summed_loss(model: nn.Module, predicted: Tensor, tokens: Tensor) -> Tensor:
+def summed_loss(model: nn.Module, predicted: Tensor, tokens: Tensor) -> Tensor:
     """Next-token loss of one sequence, (1, tokens), summed over its tokens."""
     if not predicted.requires_grad:
         raise UserError(
