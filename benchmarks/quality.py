@@ -6,7 +6,8 @@
 
 A method is a solver alone, in the paper's frame (a dictionary a projection, the same ratio everywhere, rho 2, plain
 calibration), or SOLVER+ALLOCATE: that solver in this package's frame (shared-input dictionaries, budgets by ALLOCATE,
-compensation), to which +once adds plain calibration. The package's default is mod-htp+fisher.
+compensation), to which +once adds plain calibration and +T20 that many iterations. The package's default is
+mod-htp+fisher.
 
 A row that has its file is not computed again, so an interrupted run goes on where it stopped.
 """
@@ -36,7 +37,7 @@ PEERS = ("svd-llm", "eigen", "procrustes")
 METHODS = (
     *(*PEERS, "ksvd", "mod-htp"),
     *(f"{solver}+{allocate}" for allocate in ("fisher", "uniform", "output") for solver in (*PEERS, "mod-htp")),
-    f"{DEFAULT}+once",
+    *(f"{DEFAULT}+once", f"{DEFAULT}+T20", "mod-htp+uniform+T20"),
 )
 PAPER = {"share": "none", "allocate": "uniform", "weight_columns": "none", "compensate": False, "rho": 2}
 """The paper's own recipe, whatever this package's defaults are."""
@@ -72,7 +73,11 @@ def frame(method: str) -> dict[str, Any]:
     solver, *words = method.split("+")
     if not words:
         return PAPER | {"solver": solver}
-    return {"solver": solver, "allocate": words[0], "compensate": "once" not in words}
+    fields: dict[str, Any] = {"solver": solver, "allocate": words[0], "compensate": "once" not in words}
+    for word in words[1:]:
+        if word.startswith("T"):
+            fields["iterations"] = int(word[1:])
+    return fields
 
 
 def _row(
@@ -93,7 +98,7 @@ def _row(
                 "bytes": result.plan.bytes,
                 "mean_relative_error": sum(result.errors.values()) / len(result.errors),
                 "relative_errors": result.errors,
-                "iterations": iterations if recipe.solver in ("mod-htp", "ksvd", "procrustes") else None,
+                "iterations": recipe.iterations if recipe.solver in ("mod-htp", "ksvd", "procrustes") else None,
                 "seconds_solve": round(result.seconds["solve"], 1),
                 "seconds_stages": {stage: round(seconds, 1) for stage, seconds in result.seconds.items()},
                 "calibration": result.manifest["recipe"]["calibration"],
