@@ -129,7 +129,7 @@ def test_weights_that_transformers_does_not_load_are_not_counted(
 
 
 def test_tables_are_for_reading(
-    compressed: tuple[Path, Any], dense_folder: Path, run: Callable[..., Answer], tmp_path: Path
+    compressed: tuple[Path, Any], dense_folder: Path, text_file: Path, run: Callable[..., Answer], tmp_path: Path
 ) -> None:
     total = f"{compressed[1]['compressed_bytes']:,}"
     for words in (["plan", dense_folder, "--ratio", "0.3"], ["inspect", compressed[0]]):
@@ -137,10 +137,12 @@ def test_tables_are_for_reading(
         assert answer.code == 0
         assert "model.layers.1.mlp.down_proj" in answer.out
         assert total in answer.out
-    done = run("compress", dense_folder, "-o", tmp_path / "out", *FREE)
+    done = run("compress", dense_folder, "-o", tmp_path / "out", "--calibration", text_file, "--iterations", "2", *TEXT)
     assert done.code == 0
-    assert re.search(r"ratio reached +0\.2\d{3}", done.out)
-    assert "model.layers.0.self_attn.o_proj: k " in done.err
+    assert re.search(r"ratio reached +0\.[12]\d{3}", done.out)
+    stages = ["load", "text", "fisher", "calibrate", "budgets", "solve", "write"]
+    assert sorted(re.findall(r"time, (\w+) +[\d.]+ s", done.out)) == sorted(stages)
+    assert "model.layers.1.mlp.up_proj: k " in done.err
 
 
 def test_verify_counts_tensors_and_names_a_damaged_one(

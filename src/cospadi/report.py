@@ -20,8 +20,6 @@ from cospadi.evaluate import Perplexity
 from cospadi.plan import Group, Plan
 from cospadi.recipe import Recipe
 
-SOLVE_STAGES = ("load", "text", "calibrate", "fisher", "allocate", "solve", "write")
-
 
 def megabytes(nbytes: int | None) -> str:
     """Bytes in MB of 10^6 bytes, for reading."""
@@ -182,9 +180,8 @@ def compressed_table(result: Compressed, recipe: Recipe) -> Table:
     table.add_row("whole checkpoint, before", megabytes(report["checkpoint_bytes_before"]))
     table.add_row("whole checkpoint, after", megabytes(report["checkpoint_bytes_after"]))
     table.add_row("mean relative error", f"{report['mean_relative_error']:.4f}")
-    for stage in SOLVE_STAGES:
-        if stage in result.seconds:
-            table.add_row(f"time, {stage}", f"{result.seconds[stage]:.1f} s")
+    for stage, seconds in result.seconds.items():
+        table.add_row(f"time, {stage}", duration(seconds))
     return table
 
 
