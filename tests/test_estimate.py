@@ -66,7 +66,7 @@ def counted(work: Callable[[], object]) -> int:
 def test_products_are_as_many_as_torch_counts(
     make_llama: Callable[..., Path], text_file: Path, tmp_path: Path, fields: dict[str, Any], tolerance: float
 ) -> None:
-    folder = make_llama(hidden_size=64, intermediate_size=160, num_hidden_layers=3)
+    folder = make_llama(hidden_size=64, intermediate_size=160, num_hidden_layers=2)
     recipe = recipe_for(text_file, **fields)
     spent = counted(lambda: compress(folder, recipe, tmp_path / "out"))
     expected = sum(flops.products for flops in foreseen(folder, recipe).flops.values())
