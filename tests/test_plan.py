@@ -13,14 +13,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import Answer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_cli import bytes_on_disk, check_mistake
 from test_families import FAMILIES, check_bytes, load, logits
 from transformers import PreTrainedTokenizerFast
 
 import cospadi
 from cospadi import checkpoint
-from cospadi.budget import free_bytes
-from cospadi.plan import Plan, dense_group, outlook, write_plan
+from cospadi.budget import free_bytes, low_rank_bytes, most_nonzeros, sparse_bytes
+from cospadi.plan import Plan, dense_group, fill_up, outlook, size_group, write_plan
+from cospadi.projections import Projection
 
 DENSE = "model.layers.0.self_attn.o_proj"
 
@@ -308,12 +311,54 @@ def test_uniform_is_taken_where_no_spread_does_better_and_that_is_said(
     assert plan.groups == uniform.groups
 
 
-def test_default_recipe_meets_the_ratio_from_below_on_a_trained_model(
-    shared_model: Callable[[str], Path], tmp_path: Path
+@pytest.mark.parametrize(("solver", "most"), [("mod-htp", 0.2002), ("eigen", 0.2008), ("svd-llm", 0.2008)])
+def test_budgets_meet_the_ratio_from_below_on_a_trained_model(
+    solver: str, most: float, shared_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = shared_model("stories260k")
     text = folder.parent.parent / "data" / "stories_calibration.jsonl"
     recipe = {"ratio": 0.2, "calibration": str(text), "sequences": 16, "fisher_sequences": 2, "iterations": 4}
-    result = cospadi.compress(folder, recipe, tmp_path / "out")
-    assert 0.2 <= result.plan.ratio <= 0.2002
+    result = cospadi.compress(folder, recipe | {"solver": solver}, tmp_path / "out")
+    assert 0.2 <= result.plan.ratio <= most
     check_bytes(result, tmp_path / "out")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(8, 40), st.integers(8, 40), st.integers(1, 3)), min_size=1, max_size=4),
+    st.sampled_from(["mod-htp", "ksvd", "svd-llm"]),
+    st.integers(0, 3000),
+)
+def test_bytes_that_are_left_are_filled_up(shapes: list[tuple[int, int, int]], solver: str, nbytes: int) -> None:
+    """As far as they go, with k as it was."""
+    recipe = cospadi.Recipe.build({"solver": solver, "ratio": 0.3, "data_free": True, "allocate": "uniform"})
+    members = [[Projection(f"{i}.{j}", i, "p", d1, d2) for j in range(n)] for i, (d1, d2, n) in enumerate(shapes)]
+    sized = [group for some in members if (group := size_group(tuple(some), 0.3, 2, recipe)) is not None]
+    groups = [*sized, dense_group(tuple(members[0]))]
+    filled = fill_up(groups, nbytes, solver == "mod-htp")
+    left = nbytes - sum(after.parts.total - before.parts.total for after, before in zip(filled, groups, strict=True))
+    assert left >= 0
+    assert filled[-1] == groups[-1]
+    for before, after in zip(sized, filled, strict=False):
+        d1, d2s, unit = before.d1, before.d2s, sum(before.d2s)
+        if solver == "svd-llm":
+            assert after.parts == low_rank_bytes(d1, d2s, after.k)
+            assert after.k == min(d1, unit) or low_rank_bytes(d1, d2s, after.k + 1).total - after.parts.total > left
+            continue
+        assert after.k == before.k
+        if solver == "ksvd":
+            s = after.nonzeros // unit
+            assert after.parts == sparse_bytes(d1, d2s, after.k, s, 14)
+            assert s == after.k or sparse_bytes(d1, d2s, after.k, s + 1, 14).total - after.parts.total > left
+        else:
+            assert after.parts == free_bytes(d1, d2s, after.k, after.nonzeros, 14)
+            assert after.nonzeros == most_nonzeros(d2s, after.k) or left < 7  # four values of 14 bits
+
+
+def test_what_is_left_is_spread_evenly() -> None:
+    recipe = cospadi.Recipe.build({"solver": "ksvd", "ratio": 0.3, "data_free": True})
+    group = size_group((Projection("p", 0, "p", 32, 64),), 0.3, 2, recipe)
+    assert group is not None
+    step = 64 * 14 // 8
+    filled = fill_up([group] * 3, 8 * step - 1, free_support=False)
+    assert [(after.nonzeros - group.nonzeros) // 64 for after in filled] == [3, 2, 2]

@@ -172,10 +172,8 @@ def _spread(uniform: Plan, curves: Sequence[Sequence[Option]], budget: int, span
         if sized is None:
             return None
         groups.append(sized)
-    if find_solver(recipe.solver).free_support:
-        for index in sorted(range(len(groups)), key=lambda index: -groups[index].parts.total):
-            if groups[index].layout != "dense":
-                groups[index] = fill_up(groups[index], budget - sum(group.parts.total for group in groups))
+    left = budget - sum(group.parts.total for group in groups)
+    groups = fill_up(groups, left, find_solver(recipe.solver).free_support)
     plan = Plan(tuple(groups))
     return plan if plan.bytes <= budget else None
 

@@ -174,12 +174,43 @@ def dense_group(members: tuple[Projection, ...]) -> Group:
     return Group(members, "dense", 0, 0, budget.DENSE_BITS, Parts(0, 0, nbytes))
 
 
-def fill_up(group: Group, nbytes: int) -> Group:
+def fill_up(groups: Sequence[Group], nbytes: int, free_support: bool) -> list[Group]:
+    """The same groups with what `nbytes` more bytes hold; the largest group comes first, dense ones stay.
+
+    Nonzeros that may lie anywhere all go where there is room for them. Else each group in turn gets a nonzero for every
+    column, or a rank, until none fits.
+    """
+    filled = list(groups)
+    order = [index for index, group in enumerate(groups) if group.layout != "dense"]
+    order.sort(key=lambda index: -groups[index].parts.total)
+    while True:
+        before = nbytes
+        for index in order:
+            group = filled[index]
+            larger = _with_nonzeros(group, nbytes) if free_support else _one_larger(group)
+            more = larger.parts.total - group.parts.total
+            if more <= nbytes:
+                filled[index], nbytes = larger, nbytes - more
+        if nbytes == before:
+            return filled
+
+
+def _with_nonzeros(group: Group, nbytes: int) -> Group:
     """The same group with as many more nonzeros as up to `nbytes` more bytes allow, for a free support."""
     most = (group.parts.values + nbytes) * 8 // group.value_bits // budget.VALUE_UNIT * budget.VALUE_UNIT
     nonzeros = max(group.nonzeros, min(most, budget.most_nonzeros(group.d2s, group.k)))
     parts = budget.free_bytes(group.d1, group.d2s, group.k, nonzeros, group.value_bits)
     return replace(group, nonzeros=nonzeros, parts=parts)
+
+
+def _one_larger(group: Group) -> Group:
+    """The same group with one more rank, or one more nonzero in every column; itself where there is no room."""
+    d1, d2s, k = group.d1, group.d2s, group.k
+    if group.layout == "low-rank":
+        r = min(k + 1, d1, sum(d2s))
+        return replace(group, k=r, parts=budget.low_rank_bytes(d1, d2s, r))
+    s = min(round(group.s) + 1, k)
+    return replace(group, nonzeros=s * sum(d2s), parts=budget.sparse_bytes(d1, d2s, k, s, group.value_bits))
 
 
 PLAN_FIELDS = ("members", "layout", "k", "nonzeros", "value_bits", "bytes")
