@@ -25,7 +25,7 @@ from cospadi.solving import approximate, cost_curve, work_of
 
 log = logging.getLogger("cospadi")
 
-RHOS = (1.5, 2.2, 3.2, 4.8)
+RHOS: tuple[float, ...] = (1.5, 2.2, 3.2, 4.8)
 """k / s that budgets choose from, unless the recipe gives one."""
 
 SPANS = (0.0, 0.1, 0.2, 1.0)
