@@ -18,15 +18,18 @@ import torch
 import typer
 
 import cospadi
-from cospadi import evaluate, measuring, solving, source
 from cospadi.calibration.text import read_text
+from cospadi.commands import evaluate
+from cospadi.model import load
 from cospadi.recipe import Recipe
+from cospadi.stages import budgets as spreading
+from cospadi.stages import solve
 
 COARSE_RHOS = (1.6, 2.5, 4.2)
 
 
 def coarse_ratios(recipe: Recipe) -> list[float]:
-    """Three ratios in place of `measuring.measured_ratios`."""
+    """Three ratios in place of `budgets.measured_ratios`."""
     r = recipe.ratio
     return [0.3 * r, r, r + 0.4 * (1 - r)]
 
@@ -37,18 +40,18 @@ def main(
     text: Annotated[Path, typer.Option()],
     ratio: Annotated[list[float] | None, typer.Option()] = None,
     seed: Annotated[list[int] | None, typer.Option()] = None,
-    short_runs: Annotated[int, typer.Option(help="iterations of a short run")] = solving.QUICK_ITERATIONS,
+    short_runs: Annotated[int, typer.Option(help="iterations of a short run")] = solve.QUICK_ITERATIONS,
     coarse: Annotated[bool, typer.Option("--coarse", help="three ratios and three rho in place of four")] = False,
     threads: int = 1,
 ) -> None:
     """Print a line a ratio and seed."""
     torch.set_num_threads(threads)
-    solving.QUICK_ITERATIONS = short_runs
+    solve.QUICK_ITERATIONS = short_runs
     if coarse:
-        measuring.RHOS, measuring.measured_ratios = COARSE_RHOS, coarse_ratios
-    tokenizer = source.load_tokenizer(model)
-    dense = source.load_model(model, torch.device("cpu"))
-    windows = evaluate.text_windows(tokenizer, read_text(text), min(1024, source.positions(dense.config)))
+        spreading.RHOS, spreading.measured_ratios = COARSE_RHOS, coarse_ratios
+    tokenizer = load.load_tokenizer(model)
+    dense = load.load_model(model, torch.device("cpu"))
+    windows = evaluate.text_windows(tokenizer, read_text(text), min(1024, load.positions(dense.config)))
     before = evaluate.perplexity(dense, windows).value
     for one_seed in seed or [42, 1]:
         for one_ratio in ratio or [0.2, 0.3, 0.4, 0.5]:

@@ -24,9 +24,10 @@ import torch
 import typer
 from torch import Tensor
 
-from cospadi import budget, packing
-from cospadi.ops import reference
-from cospadi.ops import triton as kernels
+from cospadi.budget import accounting
+from cospadi.format import packing
+from cospadi.runtime import reference
+from cospadi.runtime import triton as kernels
 
 SHAPES = ["2048x512", "2048x2048", "2048x8192", "8192x2048", "4096x14336", "14336x4096"]
 ROWS = [1, 4, 16, 128, 512, 2048]
@@ -129,7 +130,7 @@ def check(
     for shape, ratio in shapes:
         d1, d2 = map(int, shape.split("x"))
         for bits in (14, 16):
-            k, s = budget.exact_size(budget.byte_budget(ratio, d1, [d2]), d1, [d2], RHO, bits)
+            k, s = accounting.exact_size(accounting.byte_budget(ratio, d1, [d2]), d1, [d2], RHO, bits)
             coefficients = random_coefficients(k, d2, s, bits, device)
             dense = reference.coefficients(coefficients.support, coefficients.values, k, bits, torch.float64).T
             for dtype, allowed in TOLERANCE.items():
@@ -168,7 +169,7 @@ def time_shape(
     del weights
     for ratio in ratios:
         for bits in widths:
-            k, s = budget.exact_size(budget.byte_budget(ratio, d1, [d2]), d1, [d2], RHO, bits)
+            k, s = accounting.exact_size(accounting.byte_budget(ratio, d1, [d2]), d1, [d2], RHO, bits)
             atoms = torch.randn(k, d1, device=device, dtype=torch.bfloat16) * d1**-0.5
             coefficients = random_coefficients(k, d2, s, bits, device)
             stored = 2 * d1 * k + coefficients.bytes

@@ -26,9 +26,10 @@ import torch
 import typer
 from torch import Tensor
 
-from cospadi import budget, packing
-from cospadi.linear import SparseDictionaryLinear
-from cospadi.ops import cpu
+from cospadi.budget import accounting
+from cospadi.format import packing
+from cospadi.runtime import cpu
+from cospadi.runtime.layer import SparseDictionaryLinear
 
 RESULTS = Path(__file__).parent / "results" / "linear"
 MODELS = {
@@ -84,7 +85,7 @@ def run(
 
 def measure(d1: int, d2: int, ratio: float, value_bits: int, rows: list[int], seconds: float) -> dict[str, Any]:
     """One shape at one ratio: milliseconds of dense, ours, its parts, and a plain read of the packed coefficients."""
-    k, s = budget.exact_size(budget.byte_budget(ratio, d1, [d2]), d1, [d2], RHO, value_bits)
+    k, s = accounting.exact_size(accounting.byte_budget(ratio, d1, [d2]), d1, [d2], RHO, value_bits)
     wanted = 4 * last_level_cache()
     first = random_layer(d1, d2, k, s, value_bits)
     packed_bytes = _nbytes(first.support) + _nbytes(first.values)

@@ -9,13 +9,14 @@ from collections.abc import Callable
 import torch
 import typer
 
-from cospadi import budget, packing
+from cospadi.budget import accounting
+from cospadi.format import packing
 
 
 def main(d1: int = 2048, d2: int = 8192, ratio: float = 0.2, threads: int = 1, repeats: int = 5) -> None:
     """Print the median of each step."""
     torch.set_num_threads(threads)
-    k, s = budget.exact_size(budget.byte_budget(ratio, d1, [d2]), d1, [d2], 2.0, 14)
+    k, s = accounting.exact_size(accounting.byte_budget(ratio, d1, [d2]), d1, [d2], 2.0, 14)
     generator = torch.Generator().manual_seed(0)
     support = torch.zeros(d2, k, dtype=torch.bool)
     support.scatter_(1, torch.rand(d2, k, generator=generator).topk(s).indices, True)

@@ -15,9 +15,9 @@ import torch
 import typer
 from torch.profiler import ProfilerActivity, profile
 
-from cospadi import budget
-from cospadi.factorization.ksvd import initial_dictionary, update_atoms, update_mod
-from cospadi.factorization.omp import omp, scatter_codes
+from cospadi.budget import accounting
+from cospadi.solvers.ksvd import initial_dictionary, update_atoms, update_mod
+from cospadi.solvers.omp import omp, scatter_codes
 
 SHAPES = ["320x320", "320x864", "864x320", "1024x1024"]
 
@@ -36,7 +36,7 @@ def main(
     print("|---|---|---|---|---|---|---|---|")
     for text in shape or SHAPES:
         d1, d2 = map(int, text.split("x"))
-        k, s = budget.eq11_size(ratio, d1, d2, 2)
+        k, s = accounting.eq11_size(ratio, d1, d2, 2)
         target = _target(d1, d2)
         dictionary = initial_dictionary(target, k, 42)
         gram, correlations = dictionary.T @ dictionary, dictionary.T @ target

@@ -27,8 +27,9 @@ import transformers
 import typer
 
 import cospadi
-from cospadi import evaluate, source
 from cospadi.calibration.text import read_text
+from cospadi.commands import evaluate
+from cospadi.model import load
 from cospadi.recipe import Recipe
 
 DEFAULT = "mod-htp+fisher"
@@ -104,9 +105,9 @@ def _row(
                 "calibration": result.manifest["recipe"]["calibration"],
                 "sequences": result.manifest["calibration"]["sequences"],
             }
-        loaded = source.load_model(folder, torch.device("cpu"))
-        tokenizer = source.load_tokenizer(folder)
-        windows = evaluate.text_windows(tokenizer, read_text(text), min(1024, source.positions(loaded.config)))
+        loaded = load.load_model(folder, torch.device("cpu"))
+        tokenizer = load.load_tokenizer(folder)
+        windows = evaluate.text_windows(tokenizer, read_text(text), min(1024, load.positions(loaded.config)))
         measured = evaluate.perplexity(loaded, windows)
     return row | {
         "perplexity": measured.value,

@@ -14,12 +14,13 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
 
-from cospadi import budget, packing
-from cospadi.checkpoint import StoredProjection
+from cospadi.budget import accounting
+from cospadi.budget.plan import Group, outlook
+from cospadi.format import packing
+from cospadi.format.schema import StoredProjection
 from cospadi.integrations.transformers import mark_compressed, swap_in_layers
-from cospadi.linear import SparseDictionaryLinear
-from cospadi.plan import Group, outlook
 from cospadi.recipe import Recipe
+from cospadi.runtime.layer import SparseDictionaryLinear
 
 app = typer.Typer(add_completion=False)
 
@@ -103,7 +104,11 @@ def _entries(group: Group) -> dict[str, StoredProjection]:
     spent, entries = 0, {}
     for index, member in enumerate(group.members):
         last = index == len(group.members) - 1
-        nnz = group.nonzeros - spent if last else round(group.s * member.d2) // budget.VALUE_UNIT * budget.VALUE_UNIT
+        nnz = (
+            group.nonzeros - spent
+            if last
+            else round(group.s * member.d2) // accounting.VALUE_UNIT * accounting.VALUE_UNIT
+        )
         spent += nnz
         entries[member.name] = StoredProjection(
             layout="low-rank" if low_rank else "sparse-dictionary",

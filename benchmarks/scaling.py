@@ -29,16 +29,16 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from cospadi import estimate as estimating
-from cospadi import source
+from cospadi.budget.plan import make_plan, outlook, owner_without_weights
+from cospadi.commands import estimate as estimating
+from cospadi.commands.estimate import Flops
+from cospadi.commands.tables import duration
 from cospadi.compress import compress, work_folder
-from cospadi.estimate import Flops
-from cospadi.job import CACHE_BYTES
-from cospadi.plan import make_plan, outlook, owner_without_weights
-from cospadi.progress import Stages
-from cospadi.projections import find_projections
+from cospadi.jobs.progress import Stages
+from cospadi.model import load
+from cospadi.model.projections import find_projections
 from cospadi.recipe import Recipe
-from cospadi.report import duration
+from cospadi.stages.open import CACHE_BYTES
 
 RESULTS = Path(__file__).parent / "results" / "scaling"
 FIGURE = Path(__file__).parents[1] / "docs" / "images" / "scaling.svg"
@@ -155,10 +155,10 @@ def _grown(series: str, size: int, width: int, depth: int, fields: dict[str, Any
 
 def _random_llama(folder: Path, width: int, depth: int) -> None:
     """A Llama of random weights, four times as wide inside, that speaks the demo's bytes."""
-    demo = source.resolve(source.DEMO)
+    demo = load.resolve(load.DEMO)
     config = LlamaConfig(
         hidden_size=width, intermediate_size=4 * width, num_hidden_layers=depth, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=source.read_config(demo).vocab_size, max_position_embeddings=1024,
+        num_key_value_heads=2, vocab_size=load.read_config(demo).vocab_size, max_position_embeddings=1024,
     )  # fmt: skip
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)

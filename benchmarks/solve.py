@@ -30,23 +30,24 @@ import torch
 import typer
 from torch import Tensor
 
-from cospadi import budget, source
+from cospadi.budget.accounting import byte_budget, eq11_size, exact_rank, exact_size
+from cospadi.budget.plan import Group
 from cospadi.compress import prepare
-from cospadi.engine import Engine
-from cospadi.factorization import SOLVERS, Problem, SolverOptions
-from cospadi.factorization.mod_htp import (
+from cospadi.jobs.ledger import Ledger
+from cospadi.jobs.pool import Engine
+from cospadi.jobs.progress import Stages
+from cospadi.model import load
+from cospadi.recipe import Recipe
+from cospadi.solvers import SOLVERS, Problem, SolverOptions
+from cospadi.solvers.mod_htp import (
     BLOCK_ENTRIES,
     EXACT_SHARE,
     _blocks,
     _scheduled,
 )
-from cospadi.job import read_text, walk
-from cospadi.ledger import Ledger
-from cospadi.plan import Group
-from cospadi.products import bf16_is_fast, float32_products, self_product
-from cospadi.progress import Stages
-from cospadi.recipe import Recipe
-from cospadi.solving import pack, pose, solve
+from cospadi.solvers.products import bf16_is_fast, float32_products, self_product
+from cospadi.stages.open import read_text, walk
+from cospadi.stages.solve import pack, pose, solve
 
 RESULTS = Path(__file__).parent / "results" / "solve"
 KSVD_RESULTS = Path(__file__).parent / "results" / "quality"
@@ -79,7 +80,7 @@ def run(
 ) -> None:
     """Compute the rows that are missing."""
     torch.set_num_threads(threads)
-    place = source.pick_device(device)
+    place = load.pick_device(device)
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name in [one for text in shape or ["Llama-3.2-1B"] for one in MODELS.get(text, [text])]:
         d1, d2 = map(int, name.split("x"))
@@ -116,13 +117,13 @@ def synthetic_target(d1: int, d2: int) -> Tensor:
 
 def _row(target: Tensor, solver: str, iterations: int, ratio: float, accounting: str) -> dict[str, Any]:
     (d1, d2), device = target.shape, target.device
-    allowed = budget.byte_budget(ratio, d1, [d2])
+    allowed = byte_budget(ratio, d1, [d2])
     if accounting == "eq11":
-        k, s = budget.eq11_size(ratio, d1, d2, RHO)
+        k, s = eq11_size(ratio, d1, d2, RHO)
     else:
-        k, s = budget.exact_size(allowed, d1, [d2], RHO, BITS)
+        k, s = exact_size(allowed, d1, [d2], RHO, BITS)
     if SOLVERS[solver].layout == "low-rank":
-        k, s = budget.exact_rank(allowed, d1, [d2]), 0
+        k, s = exact_rank(allowed, d1, [d2]), 0
     stamps: list[float] = []
     errors: list[float] = []
 

@@ -16,7 +16,7 @@ import pytest
 from conftest import Answer
 from safetensors.torch import load_file, save_file
 
-from cospadi import checkpoint
+from cospadi.format import manifest, schema
 
 COMMAND = [sys.executable, "-c", "from cospadi_cli import main; main()"]
 TEXT = ["--sequences", "8", "--length", "32", "--fisher-sequences", "2"]
@@ -50,7 +50,7 @@ def compressed(dense_folder: Path, text_file: Path, tmp_path_factory: pytest.Tem
 
 def bytes_on_disk(folder: Path) -> int:
     tensors = load_file(folder / "model.safetensors")
-    entries = checkpoint.read_config(folder)
+    entries = schema.read_config(folder)
     parts = [tensors[part] for name, entry in entries.items() for part in entry.tensors(name)]
     return sum(part.numel() * part.element_size() for part in parts)
 
@@ -586,7 +586,7 @@ def test_our_own_fault_is_exit_code_1_and_says_so(
         (OSError(28, "No space left on device"), "the disk is full"),
         (MemoryError(), "out of memory"),
     ):
-        monkeypatch.setattr(checkpoint, "write_manifest", stop(error))
+        monkeypatch.setattr(manifest, "write_manifest", stop(error))
         answer = run("compress", dense_folder, "-o", tmp_path / "out", *FREE)
         assert answer.code == 1
         assert sentence in answer.err
@@ -604,7 +604,7 @@ def test_interrupt_while_writing_says_where_the_work_is_kept_and_the_same_comman
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_manifest", interrupt)
+        patch.setattr(manifest, "write_manifest", interrupt)
         answer = run("compress", dense_folder, "-o", tmp_path / "out", *FREE)
     assert answer.code == 130
     assert f"What is finished is kept in {tmp_path / 'out.work'}" in answer.err
@@ -665,7 +665,7 @@ def test_doctor_says_what_there_is(run: Callable[..., Answer]) -> None:
 
 
 def test_doctor_without_kernels_says_what_to_do(run: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cospadi.ops.cpu.levels", dict)
+    monkeypatch.setattr("cospadi.runtime.cpu.levels", dict)
     told = run("doctor").out
     assert "not built" in told
     assert "install a C++ compiler" in told

@@ -34,10 +34,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import cospadi
 import cospadi_cli
-from cospadi import Recipe, UserError, budget, checkpoint
+from cospadi import Recipe, UserError
+from cospadi.budget import accounting
+from cospadi.budget.plan import check_plan, outlook, read_plan, read_plan_recipe, write_plan
 from cospadi.calibration.text import token_sequences
-from cospadi.factorization import SOLVERS
-from cospadi.plan import check_plan, outlook, read_plan, read_plan_recipe, write_plan
+from cospadi.format import verify
+from cospadi.solvers import SOLVERS
 
 PACKAGE = str(Path(cospadi.__file__).parent)
 FREE = {"data_free": True, "iterations": 1}
@@ -348,11 +350,11 @@ def plausible_plan(draw: st.DrawFn, plan: dict[str, Any]) -> dict[str, Any]:
     d1, d2s = 48, [{"q_proj": 48, "k_proj": 24, "up_proj": 80}[name.rpartition(".")[2]] for name in group["members"]]
     k, nonzeros, bits = group["k"], group["nonzeros"], group["value_bits"]
     if group["layout"] == "low-rank":
-        parts = budget.low_rank_bytes(d1, d2s, k)
+        parts = accounting.low_rank_bytes(d1, d2s, k)
     elif draw(st.booleans()):
-        parts = budget.free_bytes(d1, d2s, k, nonzeros, bits)
+        parts = accounting.free_bytes(d1, d2s, k, nonzeros, bits)
     else:
-        parts = budget.sparse_bytes(d1, d2s, k, nonzeros // sum(d2s), bits)
+        parts = accounting.sparse_bytes(d1, d2s, k, nonzeros // sum(d2s), bits)
     group["bytes"] = parts.total
     return changed
 
@@ -426,8 +428,8 @@ def check_checkpoint(folder: Path, ours: bool = True) -> bool:
         ours: only what `verify` looks at is damaged, so that what it accepts loads. (What transformers makes of a
             damaged config of its own, if it is called without us, is its own.)
     """
-    accepted = not refuses(lambda: checkpoint.verify(folder))
-    readable = not refuses(lambda: checkpoint.read_checkpoint(folder))
+    accepted = not refuses(lambda: verify.verify(folder))
+    readable = not refuses(lambda: verify.read_checkpoint(folder))
     assert readable or not accepted
     loads = not refuses(lambda: cospadi.load(folder, device="cpu"))
     if not ours:
@@ -578,7 +580,7 @@ def test_dense_model_of_any_content(
     check_answer(answer)
     check_left(answer, tmp_path, before)
     if answer.code == 0:
-        checkpoint.verify(tmp_path / "out")
+        verify.verify(tmp_path / "out")
         shutil.rmtree(tmp_path / "out")
 
 
@@ -727,10 +729,10 @@ def test_any_flag(
     def refuse(*_: object) -> None:
         raise UserError("every flag is right, and the work is too much for here")
 
-    monkeypatch.setattr("cospadi.bench._in_new_process", refuse)
+    monkeypatch.setattr("cospadi.commands.bench._in_new_process", refuse)
     monkeypatch.setattr("cospadi.demo.job.run_demo", refuse)
-    monkeypatch.setattr("cospadi.engine._cluster", refuse)
-    monkeypatch.setattr("cospadi.engine._start_worker", refuse)
+    monkeypatch.setattr("cospadi.jobs.pool._cluster", refuse)
+    monkeypatch.setattr("cospadi.jobs.pool._start_worker", refuse)
     monkeypatch.chdir(tmp_path)
     outer = tmp_path / "outer"  # what `..` names
     outer.mkdir(exist_ok=True)

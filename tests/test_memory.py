@@ -16,7 +16,7 @@ from killed import hashes
 
 import cospadi
 
-SCRIPT = Path(__file__).with_name("memory.py")
+SCRIPT = Path(__file__).parent / "helpers" / "memory.py"
 WIDE = {"hidden_size": 256, "intermediate_size": 4096, "num_key_value_heads": 4}
 """Blocks of 14 MB in float32, with one small projection to compress."""
 

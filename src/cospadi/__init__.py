@@ -7,9 +7,9 @@ Importing this package registers its checkpoint format with transformers, so tha
 from cospadi.__about__ import __version__
 from cospadi.compress import Compressed, compress, measure_plan
 from cospadi.errors import CheckpointError, UserError
-from cospadi.linear import LowRankLinear, SparseDictionaryLinear
+from cospadi.model.load import load
 from cospadi.recipe import Recipe
-from cospadi.source import load
+from cospadi.runtime.layer import LowRankLinear, SparseDictionaryLinear
 
 __all__ = [
     "CheckpointError",

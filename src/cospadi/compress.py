@@ -19,18 +19,28 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from cospadi import __about__, checkpoint, source
-from cospadi.blocks import Blocks, check_finite
-from cospadi.budget import dense_bytes
-from cospadi.calibration import sequence
-from cospadi.calibration.gram import whiten
+from cospadi import __about__, files
+from cospadi.budget.accounting import dense_bytes
+from cospadi.budget.plan import Group, Plan, check_plan, make_plan, read_plan, read_plan_recipe
+from cospadi.calibration import walk as sequence
+from cospadi.calibration.grams import whiten
+from cospadi.calibration.spill import Shelf
 from cospadi.calibration.text import DEFAULT_DATASET
-from cospadi.card import model_card
-from cospadi.checkpoint import StoredProjection
-from cospadi.engine import Engine, Task, device_model
 from cospadi.errors import UserError
+from cospadi.format import safetensors
+from cospadi.format.manifest import MANIFEST, weights_digest, write_manifest
+from cospadi.format.schema import StoredProjection
 from cospadi.integrations.transformers import mark_compressed, quantizer_of, swap_in_layers
-from cospadi.job import (
+from cospadi.jobs.ledger import OUTPUT, REPLACED, JobDirectory, Ledger, Piece
+from cospadi.jobs.pool import Engine, Task, device_model
+from cospadi.jobs.progress import Stage, Stages
+from cospadi.model import companions, load
+from cospadi.model.blocks import Blocks, check_finite
+from cospadi.model.projections import dense_experts, find_projections, kinds_of, select, shared_inputs
+from cospadi.recipe import Recipe
+from cospadi.stages.budgets import allocate, estimate_fisher
+from cospadi.stages.card import model_card
+from cospadi.stages.open import (
     CACHE_BYTES,
     Job,
     allocation_of,
@@ -42,14 +52,7 @@ from cospadi.job import (
     wants_compensation,
     weighs_columns,
 )
-from cospadi.ledger import OUTPUT, REPLACED, JobDirectory, Ledger, Piece
-from cospadi.measuring import allocate, estimate_fisher
-from cospadi.plan import Group, Plan, check_plan, make_plan, read_plan, read_plan_recipe
-from cospadi.progress import Stage, Stages
-from cospadi.projections import dense_experts, find_projections, kinds_of, select, shared_inputs
-from cospadi.recipe import Recipe
-from cospadi.shelf import Shelf
-from cospadi.solving import Packed, dense_weights, factorize
+from cospadi.stages.solve import Packed, dense_weights, factorize
 
 log = logging.getLogger("cospadi")
 
@@ -85,7 +88,7 @@ class Compressed:
         if self.in_memory is not None:
             return self.in_memory
         assert self.folder is not None
-        return source.load_model(self.folder, self.device)
+        return load.load_model(self.folder, self.device)
 
 
 def compress(
@@ -132,18 +135,18 @@ def compress(
     with ExitStack() as stack:
         ledger = Ledger()
         if target is not None and not work_folder(target).exists():
-            checkpoint.check_output(target, overwrite)
+            files.check_output(target, overwrite)
         if target is not None and not isinstance(model, nn.Module):
             ledger = JobDirectory(work_folder(target), resume)
             stack.callback(ledger.close)
             put_back(ledger, target)
         if target is not None:
-            checkpoint.check_output(target, overwrite or was_written(ledger, target))
+            files.check_output(target, overwrite or was_written(ledger, target))
         prepared = stack.enter_context(
             prepare(model, recipe, tokenizer, stages, engine, ledger, cache_bytes, keep_grams, whole=target is None)
         )
         job, uniform, folder = prepared.job, prepared.uniform, prepared.folder
-        before = checkpoint.tensor_bytes(folder) if folder else None
+        before = safetensors.tensor_bytes(folder) if folder else None
         if isinstance(plan, (str, Path)):
             plan = read_plan(Path(plan), uniform.projections, recipe)
         if plan is not None:
@@ -168,11 +171,11 @@ def compress(
             quantizer_of(in_memory).manifest = manifest
         if target is not None:
             if was_written(ledger, target):
-                manifest = checkpoint.read_json(target / checkpoint.MANIFEST)
+                manifest = files.read_json(target / MANIFEST)
             else:
                 log.info("writing %s", target)
                 manifest = write(job, target, manifest, plan, pieces, folder, prepared.tokenizer)
-            after = checkpoint.tensor_bytes(target)
+            after = safetensors.tensor_bytes(target)
             if isinstance(ledger, JobDirectory):
                 ledger.remove()
         return Compressed(
@@ -249,12 +252,12 @@ class Prepared:
         origin = {"model": self.hub_name, "weights_sha256": None}
         stamps: list[Any] = []
         if self.folder is not None:
-            stamps = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in checkpoint.weight_files(self.folder)]
+            stamps = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in safetensors.weight_files(self.folder)]
             noted = ledger.note("weights") if isinstance(ledger, JobDirectory) else None
             if isinstance(noted, list) and len(noted) == 2 and noted[0] == stamps:
                 origin["weights_sha256"] = noted[1]
             else:
-                origin["weights_sha256"] = checkpoint.weights_digest(self.folder)
+                origin["weights_sha256"] = weights_digest(self.folder)
         if isinstance(ledger, JobDirectory):
             identity = {
                 "recipe": job.recipe.model_dump(mode="json"),
@@ -298,22 +301,22 @@ def prepare(
     allocation_of(recipe)  # refuses what needs text where there is none,
     weighs_columns(recipe)  # and so do these
     wants_compensation(recipe)
-    device = source.pick_device(recipe.device)
+    device = load.pick_device(recipe.device)
     folder: Path | None = None
     hub_name: str | None = None
     with ExitStack() as stack:
         if not isinstance(model, nn.Module):
             hub_name = None if Path(model).exists() else str(model)
             with stages.stage("load", 1):
-                folder = source.resolve(model, recipe.revision)
-                source.load_config(folder)  # refuses what cannot be compressed before any weight is read
+                folder = load.resolve(model, recipe.revision)
+                load.load_config(folder)  # refuses what cannot be compressed before any weight is read
                 if whole:
-                    blocks = Blocks(source.load_model(folder, device), device)
+                    blocks = Blocks(load.load_model(folder, device), device)
                 else:
                     converted = ledger.scratch or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                    blocks = source.open_blocks(folder, device, converted / "converted")
+                    blocks = load.open_blocks(folder, device, converted / "converted")
                 if needs_text(recipe) and tokenizer is None:
-                    tokenizer = source.load_tokenizer(folder)
+                    tokenizer = load.load_tokenizer(folder)
         else:
             if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None):
                 raise UserError("the model is already compressed or quantized. Compress the original model instead")
@@ -351,7 +354,7 @@ def was_written(ledger: Ledger, output: Path) -> bool:
     """Whether an earlier run of this job has put what is at `output` there, and was stopped only after that."""
     piece = ledger.get("written")
     try:
-        content = (output / checkpoint.MANIFEST).read_bytes()
+        content = (output / MANIFEST).read_bytes()
     except OSError:
         return False
     return piece is not None and piece.record.get("manifest") == hashlib.sha256(content).hexdigest()
@@ -385,7 +388,7 @@ def describe(
             manifest["projections"][name] = {
                 "layout": entry.layout,
                 "bytes": {
-                    tensor.rpartition(".")[2]: checkpoint.tensor_nbytes(*what)
+                    tensor.rpartition(".")[2]: safetensors.tensor_nbytes(*what)
                     for tensor, what in entry.tensors(name).items()
                 },
                 "relative_error": piece.record["errors"][name],
@@ -408,7 +411,7 @@ def check_space(job: Job, plan: Plan, output: Path) -> None:
         by_fisher = weighs_columns(job.recipe) or allocation_of(job.recipe) == "fisher"
         needed = max(needed + packed, replaced if by_fisher else 0)
         needed -= sum(path.stat().st_size for path in job.ledger.folder.rglob("*") if path.is_file())
-    free = shutil.disk_usage(checkpoint.nearest_folder(output)).free
+    free = shutil.disk_usage(files.nearest_folder(output)).free
     if needed > free:
         raise UserError(
             f"output {output} needs {needed / 1e6:.1f} MB; {free / 1e6:.1f} MB are free. Free some or write elsewhere"
@@ -574,7 +577,7 @@ def write(
     staging = ledger.folder and ledger.folder / OUTPUT
     retired = ledger.folder and ledger.folder / REPLACED
     model: Any = job.blocks.model
-    with checkpoint.staged(output, staging, retired) as staging:
+    with files.staged(output, staging, retired) as staging:
         if job.blocks.stored is not None:
             assert folder is not None
             write_streamed(job, staging, pieces, folder)
@@ -593,12 +596,12 @@ def write(
                 model.generation_config = kept
         with job.stages.stage("write", 1):
             if folder is not None:
-                checkpoint.copy_companions(folder, staging)
+                companions.copy_companions(folder, staging)
             elif tokenizer is not None:
                 tokenizer.save_pretrained(staging)
             (staging / "README.md").write_text(model_card(plan, manifest), encoding="utf-8")
-            manifest = checkpoint.write_manifest(staging, manifest)
-            digest = hashlib.sha256((staging / checkpoint.MANIFEST).read_bytes()).hexdigest()
+            manifest = write_manifest(staging, manifest)
+            digest = hashlib.sha256((staging / MANIFEST).read_bytes()).hexdigest()
             ledger.put("written", {"manifest": digest})
     return manifest
 
@@ -617,11 +620,11 @@ def write_streamed(job: Job, staging: Path, pieces: Sequence[Piece], folder: Pat
             held |= dict.fromkeys(entry.tensors(name), piece.path)
     swap_in_layers(model, entries, blocks.dtype(next(iter(entries))), "meta")
     mark_compressed(model, entries)
-    source.write_config(model, staging, folder)
+    load.write_config(model, staging, folder)
     state, _ = quantizer_of(model).get_state_dict_and_metadata(model)
-    tensors = source.tensors_to_write(model, state, blocks, held)
+    tensors = load.tensors_to_write(model, state, blocks, held)
     with job.stages.stage("write", sum(tensor.nbytes for tensor in tensors.values())) as progress:
-        checkpoint.write_weights(staging, tensors, progress.advance)
+        safetensors.write_weights(staging, tensors, progress.advance)
 
 
 def _written_bytes(model: Any) -> int:
@@ -637,7 +640,7 @@ def _following(folder: Path, progress: Stage) -> Iterator[None]:
 
     def follow() -> None:
         while not done.wait(0.2):
-            progress.reach(sum(path.stat().st_size for path in checkpoint.all_safetensors(folder)))
+            progress.reach(sum(path.stat().st_size for path in safetensors.all_safetensors(folder)))
 
     follower = threading.Thread(target=follow, daemon=True)
     follower.start()

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from cospadi.linear import Runtime
-    from cospadi.progress import Stages
+    from cospadi.jobs.progress import Stages
+    from cospadi.runtime.layer import Runtime
 
 app = typer.Typer(
     add_completion=False,
@@ -180,7 +180,7 @@ def compress(
     with _if_stopped(lambda: _what_is_left(output)):
         built = _recipe(flags)
         stages = _talk(progress)
-        from cospadi import report
+        from cospadi.commands import tables
         from cospadi.compress import compress as run
 
         with stages.shown():
@@ -188,7 +188,7 @@ def compress(
                 model, built, output, plan=plan, overwrite=overwrite, resume=resume, engine=_engine(flags),
                 cache_bytes=int(cache_gb * 1e9), keep_grams=keep_grams, stages=stages,
             )  # fmt: skip
-    _show(report.compressed_json(result, built), as_json, report.compressed_table(result, built))
+    _show(tables.compressed_json(result, built), as_json, tables.compressed_table(result, built))
 
 
 @app.command()
@@ -246,11 +246,11 @@ def plan(
     with _if_stopped(lambda: _what_is_left(measure) if measure else "Nothing was written."):
         built = _recipe(flags)
         stages = _talk(progress if measure else "off")
-        from cospadi import report
+        from cospadi.budget.plan import check_plan_file, outlook, write_plan
+        from cospadi.commands import tables
+        from cospadi.commands.estimate import estimate
         from cospadi.compress import measure_plan, work_folder
-        from cospadi.estimate import estimate
-        from cospadi.job import allocation_of
-        from cospadi.plan import check_plan_file, outlook, write_plan
+        from cospadi.stages.open import allocation_of
 
         measured = None
         if measure:
@@ -266,7 +266,7 @@ def plan(
             model, built, found.plan, final=measured is not None, cache_bytes=int(cache_gb * 1e9),
             keep_grams=keep_grams, timing=timing,
         )  # fmt: skip
-    notes = [f"Whole checkpoint: {report.megabytes(found.before)} before, {report.megabytes(found.after)} after."]
+    notes = [f"Whole checkpoint: {tables.megabytes(found.before)} before, {tables.megabytes(found.after)} after."]
     if found.experts:
         notes.append(f"Left dense, experts that are not nn.Linear: {found.experts}")
     if measure:
@@ -277,9 +277,9 @@ def plan(
             f"This is the uniform budget. Under --allocate {allocation_of(built)} only the groups and the total are "
             "final: what each group gets is measured with calibration text, which --measure FILE does."
         )
-    data = report.plan_json(found.plan, built, found.before, found.after, final)
-    data["estimate"] = report.estimate_json(costs)
-    _show(data, as_json, report.plan_table(found.plan), *notes, "", report.estimate_table(costs))
+    data = tables.plan_json(found.plan, built, found.before, found.after, final)
+    data["estimate"] = tables.estimate_json(costs)
+    _show(data, as_json, tables.plan_table(found.plan), *notes, "", tables.estimate_table(costs))
 
 
 @app.command("eval")
@@ -296,33 +296,34 @@ def evaluate(
 ) -> None:
     """Perplexity on a text, in non-overlapping windows."""
     stages = _talk(progress)
-    from cospadi import report
-    from cospadi.evaluate import evaluate_models
+    from cospadi.commands import tables
+    from cospadi.commands.evaluate import evaluate_models
 
     with stages.shown():
         results = evaluate_models(
             [model, *([against] if against else [])], text, length, batch_size, device, stages, _runtime(runtime)
         )
-    _show(report.perplexity_json(results), as_json, *report.perplexity_lines(results))
+    _show(tables.perplexity_json(results), as_json, *tables.perplexity_lines(results))
 
 
 @app.command()
 def inspect(folder: Folder, as_json: Json = False) -> None:
     """List what is in a compressed checkpoint: bytes, ratio and error a projection; totals."""
     _talk("off")
-    from cospadi import checkpoint, report
+    from cospadi.commands import tables
+    from cospadi.format import safetensors, verify
 
-    data = report.inspect_json(*checkpoint.read_checkpoint(folder), checkpoint.stored_tensors(folder))
-    _show(data, as_json, report.inspect_table(data), f"Whole checkpoint: {report.megabytes(data['checkpoint_bytes'])}.")
+    data = tables.inspect_json(*verify.read_checkpoint(folder), safetensors.stored_tensors(folder))
+    _show(data, as_json, tables.inspect_table(data), f"Whole checkpoint: {tables.megabytes(data['checkpoint_bytes'])}.")
 
 
 @app.command()
 def verify(folder: Folder, as_json: Json = False) -> None:
     """Check every byte of a compressed checkpoint against its manifest."""
     _talk("off")
-    from cospadi import checkpoint
+    from cospadi.format import verify
 
-    count = checkpoint.verify(folder)
+    count = verify.verify(folder)
     _show({"tensors": count, "ok": True}, as_json, f"{folder}: all {count} tensors are as they were written.")
 
 
@@ -338,7 +339,7 @@ def generate(
 ) -> None:
     """Continue a prompt: a quick look that the model still speaks."""
     _talk("off")
-    from cospadi.evaluate import continue_text
+    from cospadi.commands.evaluate import continue_text
 
     typer.echo(continue_text(model, prompt, tokens, temperature, seed, device, _runtime(runtime)))
 
@@ -354,14 +355,14 @@ def demo(
     from dataclasses import asdict
 
     stages = _talk(progress)
-    from cospadi import report
-    from cospadi.demo.job import ITERATIONS, run_demo
+    from cospadi.commands import tables
+    from cospadi.commands.demo import ITERATIONS, run_demo
     from cospadi.recipe import Recipe
 
     Recipe.build(ratio=ratio)  # refuses one that is out of range before the first model is measured
     with stages.shown():
         rows = run_demo(ratio, iterations or ITERATIONS, stages)
-    _show({"rows": [asdict(row) for row in rows]}, as_json, report.demo_table(rows))
+    _show({"rows": [asdict(row) for row in rows]}, as_json, tables.demo_table(rows))
 
 
 @app.command()
@@ -383,9 +384,9 @@ def bench(
     stages = _talk(progress)
     import torch
 
-    from cospadi import report
-    from cospadi.bench import DECODE_BATCHES, PREFILL_TOKENS
-    from cospadi.bench import bench as measure
+    from cospadi.commands import tables
+    from cospadi.commands.bench import DECODE_BATCHES, PREFILL_TOKENS
+    from cospadi.commands.bench import bench as measure
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -401,17 +402,17 @@ def bench(
             _runtime(runtime),
             stages,
         )
-    _show(report.bench_json(results), as_json, report.bench_table(results))
+    _show(tables.bench_json(results), as_json, tables.bench_table(results))
 
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """What this machine and installation have: versions, kernels, devices, and whether the kernels compute rightly."""
     _talk("off")
-    from cospadi import doctor, report
+    from cospadi.commands import doctor, tables
 
     found = doctor.examine()
-    _show(found.as_json(), as_json, report.doctor_table(found), *found.advice)
+    _show(found.as_json(), as_json, tables.doctor_table(found), *found.advice)
     if not found.right:
         raise typer.Exit(1)
 
@@ -469,8 +470,8 @@ def _one_line(message: str) -> str:
 
 def _recipe(flags: dict[str, Any]) -> Any:
     """A Recipe from the flags that were given, over the recipe file or the saved plan."""
+    from cospadi.budget.plan import read_plan_recipe
     from cospadi.errors import UserError
-    from cospadi.plan import read_plan_recipe
     from cospadi.recipe import Recipe
 
     given = {name: flags[name] for name in Recipe.model_fields if flags.get(name) is not None}
@@ -490,7 +491,7 @@ def _runtime(name: str) -> Runtime:
     """A --runtime that is known."""
     from typing import cast, get_args
 
-    from cospadi.linear import Runtime
+    from cospadi.runtime.layer import Runtime
 
     if name not in get_args(Runtime):
         raise typer.BadParameter(_one_line(f"--runtime {name} is not known. Use {', '.join(get_args(Runtime))}"))
@@ -519,7 +520,7 @@ def _engine(flags: dict[str, Any]) -> Any:
     """Who solves, by the flags."""
     from typing import get_args
 
-    from cospadi.engine import Engine, Kind
+    from cospadi.jobs.pool import Engine, Kind
 
     if flags["engine"] not in get_args(Kind):
         raise typer.BadParameter(f"--engine {flags['engine']} is not known. Use {', '.join(get_args(Kind))}")
@@ -531,7 +532,7 @@ def _talk(progress: str) -> Stages:
     """Progress and log on stderr; other libraries keep quiet."""
     from rich.console import Console
 
-    from cospadi.progress import Stages, log_to
+    from cospadi.jobs.progress import Stages, log_to
 
     if progress not in ("auto", "on", "off"):
         raise typer.BadParameter(_one_line(f"--progress {progress} is not known. Use auto, on or off"))

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cospadi.blocks import Blocks
-from cospadi.calibration.sequence import Calls, advance, call, embed, logits, other_weights
+from cospadi.calibration.spill import Shelf
+from cospadi.calibration.walk import Calls, advance, call, embed, logits, other_weights
 from cospadi.errors import UserError
-from cospadi.projections import Projection, decoder_blocks
-from cospadi.shelf import Shelf
+from cospadi.model.blocks import Blocks
+from cospadi.model.projections import Projection, decoder_blocks
 
 FLOOR = 1e-3
 """Smallest F_j, in means over the projection's outputs: no output is worth nothing."""

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cospadi.checkpoint import local_path
 from cospadi.errors import UserError, first_line
+from cospadi.files import local_path
 from cospadi.recipe import Recipe
 
 log = logging.getLogger("cospadi")

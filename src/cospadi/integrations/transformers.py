@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from cospadi import checkpoint
-from cospadi.checkpoint import DICTIONARY, LEFT, SENTINEL, StoredProjection
 from cospadi.errors import CheckpointError, UserError
-from cospadi.linear import LowRankLinear, SparseDictionaryLinear, reuse_products
+from cospadi.format import manifest, schema, verify
+from cospadi.format.schema import DICTIONARY, LEFT, SENTINEL, StoredProjection
+from cospadi.runtime.layer import LowRankLinear, SparseDictionaryLinear, reuse_products
 
 CompressedLinear = SparseDictionaryLinear | LowRankLinear
 
 
-@register_quantization_config(checkpoint.QUANT_METHOD)
+@register_quantization_config(schema.QUANT_METHOD)
 class CospadiConfig(QuantizationConfigMixin):
     """`quantization_config` of a compressed model: format version and the compressed projections by name.
 
@@ -34,24 +34,24 @@ class CospadiConfig(QuantizationConfigMixin):
         /,  # a field of any name is a field
         projections: object = None,
         format_version: object = None,
-        quant_method: str = checkpoint.QUANT_METHOD,
+        quant_method: str = schema.QUANT_METHOD,
         **unknown: Any,
     ) -> None:
-        checkpoint.check_version(format_version, "config.json")
-        checkpoint.check_fields(unknown)
+        schema.check_version(format_version, "config.json")
+        schema.check_fields(unknown)
         self.quant_method = quant_method
         self.format_version = format_version
         self.projections = {
             name: entry.model_dump()
-            for name, entry in checkpoint.parse_projections({} if projections is None else projections).items()
+            for name, entry in schema.parse_projections({} if projections is None else projections).items()
         }
 
     def parsed(self) -> dict[str, StoredProjection]:
         """The projections as objects."""
-        return checkpoint.parse_projections(self.projections)
+        return schema.parse_projections(self.projections)
 
 
-@register_quantizer(checkpoint.QUANT_METHOD)
+@register_quantizer(schema.QUANT_METHOD)
 class CospadiQuantizer(HfQuantizer):
     """Swaps the compressed projections' modules in before transformers loads the weights."""
 
@@ -78,8 +78,8 @@ class CospadiQuantizer(HfQuantizer):
         for file in map(_lexical, files):
             if file.parent != folder or (root.is_dir() and root not in file.parents):
                 raise CheckpointError(f"the checkpoint's index names {file}, a path that leaves its folder")
-        manifest = checkpoint.read_manifest(folder, projections)
-        present = checkpoint.check_files(files, projections)
+        recorded = manifest.read_manifest(folder, projections)
+        present = verify.check_files(files, projections)
         tied = getattr(model, "all_tied_weights_keys", {})
         missing = [
             name
@@ -91,8 +91,8 @@ class CospadiQuantizer(HfQuantizer):
         if missing:
             raise CheckpointError(f"{folder}: tensor {missing[0]} is in none of the checkpoint's files")
         if os.environ.get("COSPADI_VERIFY") == "1":
-            checkpoint.verify(folder)
-        return manifest
+            verify.verify(folder)
+        return recorded
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for module in model.modules():
@@ -110,9 +110,9 @@ class CospadiQuantizer(HfQuantizer):
         """
         state: dict[str, Tensor] = model.state_dict()
         for name, entry in self.quantization_config.parsed().items():
-            for part in (DICTIONARY, LEFT, checkpoint.RIGHT):
+            for part in (DICTIONARY, LEFT, schema.RIGHT):
                 tensor = state.pop(f"{name}.{part}", None)
-                if tensor is not None and (part == checkpoint.RIGHT or entry.dictionary == name):
+                if tensor is not None and (part == schema.RIGHT or entry.dictionary == name):
                     state[f"{name}.{part}"] = tensor.to(torch.bfloat16)
             state[f"{name}.{SENTINEL}"] = torch.empty(0, dtype=torch.bfloat16)
         return state, {}
@@ -205,10 +205,10 @@ def _parent(model: nn.Module, names: Sequence[str]) -> nn.Module:
 def mark_compressed(model: Any, entries: Mapping[str, StoredProjection]) -> None:
     """Give a model whose layers were swapped in memory the state that `from_pretrained` would leave it in."""
     projections = {name: entry.model_dump() for name, entry in entries.items()}
-    quantizer = CospadiQuantizer(CospadiConfig(projections, checkpoint.FORMAT_VERSION), pre_quantized=True)
+    quantizer = CospadiQuantizer(CospadiConfig(projections, schema.FORMAT_VERSION), pre_quantized=True)
     model.hf_quantizer = quantizer
     model.is_quantized = True
-    model.quantization_method = checkpoint.QUANT_METHOD
+    model.quantization_method = schema.QUANT_METHOD
     quantizer.postprocess_model(model)
 
 
@@ -237,4 +237,4 @@ class SavePretrained:
         if kwargs.get("is_main_process", True):
             quantizer = quantizer_of(self.model)
             unknown: dict[str, Any] = {"projections": {name: {} for name in quantizer.quantization_config.projections}}
-            checkpoint.write_manifest(Path(save_directory), quantizer.manifest or unknown)
+            manifest.write_manifest(Path(save_directory), quantizer.manifest or unknown)

@@ -1,0 +1,1 @@
+"""Bytes: their accounting, and how a budget is spread over groups."""

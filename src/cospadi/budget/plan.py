@@ -1,0 +1,449 @@
+"""The plan: which projections share a dictionary, with which k and s, and what that costs to the byte."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cospadi.budget import accounting
+from cospadi.budget.accounting import Parts
+from cospadi.errors import UserError
+from cospadi.files import check_name
+from cospadi.model import load
+from cospadi.model.projections import Projection, dense_experts, find_projections, kinds_of, select, shared_inputs
+from cospadi.recipe import Recipe
+from cospadi.solvers import find_solver
+
+log = logging.getLogger("cospadi")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Projections with one dictionary over their concatenated outputs; most have one member.
+
+    Attributes:
+        members: in model order; the first owns the dictionary.
+        layout: "sparse-dictionary", "low-rank" or "dense".
+        k: atoms, or the rank (0 for dense).
+        nonzeros: of all columns together (0 for low rank and dense).
+        value_bits: bits a stored coefficient (16 for low rank and dense).
+        parts: bytes on disk; for dense, where 16 bits a weight are counted whatever is stored, all in `values`.
+    """
+
+    members: tuple[Projection, ...]
+    layout: Literal["sparse-dictionary", "low-rank", "dense"]
+    k: int
+    nonzeros: int
+    value_bits: int
+    parts: Parts
+
+    @property
+    def s(self) -> float:
+        """Nonzeros a column; the mean, where columns differ."""
+        return self.nonzeros / sum(self.d2s)
+
+    @property
+    def d1(self) -> int:
+        return self.members[0].d1
+
+    @property
+    def d2s(self) -> list[int]:
+        return [member.d2 for member in self.members]
+
+    @property
+    def dense_bytes(self) -> int:
+        return accounting.dense_bytes(self.d1, sum(self.d2s))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All groups, in model order."""
+
+    groups: tuple[Group, ...]
+
+    @property
+    def dense_bytes(self) -> int:
+        return sum(group.dense_bytes for group in self.groups)
+
+    @property
+    def bytes(self) -> int:
+        return sum(group.parts.total for group in self.groups)
+
+    @property
+    def ratio(self) -> float:
+        """1 - compressed / dense bytes over all selected projections (the paper's CR)."""
+        return (self.dense_bytes - self.bytes) / self.dense_bytes
+
+    @property
+    def projections(self) -> list[Projection]:
+        """All selected projections."""
+        return [member for group in self.groups for member in group.members]
+
+    @property
+    def compressed(self) -> list[Group]:
+        """The groups that do not stay dense."""
+        return [group for group in self.groups if group.layout != "dense"]
+
+    @property
+    def left_dense(self) -> list[Projection]:
+        """The selected projections that stay dense."""
+        return [member for group in self.groups if group.layout == "dense" for member in group.members]
+
+
+def make_plan(projections: Sequence[Projection], recipe: Recipe, owner: Mapping[str, str]) -> Plan:
+    """Uniform budget: every group gets the recipe's ratio.
+
+    Args:
+        owner: projection -> the first reader of its input, as `shared_inputs` finds; used if the recipe shares inputs.
+
+    Raises:
+        UserError: a group is too small for the ratio; the message names its first projection.
+    """
+    readers = owner if recipe.shares_input else {p.name: p.name for p in projections}
+    groups = group_projections(projections, readers, recipe.layers_shared)
+    return Plan(tuple(_uniform_group(members, recipe) for members in groups))
+
+
+def group_projections(
+    projections: Sequence[Projection], owner: Mapping[str, str], layers: int
+) -> list[tuple[Projection, ...]]:
+    """Sets of projections of one block that read the same input, like sets of `layers` consecutive blocks together.
+
+    Two sets are alike when they have the same kinds and shapes. Groups and their members are in model order.
+    """
+    sets: dict[tuple[int, str], list[Projection]] = {}
+    for p in projections:
+        sets.setdefault((p.block, owner[p.name]), []).append(p)
+    groups: dict[tuple[object, ...], list[Projection]] = {}
+    for (block, _), members in sets.items():
+        alike = tuple((p.kind, p.d1, p.d2) for p in members)
+        groups.setdefault((block // layers, alike), []).extend(members)
+    return [tuple(members) for members in groups.values()]
+
+
+def _uniform_group(members: tuple[Projection, ...], recipe: Recipe) -> Group:
+    group = size_group(members, recipe.ratio, recipe.uniform_rho, recipe)
+    if group is None:
+        kinds = dict.fromkeys(member.kind for member in members)
+        d1, d2 = members[0].d1, sum(member.d2 for member in members)
+        raise UserError(
+            f"{members[0].name}: a projection of {d1} x {d2} is too small for ratio {recipe.ratio:g}: not one atom "
+            f"fits. Leave {'it' if len(kinds) == 1 else 'them'} dense with "
+            + " ".join(f"--exclude '*.{kind}'" for kind in kinds)
+        )
+    return group
+
+
+def size_group(members: tuple[Projection, ...], ratio: float, rho: float, recipe: Recipe) -> Group | None:
+    """The largest group of the recipe's layout and accounting at a ratio; None where not even one atom fits."""
+    d1, d2s = members[0].d1, [member.d2 for member in members]
+    d2, allowed = sum(d2s), accounting.byte_budget(ratio, d1, d2s)
+    solver, bits = find_solver(recipe.solver), recipe.stored_value_bits
+    if solver.layout == "low-rank":
+        r = accounting.exact_rank(allowed, d1, d2s)
+        return (
+            Group(members, "low-rank", r, 0, accounting.DENSE_BITS, accounting.low_rank_bytes(d1, d2s, r))
+            if r
+            else None
+        )
+    if recipe.accounting == "exact" and solver.free_support:
+        k, nonzeros = accounting.free_size(allowed, d1, d2s, rho, bits)
+        parts = accounting.free_bytes(d1, d2s, k, nonzeros, bits)
+        return Group(members, "sparse-dictionary", k, nonzeros, bits, parts) if k else None
+    if recipe.accounting == "eq10":
+        k, s = accounting.eq10_size(ratio, d1, d2, rho)
+    elif recipe.accounting == "eq11":
+        k, s = accounting.eq11_size(ratio, d1, d2, rho)
+    else:
+        k, s = accounting.exact_size(allowed, d1, d2s, rho, bits)
+    if min(k, s) < 1:
+        return None
+    if solver.free_support:
+        nonzeros = min(s * d2 // accounting.VALUE_UNIT * accounting.VALUE_UNIT, accounting.most_nonzeros(d2s, k))
+        parts = accounting.free_bytes(d1, d2s, k, nonzeros, bits)
+        return Group(members, "sparse-dictionary", k, nonzeros, bits, parts) if nonzeros else None
+    return Group(members, "sparse-dictionary", k, s * d2, bits, accounting.sparse_bytes(d1, d2s, k, s, bits))
+
+
+def dense_group(members: tuple[Projection, ...]) -> Group:
+    """A group that stays as it is."""
+    nbytes = accounting.dense_bytes(members[0].d1, sum(member.d2 for member in members))
+    return Group(members, "dense", 0, 0, accounting.DENSE_BITS, Parts(0, 0, nbytes))
+
+
+def fill_up(groups: Sequence[Group], nbytes: int, free_support: bool) -> list[Group]:
+    """The same groups with what `nbytes` more bytes hold; the largest group comes first, dense ones stay.
+
+    Nonzeros that may lie anywhere all go where there is room for them. Else each group in turn gets a nonzero for every
+    column, or a rank, until none fits.
+    """
+    filled = list(groups)
+    order = [index for index, group in enumerate(groups) if group.layout != "dense"]
+    order.sort(key=lambda index: -groups[index].parts.total)
+    while True:
+        before = nbytes
+        for index in order:
+            group = filled[index]
+            larger = _with_nonzeros(group, nbytes) if free_support else _one_larger(group)
+            more = larger.parts.total - group.parts.total
+            if more <= nbytes:
+                filled[index], nbytes = larger, nbytes - more
+        if nbytes == before:
+            return filled
+
+
+def _with_nonzeros(group: Group, nbytes: int) -> Group:
+    """The same group with as many more nonzeros as up to `nbytes` more bytes allow, for a free support."""
+    most = (group.parts.values + nbytes) * 8 // group.value_bits // accounting.VALUE_UNIT * accounting.VALUE_UNIT
+    nonzeros = max(group.nonzeros, min(most, accounting.most_nonzeros(group.d2s, group.k)))
+    parts = accounting.free_bytes(group.d1, group.d2s, group.k, nonzeros, group.value_bits)
+    return replace(group, nonzeros=nonzeros, parts=parts)
+
+
+def _one_larger(group: Group) -> Group:
+    """The same group with one more rank, or one more nonzero in every column; itself where there is no room."""
+    d1, d2s, k = group.d1, group.d2s, group.k
+    if group.layout == "low-rank":
+        r = min(k + 1, d1, sum(d2s))
+        return replace(group, k=r, parts=accounting.low_rank_bytes(d1, d2s, r))
+    s = min(round(group.s) + 1, k)
+    return replace(group, nonzeros=s * sum(d2s), parts=accounting.sparse_bytes(d1, d2s, k, s, group.value_bits))
+
+
+PLAN_FIELDS = ("members", "layout", "k", "nonzeros", "value_bits", "bytes")
+
+
+def write_plan(plan: Plan, recipe: Recipe, path: Path) -> None:
+    """Save a plan, with the recipe that it belongs to, as JSON; beside its name first, then renamed."""
+    groups = [
+        {
+            "members": [member.name for member in group.members],
+            "layout": group.layout,
+            "k": group.k,
+            "nonzeros": group.nonzeros,
+            "value_bits": group.value_bits,
+            "bytes": group.parts.total,
+        }
+        for group in plan.groups
+    ]
+    content = {"cospadi_plan": 1, "recipe": recipe.model_dump(mode="json"), "bytes": plan.bytes, "groups": groups}
+    staging = _staging(path)
+    try:
+        staging.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        staging.replace(path)
+    except OSError as error:
+        raise UserError(f"plan {path} cannot be written: {error.strerror}") from None
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def _staging(path: Path) -> Path:
+    """Where a plan is written before it gets its name."""
+    return path.with_name(f"{path.name}.tmp")
+
+
+def check_plan_file(path: Path) -> None:
+    """Refuse a name that no plan can be written to, before any work is done."""
+    check_name(_staging(path) if path.name else path, "plan")
+    if path.is_dir():
+        raise UserError(f"plan {path} is a folder. Name a file")
+    if not path.parent.is_dir():
+        raise UserError(f"plan {path} cannot be written: the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"plan {path} cannot be written: no permission in {path.parent}")
+
+
+FIXED_BY_PLAN = (
+    *("ratio", "solver", "accounting", "value_bits", "rho", "allocate", "weight_columns", "share", "data_free"),
+    *("include", "exclude", "target"),
+)
+"""Recipe fields that a plan follows from; the others only say how it is carried out."""
+
+
+def read_plan_recipe(path: Path, **overrides: Any) -> Recipe:
+    """The recipe that a saved plan belongs to, with fields replaced by those of `overrides`.
+
+    Raises:
+        UserError: a missing or malformed file, or an override that would change the plan.
+    """
+    for name in FIXED_BY_PLAN:
+        if name in overrides:
+            raise UserError(
+                f"--{name.replace('_', '-')} would change the plan that {path} holds. Leave it out, or make another "
+                "plan with cospadi plan MODEL --measure FILE"
+            )
+    fields = _read_json(path)["recipe"]
+    try:
+        recipe = Recipe.build(fields)
+    except UserError as error:
+        raise UserError(f"plan {path}: {error}") from None
+    return Recipe.build(recipe, **overrides)
+
+
+def read_plan(path: Path, selected: Sequence[Projection], recipe: Recipe) -> Plan:
+    """A saved plan, for a model with these selected projections and the recipe it is to be followed with.
+
+    Raises:
+        UserError: a missing or malformed file, or one made for another model; `check_plan` tells the rest.
+    """
+    own = read_plan_recipe(path)
+    for name in FIXED_BY_PLAN:
+        if getattr(own, name) != getattr(recipe, name):
+            raise UserError(f"plan {path} was made with {name} {getattr(own, name)}, not {getattr(recipe, name)}")
+    by_name = {projection.name: projection for projection in selected}
+    groups = []
+    for entry in _read_json(path)["groups"]:
+        unknown = [name for name in entry["members"] if name not in by_name]
+        if unknown:
+            raise UserError(f"plan {path} names {unknown[0]}, which is not among the model's selected projections")
+        group = _stored_group(tuple(by_name[name] for name in entry["members"]), entry)
+        if group is None or group.parts.total != entry["bytes"]:
+            raise UserError(
+                f"plan {path}: the bytes of {entry['members'][0]} do not follow from its sizes. The plan is damaged or "
+                "for another model: make it again"
+            )
+        groups.append(group)
+    return Plan(tuple(groups))
+
+
+def check_plan(plan: Plan, uniform: Plan, recipe: Recipe) -> None:
+    """Refuse a plan that does not carry out a recipe.
+
+    Args:
+        uniform: the plan that gives each group of the recipe the same ratio.
+
+    Raises:
+        UserError: other groups, more bytes than the recipe leaves, or what the recipe's solver does not give.
+    """
+    wanted = [tuple(member.name for member in group.members) for group in uniform.groups]
+    planned = [tuple(member.name for member in group.members) for group in plan.groups]
+    strange = [names for names in planned if names not in wanted] + [names for names in wanted if names not in planned]
+    if strange or len(planned) != len(wanted):
+        names = ", ".join(sorted(min(strange or planned, key=min)))
+        raise UserError(f"the plan is for another model, selection or --share: the group {names} is not in both")
+    if plan.bytes > max(uniform.bytes, accounting.byte_budget(recipe.ratio, 1, [plan.dense_bytes // 2])):
+        raise UserError(f"the plan takes {plan.bytes:,} bytes, more than ratio {recipe.ratio:g} leaves")
+    solver = find_solver(recipe.solver)
+    for group in plan.compressed:
+        if solver.free_support:
+            most = accounting.most_nonzeros(group.d2s, group.k)
+            fits = group.nonzeros <= most and group.nonzeros % accounting.VALUE_UNIT == 0
+        else:
+            fits = group.layout == "low-rank" or group.nonzeros % sum(group.d2s) == 0
+        if group.layout != solver.layout or not fits:
+            raise UserError(f"the plan is not for solver {recipe.solver}: {group.members[0].name} does not fit it")
+        if group.layout != "low-rank" and group.value_bits != recipe.stored_value_bits:
+            raise UserError(
+                f"the plan gives {group.members[0].name} values of {group.value_bits} bits; the recipe asks for "
+                f"{recipe.stored_value_bits}"
+            )
+
+
+def _stored_group(members: tuple[Projection, ...], entry: dict[str, Any]) -> Group | None:
+    """A group from its entry; None where the sizes are impossible."""
+    d1, d2s = members[0].d1, [member.d2 for member in members]
+    layout, k, nonzeros, bits = entry["layout"], entry["k"], entry["nonzeros"], entry["value_bits"]
+    if layout == "dense":
+        return dense_group(members) if (k, nonzeros, bits) == (0, 0, accounting.DENSE_BITS) else None
+    if any(member.d1 != d1 for member in members) or k < 1:
+        return None
+    if layout == "low-rank":
+        rank = Group(members, layout, k, 0, bits, accounting.low_rank_bytes(d1, d2s, k))
+        return rank if (nonzeros, bits) == (0, accounting.DENSE_BITS) else None
+    if not 1 <= nonzeros <= k * sum(d2s):
+        return None
+    s, rest = divmod(nonzeros, sum(d2s))
+    exact = accounting.sparse_bytes(d1, d2s, k, s, bits) if rest == 0 else None
+    if exact is None or exact.total != entry["bytes"]:  # else every column has s, and each member pads its own bytes
+        if nonzeros % accounting.VALUE_UNIT:
+            return None
+        exact = accounting.free_bytes(d1, d2s, k, nonzeros, bits)
+    return Group(members, "sparse-dictionary", k, nonzeros, bits, exact)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"plan {path} does not exist. Make it with cospadi plan MODEL --measure FILE") from None
+    except (OSError, ValueError, RecursionError) as error:  # numbers and nesting have limits, too
+        raise UserError(f"plan {path} cannot be read: {' '.join(str(error).split())}") from None
+    groups = content.get("groups") if isinstance(content, dict) and content.get("cospadi_plan") == 1 else None
+    if not isinstance(groups, list) or not isinstance(content.get("recipe"), dict) or not all(map(_complete, groups)):
+        raise UserError(f"{path} is not a plan that cospadi plan --measure wrote")
+    found: dict[str, Any] = content
+    return found
+
+
+def _complete(entry: object) -> bool:
+    """Whether a group's entry has every field, of the right type."""
+    return (
+        isinstance(entry, dict)
+        and set(entry) == set(PLAN_FIELDS)
+        and isinstance(entry["members"], list)
+        and len(entry["members"]) > 0
+        and all(isinstance(name, str) for name in entry["members"])
+        and entry["layout"] in ("sparse-dictionary", "low-rank", "dense")
+        and all(type(entry[name]) is int for name in ("k", "nonzeros", "value_bits", "bytes"))
+        and entry["value_bits"] in (14, 16)
+    )
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What compressing a model would do, told without its weights.
+
+    Attributes:
+        plan: groups, k, s and bytes.
+        before, after: bytes of the whole checkpoint's tensors as stored; None where the headers do not tell.
+        experts: modules that stay dense because their experts are not nn.Linear, for reading; may be empty.
+    """
+
+    plan: Plan
+    before: int | None
+    after: int | None
+    experts: str
+
+
+def outlook(model: str | Path, recipe: Recipe, plan: Plan | None = None) -> Outlook:
+    """Look ahead from a model's config and safetensors headers.
+
+    Args:
+        plan: a measured plan; None takes the one with a uniform budget.
+
+    Raises:
+        UserError: as `compress` would.
+    """
+    skeleton = load.load_skeleton(model, recipe.revision)
+    if plan is None:
+        selected = select(find_projections(skeleton.model), recipe.include, recipe.exclude, recipe.target)
+        owner = owner_without_weights(skeleton.model, selected) if recipe.shares_input else {}
+        plan = make_plan(selected, recipe, owner)
+    before = after = None
+    if skeleton.sizes is not None:
+        before = sum(skeleton.sizes.values())
+        removed = [skeleton.sizes.get(f"{member.name}.weight") for group in plan.compressed for member in group.members]
+        if None not in removed:  # else the checkpoint uses other names than the model
+            after = before - sum(size for size in removed if size) + sum(group.parts.total for group in plan.compressed)
+    return Outlook(plan, before, after, kinds_of(dense_experts(skeleton.model)))
+
+
+def owner_without_weights(skeleton: nn.Module, selected: Sequence[Projection]) -> dict[str, str]:
+    """`shared_inputs` of a model on the meta device; each reads its own where that fails."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return shared_inputs(skeleton, selected)
+    except Exception as error:  # a model that asks for a number may raise anything
+        log.debug("no forward pass without weights: %s", error)
+        log.warning(
+            "which projections share a dictionary is only known once the weights are there: planned as --share none"
+        )
+        return {projection.name: projection.name for projection in selected}

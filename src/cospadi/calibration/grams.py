@@ -1,0 +1,181 @@
+"""Gram matrices G = X^T X of projection inputs, streamed, and the whitening factor L with L^T L = G."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cospadi.errors import UserError
+from cospadi.model.projections import read_by_linear
+from cospadi.solvers.products import float32_products, self_product
+
+
+class _LastBlockDone(Exception):
+    """Ends a forward pass after the last block that is wanted."""
+
+
+@torch.no_grad()
+def accumulate_grams(
+    model: nn.Module,
+    readers: Sequence[str],
+    sequences: Tensor,
+    batch_size: int,
+    last_block: nn.Module | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> dict[str, Tensor]:
+    """Uncentred Gram matrices of the inputs of some modules, over all calibration tokens.
+
+    Activations live for one batch only: each is multiplied in float32 and added in float64.
+
+    Args:
+        readers: names of the modules whose inputs are wanted, one for each distinct input.
+        sequences: int64 (sequences, tokens).
+        last_block: the forward pass stops after this module.
+        on_batch: called with the number of sequences just done.
+
+    Returns:
+        name -> float64 (d1, d1) on the module's device. All zeros where the module never ran.
+
+    Raises:
+        UserError: a non-finite activation; the message names the module.
+    """
+
+    def stop(*_: object) -> None:
+        raise _LastBlockDone
+
+    handle = last_block.register_forward_hook(stop) if last_block is not None else None
+    device = next(model.parameters()).device
+    try:
+        with adding_grams({name: model.get_submodule(name) for name in readers}) as grams:
+            for start in range(0, len(sequences), batch_size):
+                batch = sequences[start : start + batch_size]
+                with suppress(_LastBlockDone):
+                    model(input_ids=batch.to(device), use_cache=False)
+                if on_batch:
+                    on_batch(len(batch))
+    finally:
+        if handle is not None:
+            handle.remove()
+    return grams
+
+
+@contextmanager
+def adding_grams(readers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """G = X^T X of the inputs of some linear layers, over all that runs through them inside this block.
+
+    Yields:
+        name -> float64 (d1, d1), all zeros as long as the layer has not run.
+    """
+    grams = {name: zero_gram(module) for name, module in readers.items()}
+
+    def add_input(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            x = read_by_linear(args, kwargs).detach()
+            grams[name] += gram_block(x, x, name)
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(add_input(name), with_kwargs=True) for name, module in readers.items()]
+    try:
+        yield grams
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def zero_gram(module: nn.Module) -> Tensor:
+    """A Gram of a linear layer's input before any token: float64 (d1, d1) on its device."""
+    assert isinstance(module, nn.Linear)
+    return torch.zeros(module.in_features, module.in_features, dtype=torch.float64, device=module.weight.device)
+
+
+def gram_block(x: Tensor, y: Tensor, name: str) -> Tensor:
+    """X^T Y of one batch of activations (..., d1), float32 (d1, d1).
+
+    Entries that are bf16 lose nothing where the hardware multiplies float32 as TF32 or bf16: it may then.
+
+    Raises:
+        UserError: it is not finite; the message says that `name` read it.
+    """
+    left = x.flatten(0, -2).float()
+    exact_in_bf16 = x.dtype == y.dtype == torch.bfloat16
+    with float32_products("medium") if exact_in_bf16 else nullcontext():
+        block = self_product(left) if y is x else left.T @ y.flatten(0, -2).float()
+    if not torch.isfinite(block.diagonal()).all():
+        raise UserError(
+            f"the input of {name} is not finite on the calibration text. "
+            "Check the model's dtype (fp16 overflows in some models) and its weights"
+        )
+    return block
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """L with L^T L = G + shift I, the metric in which a projection is approximated.
+
+    Attributes:
+        factor: upper triangular L, float64 (d1, d1), or None for L = I.
+        shift: what was added to the diagonal of G.
+        scale: norm in the metric that an atom of rms(x d) = 1 has: sqrt(tokens), or 1 for L = I.
+    """
+
+    factor: Tensor | None
+    shift: float = 0.0
+    scale: float = 1.0
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """L W for W (d1, d2), in float64."""
+        weight = weight.double()
+        return weight if self.factor is None else self.factor @ weight
+
+    def undo(self, dictionary: Tensor) -> Tensor:
+        """D = L^-1 D_L for D_L (d1, k), in float64."""
+        dictionary = dictionary.double()
+        if self.factor is None:
+            return dictionary
+        solution: Tensor = torch.linalg.solve_triangular(self.factor, dictionary, upper=True)
+        return solution
+
+
+IDENTITY = Whitening(None)
+
+
+def whiten(gram: Tensor, tokens: int, damping: float) -> Whitening:
+    """Cholesky factor of a Gram; where it is singular to rounding, after the paper's diagonal shift (A.1).
+
+    The shift is max(0, -lambda_min(G) + damping * mean diagonal). A zero Gram gives L = I.
+
+    Args:
+        gram: float64 (d1, d1), symmetric, positive semidefinite up to rounding.
+        tokens: rows of X.
+        damping: relative to the mean diagonal.
+    """
+    mean_diagonal = float(gram.diagonal().mean())
+    if mean_diagonal == 0:
+        return IDENTITY
+    rounding = len(gram) * torch.finfo(gram.dtype).eps * float(gram.diagonal().max())
+    factor = _cholesky(gram, smallest_pivot=rounding)
+    shift = 0.0
+    if factor is None:
+        smallest = float(torch.linalg.eigvalsh(gram)[0])
+        shift = max(0.0, -smallest + damping * mean_diagonal)
+        factor = _cholesky(gram + shift * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), 0.0)
+        if factor is None:
+            raise UserError(
+                f"a Gram matrix stays singular after a diagonal shift of {shift:.3g}. Raise --damping (now {damping:g})"
+            )
+    return Whitening(factor, shift, tokens**0.5)
+
+
+def _cholesky(gram: Tensor, smallest_pivot: float) -> Tensor | None:
+    """Upper Cholesky factor, or None where a pivot is not above `smallest_pivot` (one that is lost in rounding may
+    still count as a success with LAPACK)."""
+    factor: Tensor
+    factor, info = torch.linalg.cholesky_ex(gram, upper=True)
+    if info.item() or not bool((factor.diagonal().square() > smallest_pivot).all()):
+        return None
+    return factor

@@ -1,0 +1,365 @@
+"""The calibration text on its way through the model, block by block.
+
+`learn_calls` finds out what each block is called with beside the hidden states. A `Flow` then carries the hidden states
+of all batches from block to block, so that only one block has to be in memory: for plain Gram matrices (`grams`), for
+those of a model that is compressed so far (`paired_grams`), and for the loss at the end (`mean_loss`).
+
+Errors of the projections before it change a projection's input from X to X'. Asking for ||X W - X' D S|| small, where
+plain calibration asks for ||X W - X D S||, lets every projection make up for the errors before it (the idea of
+asymmetric calibration in quantization, GPTAQ, arXiv 2504.02692). With G = X'^T X' and C = X'^T X,
+
+    ||X W - X' D S||^2 = ||L (W' - D S)||^2 + const,    L^T L = G,  W' = G^-1 C W:
+
+the same problem for a corrected weight W', which is damped here: (G + a I)^-1 (C + a I) W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cospadi.calibration.grams import adding_grams, gram_block, zero_gram
+from cospadi.calibration.spill import Shelf, Shelved
+from cospadi.model.blocks import Blocks
+from cospadi.model.projections import read_by_linear
+
+DAMPING = 1e-2
+"""Pull of W' towards W, in mean diagonals of G."""
+
+
+class _Reached(Exception):
+    """Ends a forward pass where its result is known."""
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What blocks are called with beside the hidden states, and what they give beside them.
+
+    Attributes:
+        given: number of sequences in a batch -> (args, kwargs) of each block.
+        rest: what follows the hidden states in a block's output; None where it gives a bare tensor.
+    """
+
+    given: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]]
+    rest: list[tuple[Any, ...] | None]
+
+
+@dataclass
+class Flow:
+    """Hidden states before a block, a tensor (sequences, tokens, width) a batch, kept on a shelf."""
+
+    shelf: Shelf
+    device: torch.device
+    items: list[Shelved]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, batch: int) -> Tensor:
+        return self.shelf.get(self.items[batch], self.device)
+
+    def __setitem__(self, batch: int, hidden: Tensor) -> None:
+        self.shelf.drop(self.items[batch])
+        self.items[batch] = self.shelf.put(hidden)
+
+    def copy(self) -> Flow:
+        """The same hidden states again."""
+        return Flow(self.shelf, self.device, [self.shelf.put(self[batch]) for batch in range(len(self))])
+
+    def close(self) -> None:
+        """Forget them."""
+        for item in self.items:
+            self.shelf.drop(item)
+
+
+@torch.no_grad()
+def learn_calls(blocks: Blocks, texts: Sequence[tuple[Tensor, int]]) -> Calls | None:
+    """Run the first two batches of each size through the whole model and look at how the blocks are called.
+
+    Args:
+        texts: token sequences, int64 (sequences, tokens), all of one length, each with the batch size it is run in.
+
+    Returns:
+        None where a block is given more than what the block before it gives and what is the same for every text.
+    """
+    given: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+    rest: list[tuple[Any, ...] | None] = []
+    compared: set[int] = set()
+    for sequences, batch_size in texts:
+        for batch in torch.split(sequences, batch_size):
+            count = len(batch)
+            if count in compared:
+                continue
+            seen, outputs = _run(blocks.model, blocks.modules, batch.to(blocks.device), stop=False)
+            if len(seen) != len(blocks) or seen[0][0].ndim != 3 or len(seen[0][0]) != count:
+                return None
+            follow = zip(outputs, seen[1:], strict=False)
+            if not all(torch.equal(_first(output), right[0]) for output, right in follow):
+                return None
+            if any(isinstance(value, Tensor) for output in outputs for value in _rest(output) or ()):
+                return None
+            rest = [_rest(output) for output in outputs]
+            arguments = [(args, kwargs) for _, args, kwargs in seen]
+            if count not in given:
+                given[count] = arguments
+            elif _same(given[count], arguments):
+                compared.add(count)
+            else:  # the blocks are told something about the tokens
+                return None
+    return Calls(given, rest)
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Whether two calls' arguments are equal, tensors by their values."""
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return left.shape == right.shape and left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, (tuple, list)) and isinstance(right, (tuple, list)):
+        return len(left) == len(right) and all(map(_same, left, right))
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
+    return left is right or (type(left) is type(right) and not isinstance(left, Tensor) and bool(left == right))
+
+
+def _run(
+    model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor, stop: bool
+) -> tuple[list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]], list[Any]]:
+    """What some blocks are called with, (hidden states, other args, kwargs), and their outputs; `stop` at the first."""
+    seen: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+    outputs: list[Any] = []
+
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rest = dict(kwargs)
+        hidden = args[0] if args else rest.pop("hidden_states")
+        seen.append((hidden, args[1:], rest))
+        if stop:
+            raise _Reached
+
+    def after(_module: nn.Module, _args: Any, output: Any) -> None:
+        outputs.append(output)
+
+    handles = [block.register_forward_pre_hook(before, with_kwargs=True, prepend=True) for block in blocks]
+    handles += [block.register_forward_hook(after) for block in blocks]
+    try:
+        with suppress(_Reached):
+            model(input_ids=tokens, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen, outputs
+
+
+@torch.no_grad()
+def embed(blocks: Blocks, sequences: Tensor, batch_size: int, shelf: Shelf) -> Flow:
+    """The hidden states of a text before the first block."""
+    items = []
+    with blocks.passed_by():
+        for batch in torch.split(sequences, batch_size):
+            seen, _ = _run(blocks.model, blocks.modules[:1], batch.to(blocks.device), stop=True)
+            items.append(shelf.put(seen[0][0]))
+    return Flow(shelf, blocks.device, items)
+
+
+def call(block: nn.Module, index: int, calls: Calls, hidden: Tensor) -> Tensor:
+    """What a block, the one of that index, makes of hidden states."""
+    args, kwargs = calls.given[len(hidden)][index]
+    return _first(block(hidden, *args, **kwargs))
+
+
+@torch.no_grad()
+def advance(block: nn.Module, index: int, calls: Calls, flow: Flow, stand_ins: Mapping[str, Tensor]) -> None:
+    """Carry hidden states through a block, in place of those before it.
+
+    Args:
+        stand_ins: names in the block -> other weights.
+    """
+    with other_weights(block, stand_ins):
+        for batch in range(len(flow)):
+            flow[batch] = call(block, index, calls, flow[batch])
+
+
+def logits(blocks: Blocks, calls: Calls, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """What the model makes of hidden states after its last block, whose tokens were `tokens`, both of one batch."""
+    with blocks.passed_by(), _replaced_forward(blocks.modules, calls, hidden):
+        output: Tensor = blocks.model(input_ids=tokens.to(blocks.device), use_cache=False).logits
+    return output
+
+
+@contextmanager
+def _replaced_forward(modules: Sequence[nn.Module], calls: Calls, hidden: Tensor) -> Iterator[None]:
+    """Blocks that all give the same hidden states, whatever they are called with."""
+    own = [vars(block).get("forward") for block in modules]  # somebody may have wrapped one already
+
+    def giving(rest: tuple[Any, ...] | None) -> Callable[..., Any]:
+        return lambda *_args, **_kwargs: hidden if rest is None else (hidden, *rest)
+
+    for block, rest in zip(modules, calls.rest, strict=True):
+        block.forward = giving(rest)
+    try:
+        yield
+    finally:
+        for block, forward in zip(modules, own, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+
+@torch.no_grad()
+def mean_loss(blocks: Blocks, calls: Calls, flow: Flow, sequences: Tensor) -> float:
+    """Mean next-token loss of a text whose hidden states have passed the last block; as `evaluate.mean_loss`."""
+    total, start = 0.0, 0
+    for batch in range(len(flow)):
+        hidden = flow[batch]
+        tokens = sequences[start : start + len(hidden)].to(blocks.device)
+        start += len(hidden)
+        predicted = logits(blocks, calls, hidden, tokens)[:, :-1].float()
+        losses = nn.functional.cross_entropy(predicted.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        total += float(losses.double().sum())
+    count, length = sequences.shape
+    return total / (count * (length - 1))
+
+
+@torch.no_grad()
+def grams(
+    block: nn.Module,
+    index: int,
+    calls: Calls,
+    flow: Flow,
+    readers: Mapping[str, nn.Module],
+    on_batch: Callable[[int], None] | None = None,
+) -> dict[str, Tensor]:
+    """G = X^T X of the inputs of some modules of a block, through which the flow is carried.
+
+    Args:
+        readers: full module names -> linear layers of the block, one for each distinct input.
+        on_batch: called with the number of sequences just done.
+
+    Returns:
+        name -> float64 (d1, d1), all zeros where a module never ran.
+
+    Raises:
+        UserError: a non-finite activation; the message names the module.
+    """
+    with adding_grams(readers) as sums:
+        for batch in range(len(flow)):
+            hidden = flow[batch]
+            flow[batch] = call(block, index, calls, hidden)
+            if on_batch:
+                on_batch(len(hidden))
+    return sums
+
+
+@torch.no_grad()
+def paired_grams(
+    block: nn.Module,
+    index: int,
+    calls: Calls,
+    dense: Flow,
+    compressed: Flow,
+    stand_ins: Mapping[str, Tensor],
+    readers: Mapping[str, nn.Module],
+    on_batch: Callable[[int], None] | None = None,
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """G = X'^T X' and C = X'^T X of the inputs of some modules of a block.
+
+    Args:
+        dense, compressed: the text in the dense model and in the one that is compressed so far, before the block.
+        stand_ins: names in the block -> weights of what is already compressed.
+        readers: names in the block -> linear layers, one for each distinct input.
+        on_batch: called with 1 after each batch.
+
+    Returns:
+        name -> float64 (d1, d1) each. C is None where tokens of X and X' do not correspond: behind a router.
+
+    Raises:
+        UserError: a non-finite activation; the message names the module.
+    """
+    sums: dict[str, tuple[Tensor, Tensor | None]] = {}
+    for name, module in readers.items():
+        sums[name] = zero_gram(module), zero_gram(module)
+    for batch in range(len(dense)):
+        before, hidden = dense[batch], compressed[batch]
+        wanted = _inputs(block, readers, before, *calls.given[len(before)][index])
+        with other_weights(block, stand_ins):
+            given = _inputs(block, readers, hidden, *calls.given[len(hidden)][index])
+        for name, (gram, cross) in sums.items():
+            x, y = wanted.get(name), given.get(name)
+            if y is not None:
+                gram += gram_block(y, y, name)
+            if cross is not None and (x is not None or y is not None):
+                tokens = hidden.shape[0] * hidden.shape[1]
+                if x is not None and y is not None and x.shape == y.shape and x.numel() == tokens * x.shape[-1]:
+                    cross += gram_block(y, x, name)
+                else:
+                    sums[name] = gram, None
+        if on_batch:
+            on_batch(1)
+    return sums
+
+
+def corrected(weight: Tensor, gram: Tensor, cross: Tensor | None) -> Tensor:
+    """W' = (G + a I)^-1 (C + a I) W for W (d1, d2), in float64, with a = DAMPING mean diagonals of G."""
+    weight = weight.double()
+    shift = DAMPING * float(gram.diagonal().mean())
+    if cross is None or shift == 0:
+        return weight
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    factor = torch.linalg.cholesky(gram + shift * identity)
+    return torch.cholesky_solve((cross + shift * identity) @ weight, factor)
+
+
+@contextmanager
+def other_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other weights for some linear layers of a module, by name, inside this block."""
+    layers = {name: module.get_submodule(name) for name in weights}
+    kept = {name: layer.weight.data for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.weight.data = weights[name]
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.weight.data = kept[name]
+
+
+def _inputs(
+    block: nn.Module, readers: Mapping[str, nn.Module], hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Tensor]:
+    """What some modules of a block read in one pass."""
+    found: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Any:
+        def before(_module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            found[name] = read_by_linear(inputs, named).detach()
+            if len(found) == len(readers):
+                raise _Reached
+
+        return before
+
+    handles = [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in readers.items()]
+    try:
+        with suppress(_Reached):
+            block(hidden, *args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _first(output: Any) -> Tensor:
+    hidden = output[0] if isinstance(output, tuple) else output
+    assert isinstance(hidden, Tensor)
+    return hidden
+
+
+def _rest(output: Any) -> tuple[Any, ...] | None:
+    return output[1:] if isinstance(output, tuple) else None
+
+
+def in_block(name: str, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Those of some weights whose layer lies in a block, by their names there."""
+    return {layer.removeprefix(f"{name}."): weight for layer, weight in weights if layer.startswith(f"{name}.")}

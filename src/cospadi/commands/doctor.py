@@ -1,0 +1,136 @@
+"""What an installation and its machine have, and a small product by every kernel against float64."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cospadi.__about__ import __version__
+from cospadi.format import packing
+from cospadi.runtime import cpu, op, reference
+
+PACKAGES = ("torch", "transformers", "safetensors", "triton")
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+"""Error allowed in the self-check, as a share of the sum of absolute products."""
+
+
+@dataclass
+class Examination:
+    """What `cospadi doctor` prints; `advice` is sentences for what could be better."""
+
+    versions: dict[str, str]
+    machine: str
+    threads: int
+    cpu_kernel: str | None
+    cpu_levels: list[str]
+    openmp: str | None
+    devices: list[str]
+    checks: dict[str, bool] = field(default_factory=dict)
+    advice: list[str] = field(default_factory=list)
+
+    @property
+    def right(self) -> bool:
+        """Whether every kernel that is there computes what it should."""
+        return all(self.checks.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """The same for machines."""
+        return asdict(self)
+
+
+def examine() -> Examination:
+    """Look at the installation and the machine, and try the kernels."""
+    levels = list(cpu.levels())
+    found = Examination(
+        versions={"cospadi": __version__, "python": platform.python_version()} | _versions(),
+        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        threads=torch.get_num_threads(),
+        cpu_kernel=_level_in_use(levels),
+        cpu_levels=levels,
+        openmp=str(cpu.openmp_runtime()) if cpu.openmp_runtime() else None,
+        devices=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    )
+    found.checks = {f"CPU kernel, {name}": _is_right(_on_cpu, number) for name, number in cpu.levels().items()}
+    if levels:
+        found.checks["product with a dictionary"] = _is_right_dense()
+    if found.devices and op.gpu is not None and op.gpu.AVAILABLE:
+        found.checks["GPU kernel"] = _is_right(_on_gpu, 0)
+    elif found.devices:
+        found.advice.append("Triton is not installed: coefficients are unpacked on the GPU. Run pip install triton.")
+    if not levels:
+        found.advice.append(
+            "The CPU kernels were not built: install a C++ compiler (g++ or clang++), then install the package anew. "
+            "Until then coefficients are unpacked, which takes memory and saves no time."
+        )
+        found.advice += cpu.load_errors
+    elif levels[-1] != "avx512" and platform.machine() in ("x86_64", "AMD64"):
+        found.advice.append(
+            f"This processor has no AVX-512 with VBMI2 and BF16; the {levels[-1]} kernel is right, and slower."
+        )
+    if levels and found.openmp is None:
+        found.advice.append("torch's OpenMP library was not found: the CPU kernels run on one thread.")
+    found.advice += [f"The {name} computes wrongly: please report it." for name, ok in found.checks.items() if not ok]
+    return found
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _level_in_use(levels: list[str]) -> str | None:
+    return {number: name for name, number in cpu.levels().items()}[cpu.best_level()] if levels else None
+
+
+Product = Callable[[Tensor, Tensor, Tensor, Tensor, int, int, int], Tensor]
+
+
+def _on_cpu(z: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, k: int, value_bits: int, level: int) -> Tensor:
+    return cpu.sparse_matmul(z, mask, values, offsets, k, value_bits, level)
+
+
+def _on_gpu(z: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, k: int, value_bits: int, _level: int) -> Tensor:
+    z, mask, values, offsets = (tensor.cuda() for tensor in (z, mask, values, offsets))
+    return op.sparse_matmul(z, mask, values, offsets, k, value_bits).cpu()
+
+
+def _is_right(product: Product, level: int) -> bool:
+    """Products of few and of many rows in every dtype, at 14 and at 16 bits, with columns that end inside a byte."""
+    generator = torch.Generator().manual_seed(0)
+    support = torch.rand(70, 203, generator=generator) < 0.4
+    mask = packing.pack_support(support)
+    for bits in (14, 16):
+        values = packing.pack_values(torch.randn(int(support.sum()), generator=generator), bits)
+        dense = reference.coefficients(mask, values, 203, bits, torch.float32).double().T
+        for dtype, tolerance in TOLERANCES.items():
+            for rows in (1, 3, 40):
+                z = torch.randn(rows, 203, generator=generator).to(dtype)
+                y = product(z, mask, values, packing.column_offsets(mask), 203, bits, level)
+                if not _is_close(y, z, dense, tolerance):
+                    return False
+    return True
+
+
+def _is_right_dense() -> bool:
+    """The product with a dictionary."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(33, 203, generator=generator).bfloat16()
+    x = torch.randn(3, 203, generator=generator).bfloat16()
+    return _is_close(op.dense_matmul(x, matrix), x, matrix.double().T, TOLERANCES[torch.bfloat16])
+
+
+def _is_close(y: Tensor, z: Tensor, coefficients: Tensor, tolerance: float) -> bool:
+    difference = (y.double() - z.double() @ coefficients).abs()
+    return bool((difference <= tolerance * (z.double().abs() @ coefficients.abs())).all())

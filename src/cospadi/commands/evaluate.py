@@ -1,0 +1,163 @@
+"""What a model is worth on text: perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cospadi.calibration.text import read_text, sequence_length, tokenize
+from cospadi.errors import UserError
+from cospadi.jobs.progress import Stages
+from cospadi.model import load
+from cospadi.runtime.layer import Runtime, set_runtime
+
+COLDEST = 1e-6
+"""Below this temperature logits, divided by it, might no longer be finite."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity over non-overlapping windows.
+
+    Attributes:
+        value: exp of the mean negative log-likelihood of every token but the first of each window.
+        windows, length: how many windows, of how many tokens each.
+    """
+
+    value: float
+    windows: int
+    length: int
+
+
+def text_windows(tokenizer: Any, text: str, length: int, vocabulary: int | None = None) -> Tensor:
+    """Non-overlapping windows of the whole text, the last partial one dropped: int64 (windows, length).
+
+    Raises:
+        UserError: the text is shorter than one window, or has tokens that the model's vocabulary has not.
+    """
+    tokens = tokenize(tokenizer, text, vocabulary)
+    count = len(tokens) // length
+    if count == 0:
+        raise UserError(f"the text has {len(tokens)} tokens, less than one window of {length}. Give a longer text")
+    return torch.tensor(tokens[: count * length], dtype=torch.int64).view(count, length)
+
+
+def perplexity(
+    model: nn.Module,
+    windows: Tensor,
+    batch_size: int = 4,
+    on_batch: Callable[[int], None] | None = None,
+) -> Perplexity:
+    """Perplexity over windows of tokens, int64 (windows, length).
+
+    Logits are taken in the model's dtype and their log-softmax in float32; losses are summed in float64.
+
+    Args:
+        on_batch: called with the number of windows just done.
+    """
+    mean = mean_loss(model, windows, batch_size, on_batch)
+    return Perplexity(math.inf if mean >= 700 else math.exp(mean), *windows.shape)
+
+
+@torch.inference_mode()
+def mean_loss(
+    model: nn.Module,
+    windows: Tensor,
+    batch_size: int = 4,
+    on_batch: Callable[[int], None] | None = None,
+) -> float:
+    """Mean negative log-likelihood of every token but the first of each window, int64 (windows, length)."""
+    device = next(model.parameters()).device
+    total = 0.0
+    for start in range(0, len(windows), batch_size):
+        batch = windows[start : start + batch_size].to(device)
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+        losses = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+        total += float(losses.double().sum())
+        if on_batch:
+            on_batch(len(batch))
+    count, length = windows.shape
+    return total / (count * (length - 1))
+
+
+def evaluate_models(
+    models: Sequence[str | Path],
+    text: Path,
+    length: int | None = None,
+    batch_size: int = 4,
+    device: str = "auto",
+    stages: Stages | None = None,
+    runtime: Runtime = "auto",
+) -> list[tuple[str, Perplexity]]:
+    """Name and perplexity of each model on a text file, each with its own tokenizer.
+
+    Args:
+        length: tokens a window; None is min(1024, positions).
+        runtime: what the layers keep in memory; see `cospadi.runtime.layer.set_runtime`.
+
+    Raises:
+        UserError: a text or model that cannot be read, a window longer than the positions.
+    """
+    content = read_text(text)
+    where = load.pick_device(device)
+    stages = stages or Stages()
+    results: list[tuple[str, Perplexity]] = []
+    for name in models:
+        with stages.stage("load", 1):
+            folder = load.resolve(name)
+            tokenizer = load.load_tokenizer(folder)
+            model = load.load_model(folder, where)
+            set_runtime(model, runtime)
+        asked = sequence_length(length, load.positions(model.config))
+        windows = text_windows(tokenizer, content, asked, load.vocabulary(model))
+        with stages.stage("evaluate", len(windows)) as progress:
+            results.append((str(name), perplexity(model, windows, batch_size, progress.advance)))
+        del model  # before the next one is loaded
+    return results
+
+
+def continue_text(
+    model: str | Path,
+    prompt: str,
+    tokens: int,
+    temperature: float = 0.0,
+    seed: int = 42,
+    device: str = "auto",
+    runtime: Runtime = "auto",
+) -> str:
+    """The prompt and what the model adds to it; greedy at temperature 0, and at one so low that it comes to the same.
+
+    Raises:
+        UserError: a temperature below 0, a model that cannot be read, an empty prompt, or no room for it.
+    """
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"--temperature {temperature:g} is not a number from 0 up")
+    where = load.pick_device(device)
+    folder = load.resolve(model)
+    tokenizer = load.load_tokenizer(folder)
+    network: Any = load.load_model(folder, where)
+    set_runtime(network, runtime)
+    inputs = torch.tensor([tokenize(tokenizer, prompt, load.vocabulary(network))], dtype=torch.int64, device=where)
+    used, room = inputs.shape[1], load.positions(network.config)
+    if used == 0:
+        raise UserError("the prompt is empty")
+    if used >= room:
+        raise UserError(f"the prompt has {used} tokens; the model has {room} positions")
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > COLDEST else {"do_sample": False}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    output = network.generate(
+        input_ids=inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=min(tokens, room - used),
+        pad_token_id=pad,
+        **sampling,
+    )
+    text: str = tokenizer.decode(output[0], skip_special_tokens=True)
+    return text

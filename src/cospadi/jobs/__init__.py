@@ -1,0 +1,1 @@
+"""Who does the work, and what survives when it dies."""

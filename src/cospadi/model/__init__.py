@@ -1,0 +1,1 @@
+"""The dense model: how it is opened, its decoder blocks, its projections."""

@@ -1,0 +1,189 @@
+"""A model whose weights are in memory only while they are needed: its decoder blocks come and go one at a time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cospadi.errors import CheckpointError, UserError
+from cospadi.format import safetensors
+from cospadi.model.projections import decoder_blocks
+
+log = logging.getLogger("cospadi")
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """Where a parameter lies: under `name` in a safetensors file, to be cast to `dtype`."""
+
+    path: Path
+    name: str
+    dtype: torch.dtype
+
+
+@dataclass
+class Blocks:
+    """A causal language model, seen as a list of decoder blocks with something before and after them.
+
+    Calling `model` works at any time: what is away is loaded when it runs and leaves afterwards. `loaded` keeps one
+    block for as long as it is worked on.
+
+    Attributes:
+        model: its parameters are on the meta device while they are away.
+        device: where it computes.
+        stored: parameter name -> where it lies on disk; None for a model that is in memory whole.
+        finite: names of modules whose weights must be finite; their files are checked when they are first read.
+    """
+
+    model: nn.Module
+    device: torch.device
+    stored: Mapping[str, StoredWeight] | None = None
+    finite: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.prefix, modules = decoder_blocks(self.model)
+        self.modules = list(modules)
+        self._passed_by = False
+        self._kept: set[str] = set()
+        self._away: dict[str, nn.Parameter] = {}
+        if self.stored is not None:
+            for name, module in self._loadable().items():
+                self._load_when_called(name, module)
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def name_of(self, index: int) -> str:
+        """The module name of a block."""
+        return f"{self.prefix}.{index}"
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[nn.Module]:
+        """A block with its weights, which leave again at the end."""
+        name, module = self.name_of(index), self.modules[index]
+        if self.stored is None or name in self._kept:
+            yield module
+            return
+        self._load(name, module)
+        self._kept.add(name)
+        try:
+            yield module
+        finally:
+            self._kept.discard(name)
+            self._release(name, module)
+
+    @contextmanager
+    def passed_by(self) -> Iterator[None]:
+        """Inside this block calling a decoder block loads nothing: its `forward` is somebody else's."""
+        self._passed_by = True
+        try:
+            yield
+        finally:
+            self._passed_by = False
+
+    def weight(self, name: str) -> Tensor:
+        """The weight (d2, d1) of a linear layer, wherever it is.
+
+        Raises:
+            UserError: it is not finite.
+        """
+        parameter = self.model.get_submodule(name).weight
+        assert isinstance(parameter, Tensor)
+        if parameter.is_meta:
+            return self.read(f"{name}.weight")
+        return parameter.detach()
+
+    def read(self, name: str) -> Tensor:
+        """A parameter that is away, by its full name."""
+        return self._read([name])[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a linear layer's weight."""
+        weight = self.model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        return weight.dtype
+
+    def _loadable(self) -> dict[str, nn.Module]:
+        """Blocks whole; outside of them, every module with parameters of its own."""
+        found = {self.name_of(index): block for index, block in enumerate(self.modules)}
+        inside = f"{self.prefix}."
+        for name, module in self.model.named_modules():
+            if not name.startswith(inside) and next(module.parameters(recurse=False), None) is not None:
+                found[name] = module
+        return found
+
+    def _parameters(self, name: str, module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+        """Full parameter name -> (the module that holds it, its name there)."""
+        inner = module.named_modules(prefix=name) if name.startswith(f"{self.prefix}.") else [(name, module)]
+        return {
+            f"{path}.{leaf}" if path else leaf: (owner, leaf)
+            for path, owner in inner
+            for leaf, parameter in owner.named_parameters(recurse=False)
+            if parameter.is_meta or f"{path}.{leaf}" in self._away
+        }
+
+    def _load_when_called(self, name: str, module: nn.Module) -> None:
+        def skipped() -> bool:
+            return name in self._kept or (self._passed_by and name.startswith(f"{self.prefix}."))
+
+        def before(_module: nn.Module, _args: object) -> None:
+            if not skipped():
+                self._load(name, module)
+
+        def after(_module: nn.Module, _args: object, _output: object) -> None:
+            if not skipped():
+                self._release(name, module)
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after, always_call=True)
+
+    def _load(self, name: str, module: nn.Module) -> None:
+        places = self._parameters(name, module)
+        for full, tensor in self._read(list(places)).items():
+            owner, leaf = places[full]
+            parameter = owner._parameters[leaf]
+            assert parameter is not None
+            self._away[full] = parameter
+            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+    def _release(self, name: str, module: nn.Module) -> None:
+        for full, (owner, leaf) in self._parameters(name, module).items():
+            owner._parameters[leaf] = self._away.pop(full, owner._parameters[leaf])
+
+    def _read(self, names: list[str]) -> dict[str, Tensor]:
+        assert self.stored is not None
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            if name not in self.stored:
+                raise CheckpointError(f"tensor {name} is in none of the model's files")
+            by_file.setdefault(self.stored[name].path, []).append(name)
+        tensors: dict[str, Tensor] = {}
+        for path, inside in by_file.items():
+            with safetensors.open_file(path) as file:
+                for name in inside:
+                    stored = self.stored[name]
+                    tensor = file.get_tensor(stored.name)
+                    # A copy, so that nothing keeps the file mapped.
+                    tensors[name] = tensor.to(self.device, stored.dtype, copy=True)
+        for name in names:
+            module = name.rpartition(".")[0]
+            if module in self.finite and name.endswith(".weight"):
+                check_finite(module, tensors[name])
+                self.finite.discard(module)
+        return tensors
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """Refuse a weight that cannot be approximated.
+
+    Raises:
+        UserError: it is not finite.
+    """
+    if not torch.isfinite(weight).all():
+        raise UserError(f"the weight of {name} is not finite")

@@ -1,0 +1,369 @@
+"""Where the dense model comes from: a local folder or the hub; its skeleton, its weights, its tokenizer."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cospadi import files
+from cospadi.errors import CheckpointError, UserError, first_line
+from cospadi.format import safetensors
+from cospadi.format.safetensors import WrittenTensor
+from cospadi.model import companions
+from cospadi.model.blocks import Blocks, StoredWeight
+from cospadi.model.projections import decoder_blocks
+
+log = logging.getLogger("cospadi")
+
+OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+"""What a forward pass gives back, whatever a model's configuration says."""
+
+MOST_LABELS = 10_000
+DEFAULT_POSITIONS = 2048
+DEMO = "demo"
+"""Model name that stands for the built-in demo model."""
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model's architecture without its weights.
+
+    Attributes:
+        model: on the meta device.
+        sizes: tensor name -> bytes of all tensors in the checkpoint, by its headers; None if they are not to be had.
+    """
+
+    model: nn.Module
+    sizes: dict[str, int] | None
+
+
+def resolve(model: str | Path, revision: str | None = None, weights: bool = True) -> Path:
+    """The local folder of a model; a hub model is downloaded (its weights only if asked).
+
+    Raises:
+        UserError: no such folder and no such hub model, or no network.
+    """
+    path = files.local_path(model, "model")
+    if str(model) == DEMO and not path.exists():
+        from cospadi.demo import model_path
+
+        return model_path()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path} is not a model folder: it has no config.json")
+        return path
+    name = str(model)
+    if path.exists():
+        raise UserError(f"{path} is a file; a model is a folder with config.json and safetensors files")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"model folder {name} does not exist")
+    import huggingface_hub
+
+    try:
+        wanted = [*companions.COMPANIONS, *(["*.safetensors"] if weights else [])]
+        # Some models carry a second copy of their weights, which transformers does not read.
+        unwanted = ["consolidated*", "original/*"]
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted)
+        )
+    except Exception as error:  # many kinds: no network, no such repository, no access, a bad name
+        raise UserError(
+            f"model {name} is neither a local folder nor to be had from the hub: {first_line(error)}"
+        ) from None
+
+
+def read_config(folder: Path) -> Any:
+    """The model's configuration.
+
+    Raises:
+        UserError: not a readable one.
+    """
+    from transformers import AutoConfig
+
+    labels = files.read_json(folder / "config.json").get("num_labels")
+    if isinstance(labels, int) and labels > MOST_LABELS:  # each would get a name
+        raise CheckpointError(f"{folder / 'config.json'} asks for {labels} labels, which no language model has")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **OUTPUTS)
+    except Exception as error:  # a config class may raise anything on values it does not expect
+        raise UserError(f"{folder / 'config.json'} cannot be used: {first_line(error)}") from None
+
+
+def load_config(folder: Path) -> Any:
+    """The model's configuration, refused where it cannot be compressed.
+
+    Raises:
+        UserError: not a readable configuration, or an already quantized model.
+    """
+    config = read_config(folder)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = (quantization if isinstance(quantization, dict) else quantization.to_dict()).get("quant_method")
+        raise UserError(f"{folder} is already quantized ({method}). Compress the original model instead")
+    return config
+
+
+def check_blocks(config: Any, folder: Path, tensors: int) -> None:
+    """Refuse more decoder blocks than the checkpoint's tensors could fill, before they are built.
+
+    Raises:
+        CheckpointError: config.json is not that of the weights beside it.
+    """
+    blocks = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if isinstance(blocks, int) and blocks > tensors:
+        raise CheckpointError(
+            f"{folder / 'config.json'} asks for {blocks} decoder blocks; the checkpoint has only {tensors} tensors"
+        )
+
+
+def load_skeleton(model: str | Path, revision: str | None = None) -> Skeleton:
+    """Read config and safetensors headers only, and build the model on the meta device.
+
+    Its experts multiply in the one way that runs there in every dtype.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = resolve(model, revision, weights=False)
+    config = load_config(folder)
+    sizes = _stored_sizes(model, folder, revision)
+    if sizes is not None:
+        check_blocks(config, folder, len(sizes))
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(
+                config, dtype=config.dtype, trust_remote_code=False, experts_implementation="batched_mm"
+            ).eval()
+    except Exception as error:  # a model class may raise anything on a config it cannot build
+        raise UserError(f"{model} does not build a causal language model: {first_line(error)}") from None
+    return Skeleton(skeleton, sizes)
+
+
+def _stored_sizes(model: str | Path, folder: Path, revision: str | None) -> dict[str, int] | None:
+    files = safetensors.weight_files(folder)
+    if files and all(path.exists() for path in files):
+        return safetensors.tensor_sizes(folder)
+    if Path(model).exists():
+        return None
+    import huggingface_hub
+
+    try:
+        metadata = huggingface_hub.get_safetensors_metadata(str(model), revision=revision)
+    except Exception:  # the figure is a courtesy
+        return None
+    return {
+        name: tensor.data_offsets[1] - tensor.data_offsets[0]
+        for file in metadata.files_metadata.values()
+        for name, tensor in file.tensors.items()
+    }
+
+
+def load_model(folder: Path, device: torch.device) -> nn.Module:
+    """A model, dense or compressed, in the dtype it is stored in, for inference.
+
+    Raises:
+        UserError: no safetensors files, a model that is no causal LM. CheckpointError: damaged files.
+    """
+    _check_files(folder)
+    return _from_pretrained(folder).to(device).eval()
+
+
+def _check_files(folder: Path) -> None:
+    files = safetensors.weight_files(folder)
+    if not files:
+        raise UserError(
+            f"{folder} has no safetensors files. Pickled weights are never loaded: "
+            "convert them first (model.save_pretrained writes safetensors)"
+        )
+    check_blocks(read_config(folder), folder, len(safetensors.tensor_sizes(folder)))
+
+
+def _from_pretrained(folder: Path, **options: Any) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", use_safetensors=True, trust_remote_code=False, **OUTPUTS, **options
+        )
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # a model class may raise anything on a config or an index that is damaged
+        raise UserError(f"{folder} cannot be loaded: {first_line(error)}") from None
+    return model
+
+
+def open_blocks(folder: Path, device: torch.device, converted: Path) -> Blocks:
+    """A dense model whose weights stay on disk until they are needed, one decoder block at a time.
+
+    Args:
+        converted: a folder for weights that transformers stores in another form than it computes with (experts).
+
+    Raises:
+        UserError: no safetensors files, a model that is no causal LM. CheckpointError: damaged files.
+    """
+    from accelerate.hooks import remove_hook_from_module
+
+    _check_files(folder)
+    skeleton = load_skeleton(folder).model
+    prefix, _ = decoder_blocks(skeleton)
+    places: dict[str, str | int] = {}
+    here = device.index or 0 if device.type == "cuda" else "cpu"
+    for name, module in skeleton.named_modules():
+        if name == prefix or name.startswith(f"{prefix}."):
+            if name.count(".") == prefix.count(".") + 1:
+                places[name] = "disk"
+        elif next(module.children(), None) is None:
+            places[name] = here if next(module.parameters(), None) is None else "disk"
+        else:  # a module with others in it: what it has of its own goes to the disk by itself
+            places |= {f"{name}.{leaf}" if name else leaf: "disk" for leaf, _ in module.named_parameters(recurse=False)}
+            places |= {f"{name}.{leaf}" if name else leaf: here for leaf, _ in module.named_buffers(recurse=False)}
+    if here not in places.values():
+        places[prefix] = here  # accelerate wants something that stays; the list itself has no weights
+    with _quiet():
+        model = _from_pretrained(folder, device_map=places, offload_folder=converted)
+    index: dict[str, dict[str, str]] = {}
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            index |= getattr(getattr(getattr(one, "weights_map", None), "dataset", None), "index", None) or {}
+    remove_hook_from_module(model, recurse=True)
+    del model.hf_device_map
+    stored = {
+        name: StoredWeight(
+            Path(entry["safetensors_file"]), entry.get("weight_name", name), getattr(torch, entry["dtype"])
+        )
+        for name, entry in index.items()
+    }
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta and name not in stored]
+    if missing:
+        raise CheckpointError(f"{folder}: tensor {missing[0]} is in none of the model's files")
+    return Blocks(model, device, stored)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Libraries do not tell that parameters are on the disk, which is what was asked for."""
+    logs = [logging.getLogger(name) for name in ("accelerate", "transformers")]
+    levels = [one.level for one in logs]
+    for one in logs:
+        one.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for one, level in zip(logs, levels, strict=True):
+            one.setLevel(level)
+
+
+def write_config(model: Any, folder: Path, source: Path) -> None:
+    """Write config.json, and generation_config.json where the model's source has none to copy, as save_pretrained."""
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate() and not (source / "generation_config.json").exists():
+        model.generation_config.save_pretrained(folder)
+
+
+def tensors_to_write(
+    model: Any, state: Mapping[str, torch.Tensor], blocks: Blocks, held: Mapping[str, Path]
+) -> dict[str, WrittenTensor]:
+    """Where every tensor of a compressed model's checkpoint comes from.
+
+    Args:
+        state: tensors to save, on the meta device but for buffers and sentinels.
+        held: names of factors -> the safetensors files that hold them under these names.
+    """
+    tied = getattr(model, "all_tied_weights_keys", {})
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    indices: dict[Path, dict[str, dict[str, Any]]] = {}
+
+    def in_file(path: Path, name: str) -> dict[str, Any]:
+        if path not in indices:
+            indices[path] = safetensors.tensor_index(path)
+        return indices[path][name]
+
+    tensors: dict[str, WrittenTensor] = {}
+    assert blocks.stored is not None
+    for name, tensor in state.items():
+        if name in ignored or (name in tied and tied[name] in state):
+            continue
+        if name in held:
+            tensors[name] = safetensors.tensor_in_file(held[name], in_file(held[name], name))
+        elif not tensor.is_meta:
+            tensors[name] = safetensors.tensor_in_memory(tensor.shape, tensor.dtype, partial(torch.clone, tensor))
+        elif name in blocks.stored:
+            stored = blocks.stored[name]
+            entry = in_file(stored.path, stored.name)
+            if safetensors.SAFETENSORS_TYPES.get(entry["dtype"]) == stored.dtype:
+                tensors[name] = safetensors.tensor_in_file(stored.path, entry)
+            else:
+                tensors[name] = safetensors.tensor_in_memory(entry["shape"], stored.dtype, partial(blocks.read, name))
+        else:
+            raise CheckpointError(f"tensor {name} is in none of the model's files")
+    return tensors
+
+
+def load(model: str | Path, device: str = "auto", revision: str | None = None) -> nn.Module:
+    """A compressed or dense model, ready to run, in the dtype it is stored in.
+
+    Args:
+        model: folder, hub name or "demo".
+        device: auto, cpu, cuda or cuda:N.
+
+    Raises:
+        UserError: nothing to load. CheckpointError: damaged files.
+    """
+    return load_model(resolve(model, revision), pick_device(device))
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # malformed files make transformers raise anything
+        raise UserError(f"{folder} has no tokenizer that loads: {first_line(error)}") from None
+
+
+def vocabulary(model: Any) -> int:
+    """Tokens a model knows: the rows of its input embedding."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def positions(config: Any) -> int:
+    """Tokens a model can attend to, by its configuration."""
+    text = config.get_text_config(decoder=True)
+    return int(getattr(text, "max_position_embeddings", None) or DEFAULT_POSITIONS)
+
+
+def pick_device(name: str) -> torch.device:
+    """auto, cpu, cuda, cuda:N -> device.
+
+    Raises:
+        UserError: an unknown name, or a device that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is not known. Use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is not supported. Use auto, cpu, cuda or cuda:N")
+    return device

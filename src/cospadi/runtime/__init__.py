@@ -1,0 +1,1 @@
+"""Compressed layers and the one op they compute with."""

@@ -1,0 +1,254 @@
+"""The CPU kernels: a C++ library, called with raw pointers through ctypes, on the threads of torch's own OpenMP.
+
+Decoding (a few rows of z) reads the packed mask and values as they are. With more rows, columns of S are unpacked a
+tile at a time and handed to torch's matrix product.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import sys
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cospadi.errors import UserError
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""z's dtypes, as the library numbers them."""
+
+DECODE_ROWS = 24
+"""Up to this many rows of z are multiplied with packed coefficients; more go through unpacked tiles."""
+
+DENSE_ROWS = 8
+"""Up to this many rows `dense_matmul` beats torch's product; with 16 the two are about even."""
+
+TILE_BYTES = 32 << 20
+"""Unpacked coefficients that a tile has at most. Few large products beat many small ones: unpacking takes little."""
+
+load_errors: list[str] = []
+"""Why a library that is there is not used."""
+
+_NAMES = {"win32": "cospadi_cpu.dll", "darwin": "libcospadi_cpu.dylib"}
+_REASONS = {1: "the stored values are fewer than the support mask has bits", 2: "there is not enough memory"}
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library where the package's installation built one, set to run on torch's threads."""
+    name = _NAMES.get(sys.platform, "libcospadi_cpu.so")
+    places = [Path(__file__).with_name(name)]
+    with suppress(PackageNotFoundError):  # an editable installation leaves it where packages are installed
+        places.append(Path(str(distribution("cospadi").locate_file(f"cospadi/runtime/{name}"))))
+    path = next((path for path in places if path.exists()), None)
+    if path is None:
+        return None
+    try:
+        found = ctypes.CDLL(str(path))
+    except OSError as error:  # of another machine, or damaged
+        load_errors.append(f"{path} cannot be loaded: {error}")
+        return None
+    pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    # support, values and their bytes, offsets, d2, k, value_bits
+    stored: list[Any] = [pointer, pointer, size, pointer, *[number] * 3]
+    found.cospadi_multiply.argtypes = [pointer, pointer, ctypes.c_int64, number, *stored, number, number]
+    found.cospadi_unpack.argtypes = [pointer, number, number, number, *stored, number, number]
+    found.cospadi_multiply_dense.argtypes = [pointer, pointer, ctypes.c_int64, pointer, number, number, number, number]
+    found.cospadi_level_name.restype = ctypes.c_char_p
+    found.cospadi_use_openmp.argtypes = [pointer]
+    runtime = openmp_runtime()
+    if runtime is not None:
+        found.cospadi_use_openmp(ctypes.cast(ctypes.CDLL(str(runtime)).GOMP_parallel, pointer))
+    return found
+
+
+@cache
+def openmp_runtime() -> Path | None:
+    """The OpenMP library that torch has loaded, if it can start threads for others."""
+    torch_folder = Path(torch.__file__).parent
+    folders = [torch_folder / "lib", torch_folder.parent / "torch.libs", torch_folder / ".dylibs"]
+    found = [path for folder in folders for path in sorted(folder.glob("lib*omp[.-]*")) if _starts_threads(path)]
+    maps = Path("/proc/self/maps")
+    if not found and maps.exists():  # a torch of the system's links the system's
+        loaded = {Path(line.split()[-1]) for line in maps.read_text().splitlines() if "omp." in line.rpartition("/")[2]}
+        found = [path for path in sorted(loaded) if _starts_threads(path)]
+    return found[0] if found else None
+
+
+def _starts_threads(path: Path) -> bool:
+    try:
+        return hasattr(ctypes.CDLL(str(path)), "GOMP_parallel")
+    except OSError:
+        return False
+
+
+@cache
+def levels() -> dict[str, int]:
+    """Instruction sets that were built and that this machine has: name -> the library's number, best last."""
+    found = library()
+    if found is None:
+        return {}
+    usable = [level for level in range(found.cospadi_levels()) if found.cospadi_level_supported(level)]
+    return {found.cospadi_level_name(level).decode(): level for level in usable}
+
+
+@cache
+def best_level() -> int:
+    """The level in use: the best there is, or what the environment variable COSPADI_CPU names."""
+    wanted = os.environ.get("COSPADI_CPU")
+    if wanted is None:
+        return list(levels().values())[-1]
+    if wanted not in levels():
+        raise UserError(f"COSPADI_CPU is {wanted!r}, which this machine does not have. Use {', '.join(levels())}")
+    return levels()[wanted]
+
+
+AVAILABLE = library() is not None
+"""Whether the package's installation built the library."""
+
+
+def can_multiply(z: Tensor, support: Tensor, values: Tensor, value_bits: int) -> bool:
+    """Whether the library was built and takes these tensors."""
+    return (
+        z.device.type == support.device.type == values.device.type == "cpu"
+        and z.dtype in DTYPES
+        and value_bits > 0
+        and values.dtype == (torch.bfloat16 if value_bits == 16 else torch.uint8)
+        and support.is_contiguous()
+        and values.is_contiguous()
+        and AVAILABLE
+    )
+
+
+def sparse_matmul(
+    z: Tensor, support: Tensor, values: Tensor, offsets: Tensor, k: int, value_bits: int, level: int | None = None
+) -> Tensor:
+    """y = z S for z (..., k); see `ops.sparse_matmul`. `level` is one of `levels()`.
+
+    Raises:
+        ValueError: values that do not match the mask, or offsets that are not `packing.column_offsets`.
+    """
+    rows, d2 = math.prod(z.shape[:-1]), support.shape[0]
+    if offsets.dtype != torch.int32 or offsets.shape != (d2 + 1,) or offsets.device.type != "cpu":
+        raise ValueError(f"offsets are {list(offsets.shape)} of {offsets.dtype}; {d2 + 1} of int32 on CPU are needed")
+    if rows == 0 or d2 == 0 or k == 0:
+        return z.new_zeros((*z.shape[:-1], d2))
+    if rows > DECODE_ROWS:
+        return _through_tiles(z.reshape(rows, k), support, values, offsets, k, value_bits, level).view(
+            *z.shape[:-1], d2
+        )
+    z = z.contiguous()
+    y = z.new_empty((*z.shape[:-1], d2))
+    stored = _stored(support, values, offsets, k, value_bits, level)
+    _check(_library().cospadi_multiply(z.data_ptr(), y.data_ptr(), rows, DTYPES[z.dtype], *stored))
+    return y
+
+
+def can_multiply_dense(x: Tensor, matrix: Tensor) -> bool:
+    """Whether `dense_matmul` takes these: bf16, on CPU, few rows, and an instruction set made for it."""
+    return (
+        AVAILABLE
+        and x.device.type == matrix.device.type == "cpu"
+        and x.dtype == matrix.dtype == torch.bfloat16
+        and x.dim() > 0
+        and x.shape[-1:] == matrix.shape[1:]
+        and 0 < x.numel() <= DENSE_ROWS * x.shape[-1]
+        and matrix.is_contiguous()
+        and _multiplies_dense()
+    )
+
+
+@cache
+def _multiplies_dense() -> bool:
+    return bool(_library().cospadi_level_multiplies_dense(best_level()))
+
+
+def dense_matmul(x: Tensor, matrix: Tensor) -> Tensor:
+    """x matrix^T for x (..., d1) and matrix (k, d1) in bf16: what torch computes, at more of the memory's speed."""
+    x = x.contiguous()
+    z = x.new_empty((*x.shape[:-1], matrix.shape[0]))
+    k, d1 = matrix.shape
+    threads, level = torch.get_num_threads(), best_level()
+    rows = x.numel() // d1
+    _check(
+        _library().cospadi_multiply_dense(x.data_ptr(), z.data_ptr(), rows, matrix.data_ptr(), k, d1, threads, level)
+    )
+    return z
+
+
+def unpack(
+    support: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    k: int,
+    value_bits: int,
+    dtype: torch.dtype,
+    level: int | None = None,
+) -> Tensor:
+    """S transposed as a dense (d2, k) matrix, exact in float32 and bf16."""
+    out = torch.empty(support.shape[0], k, dtype=_unpacked_dtype(dtype))
+    _unpack_to(out, 0, _stored(support, values, offsets, k, value_bits, level))
+    return out.to(dtype)
+
+
+def _through_tiles(
+    z: Tensor, support: Tensor, values: Tensor, offsets: Tensor, k: int, value_bits: int, level: int | None
+) -> Tensor:
+    rows, d2, dtype = z.shape[0], support.shape[0], z.dtype
+    stored = _stored(support, values, offsets, k, value_bits, level)
+    through = _unpacked_dtype(z.dtype)
+    z = z.to(through)  # a half would not hold every stored value
+    tiles = -(-d2 * k * through.itemsize // TILE_BYTES)
+    columns = -(-d2 // tiles)
+    room = torch.empty(columns, k, dtype=through)  # one for all tiles: memory that was written before is faster
+    y = torch.empty(rows, d2, dtype=dtype)
+    for begin in range(0, d2, columns):
+        tile = room[: min(columns, d2 - begin)]
+        _unpack_to(tile, begin, stored)
+        y[:, begin : begin + columns] = torch.nn.functional.linear(z, tile)
+    return y
+
+
+def _unpacked_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def _unpack_to(out: Tensor, begin: int, stored: tuple[int, ...]) -> None:
+    """Columns of S from `begin` on as the rows of out (columns, k)."""
+    end = begin + out.shape[0]
+    _check(_library().cospadi_unpack(out.data_ptr(), DTYPES[out.dtype], begin, end, *stored))
+
+
+def _stored(
+    support: Tensor, values: Tensor, offsets: Tensor, k: int, value_bits: int, level: int | None
+) -> tuple[int, ...]:
+    """The arguments that stand for S, and those after it, as the library takes them."""
+    return (
+        support.data_ptr(),
+        values.data_ptr(),
+        values.numel() * values.element_size(),
+        offsets.data_ptr(),
+        support.shape[0],
+        k,
+        value_bits,
+        torch.get_num_threads(),
+        best_level() if level is None else level,
+    )
+
+
+def _library() -> ctypes.CDLL:
+    found = library()
+    assert found is not None, "callers ask `can_multiply` first"
+    return found
+
+
+def _check(status: int) -> None:
+    if status:
+        raise ValueError(f"the coefficients cannot be read: {_REASONS[status]}")

@@ -1,0 +1,86 @@
+"""The whitened problem and its solution: min ||A - D S||_F over D (d1 x k) and column-sparse S (k x d2), A = L W."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cospadi.solvers.orthogonal import leading_directions
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A projection, or several side by side, in the whitened metric.
+
+    Attributes:
+        target: A = L W, float (d1, d2).
+        unwhiten: D_L (d1, n) -> L^-1 D_L in float64, for solvers that ask how large an atom is in the weights; None
+            where L = I.
+        members: d2 of each projection side by side in A; empty for one.
+    """
+
+    target: Tensor
+    unwhiten: Callable[[Tensor], Tensor] | None = None
+    members: tuple[int, ...] = ()
+
+    @cached_property
+    def directions(self) -> Tensor:
+        """All left singular vectors of A, float (d1, min(d1, d2)), the leading ones first; kept for the next solve."""
+        return leading_directions(self.target, min(self.target.shape))
+
+    def leading(self, k: int) -> Tensor:
+        """The k leading left singular vectors of A (d1, k), any basis of the rest beyond its rank, zeros beyond d1."""
+        return self.directions[:, :k] if k <= min(self.target.shape) else leading_directions(self.target, k)
+
+
+@dataclass(frozen=True)
+class Factorization:
+    """A ~ D S.
+
+    Attributes:
+        dictionary: D in the whitened metric, float (d1, k), unit columns.
+        coefficients: S, float (k, d2), zero outside the support.
+        support: bool (k, d2), the stored entries of S: s in each column, or s d2 anywhere. None for a low-rank
+            factorization, where S is dense.
+        errors: ||A - D S||_F / ||A||_F after each iteration.
+    """
+
+    dictionary: Tensor
+    coefficients: Tensor
+    support: Tensor | None = None
+    errors: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """What a solver may be told; each takes what concerns it.
+
+    Attributes:
+        iterations: alternations T at most.
+        update: dictionary update of K-SVD.
+        tolerance: stop once an iteration lowers the error by less than this fraction; 0 runs all of them.
+        seed: of the initial dictionary.
+        memory_bytes: working memory that batched sparse coding may take; beyond rounding, results do not depend on it.
+        start: a solution to begin from, for solvers that can.
+        on_iteration: called with (iteration from 1, relative error).
+    """
+
+    iterations: int = 60
+    update: Literal["power", "pca", "mod"] = "power"
+    tolerance: float = 0.0
+    seed: int = 42
+    memory_bytes: int = 256 * 2**20
+    start: Factorization | None = None
+    on_iteration: Callable[[int, float], None] | None = None
+
+
+def relative_error(target: Tensor, approximation: Tensor) -> float:
+    """||A - B||_F / ||A||_F, summed in float64; 0 for a zero A that is met exactly."""
+    scale = torch.linalg.vector_norm(target, dtype=torch.float64)
+    distance = torch.linalg.vector_norm(target - approximation, dtype=torch.float64)
+    return float(distance / scale) if scale > 0 else float(distance)

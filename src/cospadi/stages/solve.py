@@ -1,0 +1,280 @@
+"""What workers do: solve one group of projections, from its whitened problem to factors as they are stored.
+
+Pure functions of what they are given, so that it does not matter in which process or on which machine they run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cospadi.budget.knapsack import Option
+from cospadi.budget.plan import Group
+from cospadi.calibration.grams import Whitening
+from cospadi.format import packing, schema
+from cospadi.format.schema import StoredProjection
+from cospadi.recipe import Recipe
+from cospadi.runtime import reference
+from cospadi.solvers import Factorization, Problem, SolverOptions, find_solver
+from cospadi.solvers.problem import relative_error
+
+SOLVER_MEMORY = {"cpu": 2**28, "cuda": 2**32}
+"""Bytes that batched sparse coding may take. Fixed, not what is free, so that equal runs give equal bytes."""
+
+QUICK_ITERATIONS = 8
+"""Iterations of the solver runs that budgets are measured by."""
+
+Report = Callable[[float, str], None]
+"""Told the share of a task that is done, and a short note."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One group's problem.
+
+    Attributes:
+        metric: the whitening of its input.
+        weight: W of its members side by side, (d1, sum of d2), in any dtype.
+        fisher: F of its members side by side, float64 (sum of d2,); None where nothing asks for it.
+        weighed: whether the solver weighs outputs by `fisher`.
+        device: where it is solved.
+    """
+
+    recipe: Recipe
+    group: Group
+    metric: Whitening
+    weight: Tensor
+    fisher: Tensor | None
+    weighed: bool
+    device: torch.device
+
+    def on(self, device: torch.device) -> Work:
+        """The same with its tensors on a device."""
+        factor = self.metric.factor
+        return replace(
+            self,
+            metric=self.metric if factor is None else replace(self.metric, factor=factor.to(device)),
+            weight=self.weight.to(device),
+            fisher=None if self.fisher is None else self.fisher.to(device),
+        )
+
+    def target(self) -> Tensor:
+        """A = L W, float64 (d1, sum of d2)."""
+        return self.metric.apply(self.weight)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A group's factors as they are stored, and what they are worth.
+
+    Attributes:
+        entries: each member's entry in config.json.
+        tensors: full tensor names -> what is stored, on the CPU.
+        errors: each member's relative error in the whitened metric, of the stored factors.
+        shift: the diagonal shift of the Gram.
+    """
+
+    entries: dict[str, StoredProjection]
+    tensors: dict[str, Tensor]
+    errors: dict[str, float]
+    shift: float
+
+    def record(self) -> dict[str, Any]:
+        """Everything but the tensors, as JSON has it."""
+        entries = {name: entry.model_dump() for name, entry in self.entries.items()}
+        return {"entries": entries, "errors": self.errors, "shift": self.shift}
+
+
+def factorize(work: Work, report: Report) -> Packed:
+    """Solve a group in full, and round its factors to what is stored."""
+    work = work.on(work.device)
+    first, iterations = work.group.members[0], work.recipe.iterations
+    short = f"{first.block}.{first.kind.rpartition('.')[2]}"
+
+    def on_iteration(iteration: int, error: float) -> None:
+        report(iteration / iterations, f"{short} T {iteration} error {error:.4f}")
+
+    target = work.target()
+    solution = solve(work, work.group, pose(work, target), iterations, on_iteration)
+    return pack(work.group, solution, work.metric, target)
+
+
+def approximate(work: Work, report: Report) -> dict[str, Tensor]:
+    """The weights (d2, d1) that a short solver run makes of a group, in the dtype of its own, on the CPU."""
+    work = work.on(work.device)
+    solution = solve(work, work.group, pose(work, work.target()), QUICK_ITERATIONS)
+    dictionary = work.metric.undo(solution.dictionary).float()
+    parts = torch.split(solution.coefficients, work.group.d2s, dim=1)
+    return {
+        member.name: (dictionary @ coefficients).T.contiguous().to(work.weight.dtype).cpu()
+        for member, coefficients in zip(work.group.members, parts, strict=True)
+    }
+
+
+def cost_curve(
+    work: Work, sizes: Sequence[tuple[Group, float, float]], by_fisher: bool, report: Report
+) -> list[Option]:
+    """What a group costs at some sizes: sum over outputs j of F_j ||L e_j||^2, by short solver runs.
+
+    e_j is column j of W - D S. Rounding of the stored values is added as its expectation.
+
+    Args:
+        sizes: the group at several sizes, each with the ratio and rho that it stands for.
+        by_fisher: F_j is that of the work; else one over the energy ||L W||^2 of the projection.
+    """
+    work = work.on(work.device)
+    group, target = work.group, work.target()
+    posed = pose(work, target)
+    if by_fisher:
+        assert work.fisher is not None
+        weight = work.fisher
+    else:
+        parts = zip(torch.split(target, group.d2s, dim=1), group.members, strict=True)
+        weight = torch.cat([(1 / part.square().sum().clamp(min=1e-300)).expand(member.d2) for part, member in parts])
+    floor = float((target.square().sum(0) * weight).sum()) * packing.rounding_error(group.value_bits) ** 2
+    options = []
+    for done, (sized, ratio, rho) in enumerate(sizes):
+        report(done / len(sizes), f"{group.members[0].block}.{group.members[0].kind.rpartition('.')[2]}")
+        solution = solve(work, sized, posed, QUICK_ITERATIONS)
+        error = target.float() - solution.dictionary @ solution.coefficients
+        cost = float((error.square().sum(0, dtype=torch.float64) * weight).sum())
+        options.append(Option(sized.parts.total, cost + floor, ratio, rho))
+    return options
+
+
+def pose(work: Work, target: Tensor) -> tuple[Problem, Tensor]:
+    """A diag(w) for solvers, w_j = sqrt(F_j) where columns are weighed, else 1; and what its S is multiplied with.
+
+    Args:
+        target: A = L W, float64 (d1, sum of d2).
+    """
+    weighed = target
+    weights = None
+    if work.weighed:
+        assert work.fisher is not None
+        weights = work.fisher.sqrt()
+        weights = weights / weights.mean()
+        weighed = target * weights
+    scale = weighed.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+    unwhiten = None if work.metric.factor is None else work.metric.undo
+    problem = Problem((weighed / scale).float(), unwhiten, tuple(work.group.d2s))
+    return problem, scale if weights is None else scale / weights
+
+
+def solve(
+    work: Work,
+    group: Group,
+    posed: tuple[Problem, Tensor],
+    iterations: int,
+    on_iteration: Callable[[int, float], None] | None = None,
+) -> Factorization:
+    """A ~ D S for the work's group at one of its sizes.
+
+    Args:
+        posed: by `pose`; the same for all sizes, so that what they share of the start is computed once.
+    """
+    recipe, (problem, factor) = work.recipe, posed
+    options = SolverOptions(
+        iterations=iterations,
+        update=recipe.update,
+        tolerance=recipe.tolerance,
+        seed=recipe.seed,
+        memory_bytes=SOLVER_MEMORY["cuda" if problem.target.is_cuda else "cpu"],
+        on_iteration=on_iteration,
+    )
+    solver = find_solver(recipe.solver)
+    solution = solver.solve(problem, group.k, group.s if solver.free_support else round(group.s), options)
+    return replace(solution, coefficients=(solution.coefficients * factor).to(solution.coefficients))
+
+
+def work_of(group: Group) -> float:
+    """What solving a group costs, in arbitrary units: products of its codes with a Gram of its atoms."""
+    return sum(group.d2s) * group.k**2
+
+
+def memory_of(group: Group) -> int:
+    """Bytes that solving a group takes, roughly: A in two precisions, S and what follows it, L and the Grams of D."""
+    d1, d2 = group.d1, sum(group.d2s)
+    return 12 * d1 * d2 + 20 * group.k * d2 + 16 * (d1**2 + group.k**2)
+
+
+def dense_weights(packed: Packed) -> dict[str, Tensor]:
+    """The weights (d2, d1) that a group's stored factors stand for, float32."""
+    weights = {}
+    for name, entry in packed.entries.items():
+        if entry.layout == "low-rank":
+            left = packed.tensors[f"{entry.dictionary}.{schema.LEFT}"]
+            weights[name] = packed.tensors[f"{name}.{schema.RIGHT}"].float() @ left.float()
+        else:
+            support, values = (packed.tensors[f"{name}.{part}"] for part in (schema.SUPPORT, schema.VALUES))
+            coefficients = reference.coefficients(support, values, entry.k, entry.value_bits, torch.float32)
+            weights[name] = coefficients @ packed.tensors[f"{entry.dictionary}.{schema.DICTIONARY}"].float()
+    return weights
+
+
+def pack(group: Group, solution: Factorization, metric: Whitening, target: Tensor) -> Packed:
+    """Undo the whitening, scale the atoms to rms(x d) = 1 over the calibration tokens, round and pack.
+
+    Args:
+        solution: of A.
+        target: A = L W, float64 (d1, sum of d2).
+    """
+    if not (torch.isfinite(solution.dictionary).all() and torch.isfinite(solution.coefficients).all()):
+        raise RuntimeError(f"the solver returned numbers that are not finite for {group.members[0].name}")
+    norms = torch.linalg.vector_norm(solution.dictionary.double(), dim=0)
+    atom_scale = torch.where(norms > 0, metric.scale / norms, torch.ones_like(norms))
+    dictionary = _saturate(metric.undo(solution.dictionary.double() * atom_scale)).to(torch.bfloat16)  # D (d1, k)
+    coefficients = _saturate(solution.coefficients.double() / atom_scale[:, None]).float()  # S (k, d2)
+
+    owner = group.members[0]
+    entries: dict[str, StoredProjection] = {}
+    tensors: dict[str, Tensor] = {}
+    errors: dict[str, float] = {}
+    low_rank = group.layout == "low-rank"
+    tensors[f"{owner.name}.{schema.LEFT if low_rank else schema.DICTIONARY}"] = dictionary.T.contiguous()
+    approximation = metric.apply(dictionary)  # L D
+    start = 0
+    for member in group.members:
+        columns = slice(start, start + member.d2)
+        start += member.d2
+        part = coefficients[:, columns].T.contiguous()  # (d2, k)
+        if low_rank:
+            stored = part.to(torch.bfloat16)
+            tensors[f"{member.name}.{schema.RIGHT}"] = stored
+            rounded, nnz = stored.float(), 0
+        else:
+            assert solution.support is not None
+            support = solution.support[:, columns].T.contiguous()
+            values = packing.pack_values(part[support], group.value_bits)
+            nnz = int(support.sum())
+            tensors[f"{member.name}.{schema.SUPPORT}"] = packing.pack_support(support)
+            tensors[f"{member.name}.{schema.VALUES}"] = values
+            rounded = torch.zeros_like(part).masked_scatter(
+                support, packing.unpack_values(values, nnz, group.value_bits)
+            )
+        errors[member.name] = relative_error(target[:, columns], approximation @ rounded.double().T)
+        entries[member.name] = StoredProjection(
+            layout="low-rank" if low_rank else "sparse-dictionary",
+            d1=member.d1,
+            d2=member.d2,
+            k=group.k,
+            nnz=nnz,
+            value_bits=16 if group.value_bits == 16 else 14,
+            dictionary=owner.name,
+        )
+    cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
+    assert sum(map(_nbytes, cpu.values())) == group.parts.total
+    return Packed(entries, cpu, errors, metric.shift)
+
+
+def _saturate(values: Tensor) -> Tensor:
+    largest = float(torch.finfo(torch.bfloat16).max)
+    return values.clamp(-largest, largest)
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

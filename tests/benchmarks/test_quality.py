@@ -1,0 +1,58 @@
+"""The job on real trained models: sparse dictionaries beat low rank at equal bytes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import cospadi
+from cospadi.commands import evaluate
+from cospadi.commands.demo import run_demo
+from cospadi.demo import HELD_OUT, model_path, stdlib_documents
+from cospadi.jobs.progress import Stages
+from cospadi.model import load
+from cospadi.stages import budgets
+
+
+def test_demo_ranks_the_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cospadi.demo.job.WINDOWS", 8)
+    monkeypatch.setattr("cospadi.demo.job.SEQUENCES", 10)
+    monkeypatch.setattr("cospadi.demo.job.FISHER_SEQUENCES", 2)
+    monkeypatch.setattr(budgets, "RHOS", (2.2,))  # a quarter of the short runs
+    dense, low_rank, paper, ours = run_demo(ratio=0.4, iterations=2, stages=Stages())
+    assert dense.perplexity < 20
+    assert dense.perplexity < ours.perplexity < paper.perplexity < low_rank.perplexity
+    assert 0.4 <= paper.ratio < 0.41
+    assert 0.4 <= ours.ratio < 0.4004
+    assert ours.nbytes <= 0.6 * dense.nbytes
+
+
+def test_demo_text_keeps_what_is_held_out_apart() -> None:
+    train, held_out = stdlib_documents("train"), stdlib_documents("heldout")
+    assert len(held_out) == len(HELD_OUT)
+    assert not set(train) & set(held_out)
+
+
+def test_demo_model_is_small_enough_to_ship() -> None:
+    assert sum(path.stat().st_size for path in model_path().glob("*.safetensors")) < 8e6
+
+
+@pytest.mark.parametrize("update", ["power", "mod"])
+def test_stories260k(update: str, shared_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """A public model with sizes that are no multiples of 8 and fp32 weights."""
+    folder = shared_model("stories260k")
+    data = folder.parent.parent / "data"
+    tokenizer = load.load_tokenizer(folder)
+    windows = evaluate.text_windows(tokenizer, evaluate.read_text(data / "stories_heldout.txt"), 512)[:32]
+    found = {}
+    for solver in ("svd-llm", "ksvd"):
+        recipe = {"ratio": 0.2, "solver": solver, "share": "none", "update": update, "iterations": 6, "sequences": 48}
+        recipe |= {"allocate": "uniform", "weight_columns": "none", "compensate": False}
+        recipe |= {"calibration": str(data / "stories_calibration.jsonl")}
+        result = cospadi.compress(folder, recipe, tmp_path / solver)
+        assert result.plan.ratio >= 0.2
+        loaded = load.load_model(tmp_path / solver, torch.device("cpu"))
+        found[solver] = evaluate.perplexity(loaded, windows).value
+    assert found["ksvd"] < 0.5 * found["svd-llm"]
+    assert found["ksvd"] > evaluate.perplexity(load.load_model(folder, torch.device("cpu")), windows).value

@@ -1,0 +1,254 @@
+"""The job directory: pieces are whole or not there, damage is noticed, one process at a time, one job at a time."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cospadi import UserError
+from cospadi.calibration.spill import Shelf
+from cospadi.jobs import ledger
+from cospadi.jobs.ledger import JobDirectory
+
+IDENTITY: dict[str, Any] = {"recipe": {"ratio": 0.3, "seed": 1}, "weights": "a" * 64, "threads": 2}
+TENSORS = {"x": torch.arange(6.0).view(2, 3), "y": torch.ones(4, dtype=torch.bfloat16)}
+
+
+def begun(folder: Path, **options: Any) -> JobDirectory:
+    job = JobDirectory(folder, **options)
+    job.begin(IDENTITY, {"note": 1})
+    return job
+
+
+def filled(folder: Path, count: int = 3) -> None:
+    job = begun(folder)
+    for index in range(count):
+        job.put(f"piece/{index}", {"number": index, "loss": float("inf")}, {"x": TENSORS["x"] + index})
+    job.put("record", {"list": [1.5, 2**60, "é"]})
+    job.close()
+
+
+def test_pieces_are_found_again_by_the_same_job(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "out.work"
+    job = JobDirectory(folder)
+    assert job.begin(IDENTITY, {"note": [1, "a"]}) is False
+    job.put("factors/0", {"error": 0.1}, TENSORS)
+    job.put("curve", {"options": [[1, 0.25]]})
+    job.close()
+
+    again = JobDirectory(folder)
+    assert again.note("note") == [1, "a"]
+    assert again.begin(IDENTITY, {}) is True
+    piece = again.get("factors/0")
+    assert piece is not None
+    assert piece.record["error"] == 0.1
+    found = piece.tensors()
+    assert all(
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in TENSORS.items()
+    )
+    assert again.get("curve") is not None
+    assert again.get("nothing") is None
+    again.drop("factors/")
+    again.close()
+    third = begun(folder)
+    assert third.get("factors/0") is None
+    assert third.get("curve") is not None
+    assert not list((folder / ledger.PIECES).iterdir())
+    third.remove()
+    assert not folder.exists()
+    third.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"recipe": {"ratio": 0.4, "seed": 1}}, "ratio 0.3, not 0.4"),
+        ({"recipe": {"ratio": 0.3, "seed": None}}, "seed 1, not None"),
+        ({"weights": "b" * 64}, "weights aaaaaaaaaaaa..., not bbbbbbbbbbbb..."),
+        ({"threads": 4}, "threads 2, not 4"),
+    ],
+)
+def test_another_job_in_the_same_place_is_refused_by_what_differs(
+    change: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    filled(tmp_path / "work")
+    job = JobDirectory(tmp_path / "work")
+    with pytest.raises(UserError, match="work holds an unfinished job with " + told.replace(".", r"\.")):
+        job.begin(IDENTITY | change, {})
+    job.close()
+    anew = JobDirectory(tmp_path / "work", resume=False)
+    assert anew.begin(IDENTITY | change, {}) is False
+    assert anew.get("piece/0") is None
+    anew.close()
+
+
+def test_nothing_is_left_where_nothing_was_finished(tmp_path: Path) -> None:
+    job = begun(tmp_path / "new" / "deep" / "out.work")
+    job.put("text", {}, TENSORS)
+    job.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_somebody_elses_folder_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.tex").write_text("precious")
+    for resume in (None, True, False):
+        with pytest.raises(UserError, match=r"holds thesis\.tex, which is not of this program"):
+            JobDirectory(tmp_path / "work", resume)
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["thesis.tex"]
+
+
+def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path) -> None:
+    filled(tmp_path / "work")
+    holding = (
+        "import sys, time; from pathlib import Path; from cospadi.jobs.ledger import JobDirectory;"
+        "job = JobDirectory(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", holding, tmp_path / "work"], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="another cospadi is at work in"):
+            JobDirectory(tmp_path / "work")
+        process.kill()  # lets go of the lock without having a chance to
+        process.wait()
+    job = begun(tmp_path / "work")
+    assert job.get("piece/2") is not None
+    job.close()
+
+
+def test_a_damaged_piece_is_forgotten_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    filled(tmp_path / "work")
+    job = begun(tmp_path / "work")
+    piece = job.get("piece/1")
+    assert piece is not None
+    assert piece.path is not None
+    job.close()
+    content = bytearray(piece.path.read_bytes())
+    content[-1] ^= 1
+    piece.path.write_bytes(content)
+    job = begun(tmp_path / "work")
+    with caplog.at_level(logging.WARNING, "cospadi"):
+        assert job.get("piece/1") is None
+    assert f"{piece.path} is not as it was written: computed again" in caplog.text
+    assert job.get("piece/0") is not None
+    job.close()
+
+
+def test_a_write_that_was_cut_short_costs_only_itself(tmp_path: Path) -> None:
+    filled(tmp_path / "work")
+    path = tmp_path / "work" / ledger.NAME
+    whole = path.read_bytes()
+    ends = [index + 1 for index, byte in enumerate(whole) if byte == ord("\n")]
+    for length in range(ends[0], len(whole)):
+        path.write_bytes(whole[:length])
+        job = begun(tmp_path / "work")
+        complete = sum(end <= length for end in ends) - 1
+        assert [job.get(f"piece/{index}") is not None for index in range(3)] == [index < complete for index in range(3)]
+        job.put("new", {})
+        os.close(job._lock)
+        job = begun(tmp_path / "work")
+        assert job.get("new") is not None
+        os.close(job._lock)
+
+
+@given(data=st.data())
+@settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_a_damaged_ledger_never_makes_up_a_piece(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("job") / "work"
+    filled(folder)
+    path = folder / ledger.NAME
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        start = data.draw(st.integers(0, len(content)))
+        end = data.draw(st.integers(start, min(len(content), start + 40)))
+        content[start:end] = data.draw(st.binary(max_size=20))
+    path.write_bytes(content)
+    try:
+        job = JobDirectory(folder)
+    except UserError:
+        with pytest.raises(UserError, match="Pass --no-resume to begin anew"):
+            JobDirectory(folder)
+        return
+    try:
+        job.begin(IDENTITY, {})
+        for index in range(3):
+            piece = job.get(f"piece/{index}")
+            assert piece is None or (piece.record["number"], piece.record["loss"]) == (index, float("inf"))
+            assert piece is None or torch.equal(piece.tensors()["x"], TENSORS["x"] + index)
+        record = job.get("record")
+        assert record is None or record.record == {"list": [1.5, 2**60, "é"]}
+    finally:
+        os.close(job._lock)
+
+
+def test_a_full_disk_leaves_the_ledger_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(tmp_path / "work")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "work").rglob("*") if path.is_file()}
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    job = begun(tmp_path / "work")
+    for module, name, tensors in (
+        (ledger, "save_file", TENSORS),
+        (ledger, "sync_folder", TENSORS),
+        (os, "fsync", None),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            with pytest.raises(OSError, match="No space"):
+                job.put("more", {}, tensors)
+    job.close()
+    after = {path.name: path.read_bytes() for path in (tmp_path / "work").rglob("*") if path.is_file()}
+    assert before.items() <= after.items()
+    assert begun(tmp_path / "work").get("more") is None
+
+
+def test_clocks_mean_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(tmp_path / "work")
+    for path in (tmp_path / "work").rglob("*"):
+        os.utime(path, (2**33, 2**33))
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    job = begun(tmp_path / "work")
+    assert all(job.get(f"piece/{index}") is not None for index in range(3))
+    assert not any(word in (tmp_path / "work" / ledger.NAME).read_text() for word in ("time", "date"))
+    job.close()
+
+
+def test_records_are_json(tmp_path: Path) -> None:
+    job = begun(tmp_path / "work")
+    assert job.put("a", {"tuple": (1, 2)}).record == {"tuple": [1, 2]}
+    lines = (tmp_path / "work" / ledger.NAME).read_text().splitlines()
+    assert json.loads(lines[-1].partition(" ")[2])["record"] == {"tuple": [1, 2]}
+    job.close()
+
+
+@pytest.mark.parametrize("limit", [0, 30, 1000])
+def test_shelf_gives_back_what_it_was_given(limit: int, tmp_path: Path) -> None:
+    shelf, device = Shelf(limit, tmp_path / "shelf"), torch.device("cpu")
+    items = [shelf.put(torch.full((2, 3), float(n)).to(torch.bfloat16)) for n in range(5)]
+    assert shelf.used == min(limit // 12, 5) * 12
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 5 - min(limit // 12, 5)
+    for n, item in enumerate(items):
+        tensor = shelf.get(item, device)
+        assert tensor.dtype == torch.bfloat16
+        assert (tensor == n).all()
+        shelf.drop(item)
+    assert shelf.used == 0
+    assert not list(tmp_path.rglob("*.safetensors"))
+    shelf.close()
+    assert not list(tmp_path.iterdir())
