@@ -16,7 +16,7 @@ import pytest
 from conftest import Answer
 from safetensors.torch import load_file, save_file
 
-from cospadi.format import manifest, schema
+from cospadi.format import schema
 
 COMMAND = [sys.executable, "-c", "from cospadi_cli import main; main()"]
 TEXT = ["--sequences", "8", "--length", "32", "--fisher-sequences", "2"]
@@ -586,7 +586,7 @@ def test_our_own_fault_is_exit_code_1_and_says_so(
         (OSError(28, "No space left on device"), "the disk is full"),
         (MemoryError(), "out of memory"),
     ):
-        monkeypatch.setattr(manifest, "write_manifest", stop(error))
+        monkeypatch.setattr(sys.modules["cospadi.compress"], "write_manifest", stop(error))
         answer = run("compress", dense_folder, "-o", tmp_path / "out", *FREE)
         assert answer.code == 1
         assert sentence in answer.err
@@ -604,7 +604,7 @@ def test_interrupt_while_writing_says_where_the_work_is_kept_and_the_same_comman
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(manifest, "write_manifest", interrupt)
+        patch.setattr(sys.modules["cospadi.compress"], "write_manifest", interrupt)
         answer = run("compress", dense_folder, "-o", tmp_path / "out", *FREE)
     assert answer.code == 130
     assert f"What is finished is kept in {tmp_path / 'out.work'}" in answer.err

@@ -730,7 +730,7 @@ def test_any_flag(
         raise UserError("every flag is right, and the work is too much for here")
 
     monkeypatch.setattr("cospadi.commands.bench._in_new_process", refuse)
-    monkeypatch.setattr("cospadi.demo.job.run_demo", refuse)
+    monkeypatch.setattr("cospadi.commands.demo.run_demo", refuse)
     monkeypatch.setattr("cospadi.jobs.pool._cluster", refuse)
     monkeypatch.setattr("cospadi.jobs.pool._start_worker", refuse)
     monkeypatch.chdir(tmp_path)

@@ -16,9 +16,9 @@ from cospadi.stages import budgets
 
 
 def test_demo_ranks_the_methods(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cospadi.demo.job.WINDOWS", 8)
-    monkeypatch.setattr("cospadi.demo.job.SEQUENCES", 10)
-    monkeypatch.setattr("cospadi.demo.job.FISHER_SEQUENCES", 2)
+    monkeypatch.setattr("cospadi.commands.demo.WINDOWS", 8)
+    monkeypatch.setattr("cospadi.commands.demo.SEQUENCES", 10)
+    monkeypatch.setattr("cospadi.commands.demo.FISHER_SEQUENCES", 2)
     monkeypatch.setattr(budgets, "RHOS", (2.2,))  # a quarter of the short runs
     dense, low_rank, paper, ours = run_demo(ratio=0.4, iterations=2, stages=Stages())
     assert dense.perplexity < 20

@@ -25,8 +25,8 @@ def qwen3_8b() -> list[tuple[int, int]]:
     return layer * 36
 
 
-def paper_parts(shapes: list[tuple[int, int]], ratio: float, accounting: str) -> Parts:
-    size, bits = (accounting.eq10_size, 16) if accounting == "eq10" else (accounting.eq11_size, 14)
+def paper_parts(shapes: list[tuple[int, int]], ratio: float, mode: str) -> Parts:
+    size, bits = (accounting.eq10_size, 16) if mode == "eq10" else (accounting.eq11_size, 14)
     total = Parts(0, 0, 0)
     for d1, d2 in shapes:
         k, s = size(ratio, d1, d2, 2)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cospadi
 from cospadi import UserError
-from cospadi.format import manifest, safetensors, schema, verify
+from cospadi.format import safetensors, schema, verify
 from cospadi.model import load as source
 from cospadi.solvers import SOLVERS
 
@@ -567,7 +567,7 @@ def test_folders_made_for_an_output_that_fails_go_with_it(
         with pytest.raises(OSError, match="No space left"):
             cospadi.compress(companions, recipe, output)
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(manifest, "write_manifest", fail)
+    monkeypatch.setattr(sys.modules["cospadi.compress"], "write_manifest", fail)
     with pytest.raises(OSError, match="No space left"):
         cospadi.compress(companions, recipe, output)
     assert [path.name for path in output.parent.iterdir()] == ["out.work"]
@@ -595,7 +595,7 @@ def test_finished_work_alone_is_left_when_writing_fails(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(manifest, "write_manifest", stop)
+        patch.setattr(sys.modules["cospadi.compress"], "write_manifest", stop)
         with pytest.raises(type(error)):
             cospadi.compress(companions, recipe, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out.work"]
@@ -615,7 +615,7 @@ def test_output_that_was_there_survives_a_failure_and_is_replaced_by_success(
         cospadi.compress(companions, recipe, output)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with monkeypatch.context() as patch:
-        patch.setattr(manifest, "write_manifest", fail)
+        patch.setattr(sys.modules["cospadi.compress"], "write_manifest", fail)
         with pytest.raises(OSError, match="No space left"):
             cospadi.compress(companions, recipe, output, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "out.work"}
