@@ -857,17 +857,17 @@ def test_mod_htp_restores_the_precision_of_products(monkeypatch: pytest.MonkeyPa
     problem = Problem(structured(12, 20, seed=41))
     before = torch.get_float32_matmul_precision()
     try:
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("highest")
         mod_htp(problem, 6, 2, SolverOptions(iterations=5))
-        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.get_float32_matmul_precision() == "highest"
         with pytest.raises(RuntimeError, match="stop here"):
             mod_htp(problem, 6, 2, SolverOptions(iterations=5, on_iteration=fail))
-        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.get_float32_matmul_precision() == "highest"
         monkeypatch.setitem(mod_htp.__globals__, "_fit_dictionary", fail)
         for iterations in (5, 1):
             with pytest.raises(RuntimeError, match="stop here"):
                 mod_htp(problem, 6, 2, SolverOptions(iterations=iterations))
-            assert torch.get_float32_matmul_precision() == "high"
-        assert inside == ["high", "medium", "highest"]
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert inside == ["highest", "high", "highest"]
     finally:
         torch.set_float32_matmul_precision(before)

@@ -37,6 +37,8 @@ UNUSED = 1e-7
 """Norm of a row of S, in the largest one, up to which its atom stays as it is."""
 EXACT_SHARE = 0.05
 """Share of the iterations, the last ones, whose products are all in full float32."""
+SMALLEST_QUICK = 32
+"""Smaller side of A from which bf16 products are taken: below, they gain nothing."""
 BLOCK_ENTRIES = {"cpu": 2**20, "cuda": 2**27}
 """Entries of S worked on at once; on a CPU few enough to stay in cache."""
 
@@ -73,7 +75,7 @@ def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Facto
     blocks = _blocks(slice(0, d2), rows)
     members = problem.members or (d2,)
     shares: list[int] | None = None  # each member's nonzeros, fixed once the schedule has come down
-    quick = torch.bfloat16 if bf16_is_fast(columns.device) else torch.float32
+    quick = torch.bfloat16 if min(d1, d2) >= SMALLEST_QUICK and bf16_is_fast(columns.device) else torch.float32
 
     best, best_error, best_shares = (atoms, codes.clone()), float("inf"), [nonzeros]
     if options.start is not None:
@@ -88,7 +90,7 @@ def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Facto
     for iteration in range(1, options.iterations + 1):
         n = _scheduled(iteration / options.iterations, dense, nonzeros)
         exact = stopping or iteration > options.iterations * (1 - EXACT_SHARE)
-        with float32_products("highest" if exact else "medium"):
+        with float32_products("highest" if exact else "high"):
             lead = _unit_rows(atoms.lerp(previous, -momentum))
             lead_t = lead.T.contiguous()
             coherence = self_product(lead_t)

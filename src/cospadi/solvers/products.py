@@ -42,7 +42,9 @@ _PRECISION = threading.RLock()
 
 @contextmanager
 def float32_products(precision: str) -> Iterator[None]:
-    """How float32 products may be computed inside this block: "highest", or "medium" (TF32 or bf16 parts).
+    """How float32 products may be computed inside this block: "highest", "high" (TF32) or "medium" (one bf16 product).
+
+    A CPU with AMX takes "medium" by its word: three digits are left, too few to fit a dictionary with.
 
     Torch has one setting for the whole process, so that blocks of several threads wait for each other. Where somebody
     has set it backend by backend, which torch does not let mix with this, it stays as it is.
