@@ -2,11 +2,11 @@
 
     python benchmarks/linear.py run --model Llama-3.2-1B --threads 2
     python benchmarks/linear.py run --shape 2048x8192 --shape 4096x14336 --value-bits 16
-    python benchmarks/linear.py table
+    python benchmarks/linear.py table --output docs/performance/projections.md
 
 Every timed call, dense or compressed, takes the next of several copies of its weights, which together exceed four
 times the last-level cache, so that weights come from memory. Calls take turns; figures are medians. Factors are
-random: a dictionary, and supports spread evenly. `run` keeps a row a file; `table` prints them.
+random: a dictionary, and supports spread evenly. `run` keeps a row a file; `table` makes a page of them.
 """
 
 from __future__ import annotations
@@ -184,25 +184,121 @@ def _nbytes(tensor: Tensor) -> int:
 
 
 @app.command()
-def table() -> None:
-    """Print all rows as Markdown: decoding, then prefill."""
+def table(output: Annotated[Path | None, typer.Option(help="the page; without it it is printed")] = None) -> None:
+    """All rows as Markdown: what was reached, decoding, then prefill."""
+    if output is None:
+        print(page())
+    else:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(page(), encoding="utf-8")
+
+
+def page() -> str:
+    """The page of all rows there are."""
     rows = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     rows.sort(key=lambda row: (row["threads"], row["value_bits"], row["dense_bytes"], row["shape"], row["ratio"]))
+    lines = [HEADER]
     for threads in sorted({row["threads"] for row in rows}):
         of_threads = [row for row in rows if row["threads"] == threads]
-        print(f"\n{threads} threads\n")
-        print("| d1 x d2 | ratio | bits | rows | dense, ms | ours, ms | speed-up | byte ratio | share of it |", end="")
-        print(" S, GB/s | plain read, GB/s | of it |\n|---|---|---|---|---|---|---|---|---|---|---|---|")
-        for row in of_threads:
-            for line in _lines(row, prefill=False):
-                print(line)
-        print(
-            "\n| d1 x d2 | ratio | bits | rows | dense, ms | ours, ms | speed-up | FLOP bound | share of it |", end=""
-        )
-        print(" `--runtime dense` |\n|---|---|---|---|---|---|---|---|---|---|")
-        for row in of_threads:
-            for line in _lines(row, decode=False):
-                print(line)
+        lines += [f"\n## {threads} threads\n", *_reached(of_threads), DECODE_HEAD]
+        lines += [line for row in of_threads for line in _lines(row, prefill=False)]
+        lines.append(PREFILL_HEAD)
+        lines += [line for row in of_threads for line in _lines(row, decode=False)]
+    return "\n".join(lines) + "\n"
+
+
+HEADER = """# Projections, one at a time
+
+Written by `python benchmarks/linear.py table --output docs/performance/projections.md` from
+`benchmarks/results/linear`, which these commands filled:
+
+```
+python benchmarks/linear.py run --shape 2048x8192 --shape 4096x14336 --ratio 0.2 --ratio 0.4 --ratio 0.5 \\
+    --value-bits 14 --value-bits 16 --seconds 1.5
+python benchmarks/linear.py run --model Llama-3.2-1B --seconds 1.5
+python benchmarks/linear.py run --model Llama-3-8B --model Qwen3-8B --ratio 0.4 --seconds 1
+```
+
+"Of it" is the speed-up over the dense bf16 linear divided by the byte ratio (dense bytes over stored bytes), or by the
+bound that FLOPs give. Every call takes the next of several copies of its weights, which together exceed four times the
+last-level cache. "S" is the packed coefficients alone; "plain read" sums the same bytes as 64-bit integers."""
+DECODE_HEAD = """
+| d1 x d2 | ratio | bits | rows | dense, ms | ours, ms | speed-up | byte ratio | of it | S, GB/s | plain read, GB/s | of it |
+|---|---|---|---|---|---|---|---|---|---|---|---|"""  # noqa: E501
+PREFILL_HEAD = """
+| d1 x d2 | ratio | bits | rows | dense, ms | ours, ms | speed-up | FLOP bound | of it | `--runtime dense` |
+|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def _speedup(row: dict[str, Any], ms: dict[str, float]) -> float:
+    return ms["dense"] / ms["ours"]
+
+
+def _of_bytes(row: dict[str, Any], ms: dict[str, float]) -> float:
+    return _speedup(row, ms) * float(row["bytes"] / row["dense_bytes"])
+
+
+def _of_flops(row: dict[str, Any], ms: dict[str, float]) -> float:
+    return _speedup(row, ms) / float(row["flops_bound"])
+
+
+def _of_dense(row: dict[str, Any], ms: dict[str, float]) -> float:
+    return ms["dense"] / ms["kept dense"]
+
+
+def _of_read(row: dict[str, Any], ms: dict[str, float]) -> float:
+    return ms["read"] / ms["codes"]
+
+
+WIDE = ("2048x8192", "4096x14336")
+SMALL = ("2048x512", "2048x2048", "4096x1024")
+MISREAD = ("2048x512", "8192x2048")
+"""Where torch's sum, which is the plain read here, is slower than the kernel."""
+
+GOALS: list[
+    tuple[str, float, Callable[[dict[str, Any], dict[str, float]], float], Callable[[dict[str, Any], int], bool]]
+] = [
+    (
+        "one row, 2048 x 8192 and 4096 x 14336: speed-up over the byte ratio", 0.9, _of_bytes,
+        lambda row, count: count == 1 and row["shape"] in WIDE,
+    ),
+    (
+        "one row, shapes of Llama-3.2-1B, 14 bits: speed-up", 1, _speedup,
+        lambda row, count: count == 1 and row["shape"] in MODELS["Llama-3.2-1B"] and row["value_bits"] == 14,
+    ),
+    ("512 rows, ratio 0.4: speed-up", 0.85, _speedup, lambda row, count: count == 512 and row["ratio"] == 0.4),
+    (
+        "512 rows, 4096 x 4096, 2048 x 8192, 8192 x 2048 and larger: speed-up over the FLOP bound", 0.85, _of_flops,
+        lambda row, count: count == 512 and row["shape"] not in SMALL,
+    ),
+    (
+        "512 rows, 2048 x 2048, 4096 x 1024 and 2048 x 512: the same", 0.85, _of_flops,
+        lambda row, count: count == 512 and row["shape"] in SMALL,
+    ),
+    ("`--runtime dense`: speed-up", 0.95, _of_dense, lambda _, count: count in PREFILL_ROWS),
+    (
+        "one row, 4096 x 14336, bf16 values: reading S, over a plain read", 0.85, _of_read,
+        lambda row, count: count == 1 and row["shape"] == "4096x14336" and row["value_bits"] == 16,
+    ),
+    (
+        "one row, the large shapes else: the same", 0.85, _of_read,
+        lambda row, count: count == 1 and row["shape"] not in (*SMALL, *MISREAD)
+        and (row["shape"], row["value_bits"]) != ("4096x14336", 16),
+    ),
+]  # fmt: skip
+"""What the layer was built to reach: what, at least how much, how it is computed, from which rows."""
+
+
+def _reached(rows: list[dict[str, Any]]) -> list[str]:
+    """What the figures come to, against what the layer was built to reach: a line a goal."""
+    figures = [(row, figure["rows"], figure["ms"]) for row in rows for figure in row["figures"]]
+    lines = ["| | wanted | reached |", "|---|---|---|"]
+    for what, wanted, of, chosen in GOALS:
+        values = [of(row, ms) for row, count, ms in figures if chosen(row, count)]
+        if values:
+            missed = ", **missed**" if min(values) < wanted else ""
+            lines.append(f"| {what} | {wanted:g} | {min(values):.2f} to {max(values):.2f}{missed} |")
+    return lines
 
 
 def _lines(row: dict[str, Any], decode: bool = True, prefill: bool = True) -> list[str]:

@@ -1,10 +1,14 @@
 """Seconds to pack and unpack the coefficients of one projection.
 
-python benchmarks/packing.py --d1 2048 --d2 8192 --ratio 0.2
+python benchmarks/packing.py --d1 2048 --d2 8192 --ratio 0.2 --output docs/performance/packing.md
 """
 
+import shlex
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
@@ -13,8 +17,15 @@ from cospadi.budget import accounting
 from cospadi.format import packing
 
 
-def main(d1: int = 2048, d2: int = 8192, ratio: float = 0.2, threads: int = 1, repeats: int = 5) -> None:
-    """Print the median of each step."""
+def main(
+    d1: int = 2048,
+    d2: int = 8192,
+    ratio: float = 0.2,
+    threads: int = 1,
+    repeats: int = 5,
+    output: Annotated[Path | None, typer.Option(help="a page to write; without it it is printed")] = None,
+) -> None:
+    """The median of each step."""
     torch.set_num_threads(threads)
     k, s = accounting.exact_size(accounting.byte_budget(ratio, d1, [d2]), d1, [d2], 2.0, 14)
     generator = torch.Generator().manual_seed(0)
@@ -29,14 +40,21 @@ def main(d1: int = 2048, d2: int = 8192, ratio: float = 0.2, threads: int = 1, r
         "unpack to dense S": lambda: packing.unpack_coefficients(mask, values, k),
         "count mask bits": lambda: packing.popcount(mask),
     }
-    print(f"{d1} x {d2}, k {k}, s {s}, {len(values):,} nonzeros, {threads} threads\n\n| step | seconds |\n|---|---|")
+    lines = ["# Packing and unpacking one projection", "", f"Written by `python {shlex.join(sys.argv)}`.", ""]
+    lines += [f"{d1} x {d2}, k {k}, s {s}, {len(values):,} nonzeros, {threads} threads", ""]
+    lines += ["| step | seconds |", "|---|---|"]
     for name, step in steps.items():
         times = []
         for _ in range(repeats):
             start = time.perf_counter()
             step()
             times.append(time.perf_counter() - start)
-        print(f"| {name} | {sorted(times)[repeats // 2]:.3f} |")
+        lines.append(f"| {name} | {sorted(times)[repeats // 2]:.3f} |")
+    text = "\n".join(lines) + "\n"
+    if output is None:
+        print(text)
+    else:
+        output.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

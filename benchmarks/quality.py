@@ -2,14 +2,15 @@
 
     python benchmarks/quality.py run MODEL --calibration FILE --text FILE
     python benchmarks/quality.py run MODEL --calibration FILE --text FILE --ratio 0.2 --ratio 0.3 --method ksvd
-    python benchmarks/quality.py table
+    python benchmarks/quality.py table --output docs/results
+    python benchmarks/quality.py summary
 
 A method is a solver alone, in the paper's frame (a dictionary a projection, the same ratio everywhere, rho 2, plain
 calibration), or SOLVER+ALLOCATE: that solver in this package's frame (shared-input dictionaries, budgets by ALLOCATE,
 compensation), to which +once adds plain calibration and +T20 that many iterations. The package's default is
 mod-htp+fisher.
 
-A row that has its file is not computed again, so an interrupted run goes on where it stopped.
+A row that has its file is not computed again, so an interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -124,40 +125,72 @@ def _row(
 
 
 @app.command()
-def table() -> None:
-    """Print every row there is as Markdown, a table a model."""
+def table(
+    output: Annotated[
+        Path | None, typer.Option(help="folder of the pages, one a model; without it they are printed")
+    ] = None,
+) -> None:
+    """Every row there is as Markdown, a page a model."""
+    for model, text in pages().items():
+        if output is None:
+            print(text)
+        else:
+            output.mkdir(parents=True, exist_ok=True)
+            (output / f"{model}.md").write_text(text, encoding="utf-8")
+
+
+def pages() -> dict[str, str]:
+    """Model -> its page."""
     rows = _rows()
-    for model in sorted({row["model"] for row in rows}):
-        of_model = [row for row in rows if row["model"] == model]
-        dense = next((row for row in of_model if row["method"] == "dense"), None)
-        if dense is None:
-            continue
-        print(f"\n### {model}\n\nDense perplexity {dense['perplexity']:.2f} on {dense['text']}")
-        print(f"({dense['windows']} windows of {dense['length']} tokens)\n")
-        print("| ratio | method | T | perplexity | ln(ppl / dense) | of ksvd's | error | ratio reached | solving, s |")
-        print("|---|---|---|---|---|---|---|---|---|")
-        paper = {row["ratio_asked"]: _loss(row, dense) for row in of_model if row["method"] == "ksvd"}
-        compressed = [row for row in of_model if row["method"] != "dense"]
-        for row in sorted(compressed, key=lambda row: (row["ratio_asked"], -_loss(row, dense))):
-            ratio, loss = row["ratio_asked"], _loss(row, dense)
-            error, reached = row["mean_relative_error"], row["ratio_reached"]
-            share = f"{loss / paper[ratio]:.3f}" if ratio in paper else "-"
-            print(
-                f"| {ratio:g} | {row['method']} | {row['iterations'] or '-'} | {row['perplexity']:.2f} | {loss:.4f} "
-                f"| {share} | {error:.4f} | {reached:.4f} | {row['seconds_solve']:.0f} |"
-            )
+    models = [row["model"] for row in rows if row["method"] == "dense"]
+    return {model: _page(model, [row for row in rows if row["model"] == model]) for model in models}
+
+
+def _page(model: str, rows: list[dict[str, Any]]) -> str:
+    dense = next(row for row in rows if row["method"] == "dense")
+    lines = [
+        f"# {model}: every method at equal bytes",
+        "",
+        "Written by `python benchmarks/quality.py table --output docs/results` from `benchmarks/results/quality`.",
+        "[What methods and columns mean](../results.md#methods-and-columns).",
+        "",
+        f"Dense perplexity {dense['perplexity']:.2f} on {dense['text']}",
+        f"({dense['windows']} windows of {dense['length']} tokens).",
+        "",
+        "| ratio | method | T | perplexity | ln(ppl / dense) | of ksvd's | error | ratio reached | solving, s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    paper = {row["ratio_asked"]: _loss(row, dense) for row in rows if row["method"] == "ksvd"}
+    compressed = [row for row in rows if row["method"] != "dense"]
+    for row in sorted(compressed, key=lambda row: (row["ratio_asked"], -_loss(row, dense))):
+        ratio, loss = row["ratio_asked"], _loss(row, dense)
+        error, reached = row["mean_relative_error"], row["ratio_reached"]
+        of_paper = f"{loss / paper[ratio]:.3f}" if ratio in paper else "-"
+        lines.append(
+            f"| {ratio:g} | {row['method']} | {row['iterations'] or '-'} | {row['perplexity']:.2f} | {loss:.4f} "
+            f"| {of_paper} | {error:.4f} | {reached:.4f} | {row['seconds_solve']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 @app.command()
 def summary() -> None:
     """Print one line a model and ratio: perplexity of dense, SVD-LLM, the paper's K-SVD and the package's default."""
-    rows = _rows()
-    found = {(row["model"], row["method"], row["ratio_asked"]): row["perplexity"] for row in rows}
-    print("| model | ratio | dense | SVD-LLM | the paper's (`ksvd`) | `cospadi compress` |\n|---|---|---|---|---|---|")
+    print("\n".join(summary_lines()))
+
+
+def summary_lines() -> list[str]:
+    """The table that README.md and docs/results.md begin with."""
+    found = {(row["model"], row["method"], row["ratio_asked"]): row["perplexity"] for row in _rows()}
+    lines = [
+        "| model | ratio | dense | SVD-LLM | the paper's (`ksvd`) | `cospadi compress` |",
+        "|---|---|---|---|---|---|",
+    ]
     for model, method, ratio in sorted(found):
         if method == DEFAULT:
             values = [found[model, "dense", 0.0], *(found[model, name, ratio] for name in SUMMARY)]
-            print(f"| {model} | {ratio:g} | {' | '.join(f'{value:.2f}' for value in values)} |")
+            lines.append(f"| {model} | {ratio:g} | {' | '.join(f'{value:.2f}' for value in values)} |")
+    return lines
 
 
 def _rows() -> list[dict[str, Any]]:

@@ -99,7 +99,7 @@ def _empty(config: PretrainedConfig) -> Any:
 
 
 def _entries(group: Group) -> dict[str, StoredProjection]:
-    """What a checkpoint would say of a group; every member has its share of the nonzeros."""
+    """What a checkpoint would say of a group; every member has its part of the nonzeros."""
     low_rank, owner = group.layout == "low-rank", group.members[0].name
     spent, entries = 0, {}
     for index, member in enumerate(group.members):

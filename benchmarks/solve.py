@@ -1,9 +1,9 @@
-"""Solvers against each other: error, seconds and the share of them that is matrix products, at real shapes.
+"""Solvers against each other: error, seconds and how much of them is matrix products, at real shapes.
 
     python benchmarks/solve.py run --shape Llama-3.2-1B --solver mod-htp --iterations 60 --threads 1
     python benchmarks/solve.py run --shape 2048x8192 --solver ksvd --iterations 2
     python benchmarks/solve.py projections MODEL --calibration FILE --ratio 0.3
-    python benchmarks/solve.py table
+    python benchmarks/solve.py table --output docs/performance/solvers.md
     python benchmarks/solve.py figure
 
 `run` and `projections` keep a row a file and skip what is there; `table` and `figure` read the files.
@@ -289,30 +289,58 @@ def _name_and_shape(group: Group) -> tuple[str, str]:
 
 
 @app.command()
-def table() -> None:
-    """Print every row there is as Markdown."""
+def table(output: Annotated[Path | None, typer.Option(help="the page; without it it is printed")] = None) -> None:
+    """Every row there is as Markdown."""
+    if output is None:
+        print(page())
+    else:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(page(), encoding="utf-8")
+
+
+def page() -> str:
+    """The page of all rows there are."""
     rows = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     of_models = [row for row in rows if "projections" in row]
+    lines = [HEADER]
     if of_models:
-        print("| model | ratio | T | mod-htp / K-SVD, mean | largest | above 1 | rank-k bound / K-SVD, mean ", end="")
-        print("| mod-htp, s | K-SVD T = 60, s | speed-up | threads |\n|---|---|---|---|---|---|---|---|---|---|---|")
-        for row in of_models:
-            print(_projections_line(row))
-        print()
+        lines += [PROJECTIONS_HEAD, *(_projections_line(row) for row in of_models)]
     order = {solver: index for index, solver in enumerate(SOLVERS)}
     solves = [row for row in rows if "shape" in row]
     for name in sorted({row["device"] for row in solves}):
-        print(f"{name}\n")
-        print("| d1 x d2 | ratio | solver | k | s | T | error | seconds | of it start | s an iteration ", end="")
-        print("| TFLOP/s | bare products, TFLOP/s | share | peak, MB | threads |")
-        print("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|")
+        lines.append(SOLVES_HEAD.format(device=name))
         of_device = [row for row in solves if row["device"] == name]
         for row in sorted(
             of_device,
             key=lambda row: (_sizes(row), row["ratio"], order[row["solver"]], row["iterations"], row["threads"]),
         ):
-            print(_solve_line(row))
-        print()
+            lines.append(_solve_line(row))
+    return "\n".join(lines) + "\n"
+
+
+HEADER = """# Solvers: error and time
+
+Written by `python benchmarks/solve.py table --output docs/performance/solvers.md` from `benchmarks/results/solve`.
+[What they come to](../solvers.md#measured)."""
+PROJECTIONS_HEAD = """
+## Against K-SVD at T = 60, on the projections of a model
+
+Same k and s, `python benchmarks/solve.py projections MODEL --calibration FILE`. K-SVD's seconds are those of two
+iterations on each shape, times 30, in the same run.
+
+| model | ratio | T | mod-htp / K-SVD, mean | largest | above 1 | rank-k bound / K-SVD, mean \
+| mod-htp, s | K-SVD T = 60, s | speed-up | threads |
+|---|---|---|---|---|---|---|---|---|---|---|"""
+SOLVES_HEAD = """
+## Synthetic matrices of real shapes, {device}
+
+`python benchmarks/solve.py run --shape SHAPE --solver SOLVER`. "Bare products" are an iteration's matrix products
+alone, at the same sizes and precision, and "of it" their time over an iteration's. "Peak" is what the process's peak
+memory grew by, so that of several runs in one process the later ones show little.
+
+| d1 x d2 | ratio | solver | k | s | T | error | seconds | of it start | s an iteration \
+| TFLOP/s | bare products, TFLOP/s | of it | peak, MB | threads |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def _projections_line(row: dict[str, Any]) -> str:

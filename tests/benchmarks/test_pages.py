@@ -1,0 +1,37 @@
+"""The long tables of docs/ are what the benchmarks' commands write from the committed raw results."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("name", "page"), [("linear", "projections"), ("solve", "solvers")])
+def test_pages_of_performance(name: str, page: str) -> None:
+    assert script(name).page() == (ROOT / "docs" / "performance" / f"{page}.md").read_text(encoding="utf-8")
+
+
+def test_pages_and_summary_of_results() -> None:
+    quality = script("quality")
+    assert quality.pages() == {
+        page.stem: page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "results").glob("*.md")
+    }
+    summary = "\n".join(quality.summary_lines())
+    assert summary in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert summary in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")

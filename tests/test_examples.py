@@ -1,0 +1,61 @@
+"""Each script of examples/ runs as a user would run it, one after the other, on the built-in model."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def example(name: str, folder: Path, *words: str) -> str:
+    """What the script prints, run in the folder."""
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *words]
+    alone = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=folder, env=alone, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder that compress.py ran in, and what it printed."""
+    folder = tmp_path_factory.mktemp("examples")
+    return folder, example("compress", folder)
+
+
+def test_compress(compressed: tuple[Path, str]) -> None:
+    folder, printed = compressed
+    ratio = re.match(r"demo-small: ratio (\d\.\d{4}), mean relative error (\d\.\d{4})\n", printed)
+    assert ratio is not None
+    assert 0.3 <= float(ratio[1]) < 0.301
+    assert 0 < float(ratio[2]) < 0.2
+    with safe_open(folder / "demo-small" / "model.safetensors", "pt") as file:
+        assert "model.layers.0.self_attn.q_proj.support" in file.keys()  # noqa: SIM118
+
+
+def test_evaluate(compressed: tuple[Path, str]) -> None:
+    printed = example("evaluate", compressed[0])
+    found = re.fullmatch(r"demo-small: perplexity (\d+\.\d\d)\ndemo: perplexity (\d+\.\d\d)\n", printed)
+    assert found is not None
+    small, dense = map(float, found.groups())
+    assert 5 < dense < small < 1.2 * dense
+
+
+def test_generate(compressed: tuple[Path, str]) -> None:
+    printed = example("generate", compressed[0], "demo-small", "import ")
+    assert printed.startswith("import ")
+    assert len(printed.strip()) > len("import ") + 10
+
+
+def test_every_example_is_tested_and_named_in_the_readme() -> None:
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    scripts = sorted(path.name for path in EXAMPLES.glob("*.py"))
+    assert scripts == ["compress.py", "evaluate.py", "generate.py"]
+    assert all(f"examples/{name}" in readme for name in scripts)
