@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-import cospadi_cli as cli
+from cospadi import cli
 
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import datasets
 import huggingface_hub
@@ -33,8 +33,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import cospadi
-import cospadi_cli
-from cospadi import Recipe, UserError
+from cospadi import Recipe, UserError, cli
 from cospadi.budget import accounting
 from cospadi.budget.plan import check_plan, outlook, read_plan, read_plan_recipe, write_plan
 from cospadi.calibration.text import token_sequences
@@ -652,7 +651,7 @@ def test_calibration_file_of_any_content(
 
 # Flags
 
-COMMANDS: dict[str, Any] = dict(typer.main.get_command(cospadi_cli.app).commands)  # type: ignore[attr-defined]
+COMMANDS: dict[str, Any] = dict(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
 CHEAP = {
     "compress": ["--iterations", "1", "--target", "q"],
     "plan": ["--iterations", "1", "--target", "q"],
@@ -672,7 +671,7 @@ NAMED = {"model": "MODEL", "folder": "COMPRESSED", "prompt": "12", "output": "ou
 
 def is_number(command: str, parameter: str) -> bool:
     """Whether a parameter of a command is one."""
-    hint = str(get_type_hints(inspect.unwrap(COMMANDS[command].callback))[parameter])
+    hint = str(inspect.signature(COMMANDS[command].callback).parameters[parameter].annotation)
     return "int" in hint or "float" in hint
 
 

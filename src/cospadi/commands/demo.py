@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
 from torch import nn
 
 from cospadi import demo
-from cospadi.commands import evaluate
+from cospadi.commands import evaluate, tables
 from cospadi.compress import compress
 from cospadi.jobs.progress import Stages
 from cospadi.model import load
@@ -69,3 +71,18 @@ def run_demo(ratio: float, iterations: int, stages: Stages) -> list[Row]:
             rows.append(Row(name, result.plan.bytes, result.plan.ratio, measure(loaded), seconds))
     plan = result.plan
     return [Row("dense", plan.dense_bytes, 0.0, dense_perplexity, 0.0), *rows]
+
+
+def demo_table(rows: Sequence[Row]) -> Table:
+    """dense against SVD-LLM, the paper's K-SVD and CoSpaDi."""
+    table = tables.new_table("model", "projections", "ratio", "perplexity", "seconds")
+    for row in rows:
+        dense = row.ratio == 0
+        table.add_row(
+            row.name,
+            tables.megabytes(row.nbytes),
+            "-" if dense else f"{row.ratio:.4f}",
+            f"{row.perplexity:.2f}",
+            "-" if dense else f"{row.seconds:.0f}",
+        )
+    return table
