@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+import cospadi
 from cospadi import cli
 
 transformers_logging.disable_progress_bar()
@@ -123,6 +124,14 @@ def make_llama(make_model: Callable[..., Path]) -> Callable[..., Path]:
 def dense_folder(make_model: Callable[..., Path]) -> Path:
     """A tiny bf16 Llama; never changed."""
     return make_model()
+
+
+@pytest.fixture(scope="session")
+def compressed_folder(dense_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That Llama compressed without text, one projection of each block left dense; never changed."""
+    output = tmp_path_factory.mktemp("compressed") / "out"
+    cospadi.compress(dense_folder, {"data_free": True, "iterations": 1, "ratio": 0.3, "exclude": ["*.k_proj"]}, output)
+    return output
 
 
 @pytest.fixture(scope="session")

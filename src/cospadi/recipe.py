@@ -62,7 +62,7 @@ class Recipe(BaseModel):
         "(default: yes; no without text and with --share layers:N)",
     )
     fisher_sequences: int = Field(
-        16, ge=1, le=MOST, description="calibration sequences from which those costs are estimated"
+        16, ge=1, le=MOST, description="calibration sequences from which the costs in the loss are estimated"
     )
 
     update: Literal["power", "pca", "mod"] = Field("power", description="dictionary update of ksvd")
