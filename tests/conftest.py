@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import typer
 
 # Before anything imports Triton, whose kernels then run in its interpreter.
 if not torch.cuda.is_available():
@@ -160,11 +161,16 @@ class Answer(NamedTuple):
     err: str
 
 
+COMMAND = typer.main.get_command(cli.app)
+"""The command as typer makes it of `cli.app`, at each call anew, which takes longer than many a test."""
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Answer]]:
     """Run the command in this process: run("plan", folder) -> exit code, stdout, stderr."""
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.delenv("COSPADI_TRACEBACK", raising=False)
+    monkeypatch.setattr(cli, "app", COMMAND)
 
     def call(*words: object) -> Answer:
         # What a job would take is told from a short run of its pieces, seconds that most tests do not need.

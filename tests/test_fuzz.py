@@ -25,14 +25,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-import typer
-from conftest import Answer
+from conftest import COMMAND, Answer
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import cospadi
-from cospadi import Recipe, UserError, cli
+from cospadi import Recipe, UserError
 from cospadi.budget import accounting
 from cospadi.budget.plan import check_plan, outlook, read_plan, read_plan_recipe, write_plan
 from cospadi.calibration.text import token_sequences
@@ -642,7 +641,7 @@ def test_calibration_file_of_any_content(
 
 # Flags
 
-COMMANDS: dict[str, Any] = dict(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
+COMMANDS: dict[str, Any] = dict(COMMAND.commands)  # type: ignore[attr-defined]
 CHEAP = {
     "compress": ["--iterations", "1", "--target", "q"],
     "plan": ["--iterations", "1", "--target", "q"],
