@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import typer
 
 # Before anything imports Triton, whose kernels then run in its interpreter.
 if not torch.cuda.is_available():
@@ -21,7 +22,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-import cospadi_cli as cli
+import cospadi
+from cospadi import cli
 
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)
@@ -126,6 +128,14 @@ def dense_folder(make_model: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def compressed_folder(dense_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That Llama compressed without text, one projection of each block left dense; never changed."""
+    output = tmp_path_factory.mktemp("compressed") / "out"
+    cospadi.compress(dense_folder, {"data_free": True, "iterations": 1, "ratio": 0.3, "exclude": ["*.k_proj"]}, output)
+    return output
+
+
+@pytest.fixture(scope="session")
 def quick(text_file: Path) -> dict[str, Any]:
     """Recipe fields of a calibrated run that takes a moment: the default solver, the same ratio everywhere."""
     fields: dict[str, Any] = {"ratio": 0.3, "iterations": 2}
@@ -151,11 +161,16 @@ class Answer(NamedTuple):
     err: str
 
 
+COMMAND = typer.main.get_command(cli.app)
+"""The command as typer makes it of `cli.app`, at each call anew, which takes longer than many a test."""
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Answer]]:
     """Run the command in this process: run("plan", folder) -> exit code, stdout, stderr."""
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.delenv("COSPADI_TRACEBACK", raising=False)
+    monkeypatch.setattr(cli, "app", COMMAND)
 
     def call(*words: object) -> Answer:
         # What a job would take is told from a short run of its pieces, seconds that most tests do not need.

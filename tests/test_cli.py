@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import signal
@@ -9,13 +10,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import huggingface_hub
 import pytest
+import typer
 from conftest import Answer
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 
+import cospadi
+from cospadi import Recipe, UserError, cli
 from cospadi.format import schema
 
 COMMAND = [sys.executable, "-c", "from cospadi_cli import main; main()"]
@@ -237,6 +242,94 @@ def test_jsonl_and_parquet_calibrate_by_the_named_field(
         assert manifest["recipe"]["calibration"] == name
         digests.append(manifest["calibration"]["tokens_sha256"])
     assert digests[0] == digests[1]
+
+
+# Flags
+
+
+def test_every_field_of_the_recipe_has_a_flag_that_tells_its_default(run: Callable[..., Answer]) -> None:
+    for command in ("compress", "plan"):
+        text = "".join(run(command, "--help").out.split())  # lines break inside of words that have a hyphen
+        for name, field in Recipe.model_fields.items():
+            told = "".join(str(field.description).partition(" (default: ")[0].split())
+            assert f"--{name.replace('_', '-')}" in text
+            assert f"{told}[default:" in text or f"{told}(repeatable)[default:" in text, name
+    assert "--accounting[exact|eq10|eq11]exact:realbytes" in text
+    assert "[default:0.2;above0;below1]" in text
+    assert "[default:1024,orthemodel'spositions;atleast2]" in text
+
+
+@pytest.fixture
+def asked(run: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """What `cospadi compress` hands to `compress` for some flags: its arguments, with the recipe."""
+
+    def ask(*words: object) -> dict[str, Any]:
+        def stop(model: str, recipe: Recipe, output: Path, **options: Any) -> None:
+            found.update(options, model=model, recipe=recipe, output=output)
+            raise UserError("asked enough")
+
+        found: dict[str, Any] = {}
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules["cospadi.compress"], "compress", stop)
+            check_mistake(run("compress", "MODEL", "-o", tmp_path / "out", *words), "asked enough")
+        return found
+
+    return ask
+
+
+def test_flags_say_what_a_recipe_file_says(asked: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    words = ["--ratio", "0.3", "--value-bits", "16", "--iterations", "7", "--no-propagate", "--share", "layers:3"]
+    words += ["--include", "*.q_proj", "--include", "*.[k,v]_proj", "--target", "q,k", "--target", "v", "--data-free"]
+    words += ["--allocate", "uniform", "--rho", "3", "--calibration", "words.txt", "--seed", "5"]
+    fields = {"ratio": 0.3, "value_bits": 16, "iterations": 7, "compensate": False, "share": "layers:3"}
+    fields |= {"include": ["*.q_proj", "*.[k,v]_proj"], "target": "q,k,v", "data_free": True}
+    fields |= {"allocate": "uniform", "rho": 3, "calibration": "words.txt", "seed": 5}
+    assert asked(*words)["recipe"] == Recipe.build(fields)
+    assert asked()["recipe"] == Recipe()
+    assert asked()["recipe"].model_fields_set == set()
+    (tmp_path / "recipe.json").write_text(json.dumps(fields))  # YAML too
+    over = asked("--recipe", tmp_path / "recipe.json", "--no-data-free", "--ratio", "0.4", "--compensate")["recipe"]
+    assert over == Recipe.build(fields | {"data_free": False, "ratio": 0.4, "compensate": True})
+
+
+def test_a_field_that_comes_later_gets_a_flag(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Later(Recipe):
+        colours: tuple[str, ...] = Field((), title="COLOUR", description="what to paint (default: nothing)")
+        bits: Literal[2, 4] | None = Field(None, description="bits a pixel (default: 4)")
+        coats: int = Field(3, ge=1, le=9, description="layers of paint")
+
+    monkeypatch.setattr(cli, "Recipe", Later)
+    found = []
+    app = typer.Typer(rich_markup_mode=None)
+
+    @app.command()
+    @cli._of_a_job
+    def paint(*, flags: dict[str, Any]) -> None:
+        found.append(cli._recipe(flags))
+
+    app(["--colours", "red", "--colours", "blue", "--bits", "2", "--ratio", "0.5"], standalone_mode=False)
+    assert found == [Later.build(colours=("red", "blue"), bits=2, ratio=0.5)]
+    app(["--help"], standalone_mode=False)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--colours COLOUR what to paint (repeatable) [default: nothing]" in text
+    assert "--bits [2|4] bits a pixel [default: 4]" in text
+    assert "--coats <int> layers of paint [default: 3; at least 1; at most 9]" in text
+
+
+def test_what_is_kept_in_memory_is_told_in_gigabytes_of_ten_to_the_nine(asked: Callable[..., dict[str, Any]]) -> None:
+    assert asked()["cache_bytes"] == asked("--cache-gb", "4")["cache_bytes"] == 4 * 10**9
+    assert asked("--cache-gb", "0.5")["cache_bytes"] == 5 * 10**8
+    for call in (cospadi.compress, cospadi.measure_plan):
+        assert inspect.signature(call).parameters["cache_bytes"].default == 4 * 10**9
+
+
+@pytest.mark.parametrize("size", ["-1", "nan", "1e999"])
+def test_a_cache_of_no_size_is_refused(size: str, run: Callable[..., Answer]) -> None:
+    answer = run("plan", "demo", "--cache-gb", size)
+    assert answer.code == 2
+    assert "Invalid value for '--cache-gb'" in answer.err
 
 
 # Mistakes

@@ -18,22 +18,19 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-import datasets
 import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-import typer
-from conftest import Answer
+from conftest import COMMAND, Answer
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import cospadi
-import cospadi_cli
 from cospadi import Recipe, UserError
 from cospadi.budget import accounting
 from cospadi.budget.plan import check_plan, outlook, read_plan, read_plan_recipe, write_plan
@@ -388,18 +385,10 @@ def test_plan_file_of_any_content(
 
 
 @pytest.fixture(scope="module")
-def compressed(dense_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small checkpoint in one file; never changed."""
-    output = tmp_path_factory.mktemp("compressed") / "out"
-    cospadi.compress(dense_folder, FREE | {"ratio": 0.3, "exclude": ["*.k_proj"]}, output)
-    return output
-
-
-@pytest.fixture(scope="module")
-def sharded(compressed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sharded(compressed_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same in several files with an index; never changed."""
     output = tmp_path_factory.mktemp("sharded") / "out"
-    AutoModelForCausalLM.from_pretrained(compressed).save_pretrained(output, max_shard_size="30KB")
+    AutoModelForCausalLM.from_pretrained(compressed_folder).save_pretrained(output, max_shard_size="30KB")
     assert len(list(output.glob("*.safetensors"))) > 1
     return output
 
@@ -449,8 +438,8 @@ def check_checkpoint(folder: Path, ours: bool = True) -> bool:
 
 @examples(150)
 @given(data=st.data())
-def test_checkpoint_with_any_config(data: st.DataObject, compressed: Path, tmp_path: Path) -> None:
-    folder = fresh(compressed, tmp_path)
+def test_checkpoint_with_any_config(data: st.DataObject, compressed_folder: Path, tmp_path: Path) -> None:
+    folder = fresh(compressed_folder, tmp_path)
     path = folder / "config.json"
     config = json.loads(path.read_bytes())
     ours = config["quantization_config"]
@@ -476,9 +465,9 @@ def test_checkpoint_with_any_config(data: st.DataObject, compressed: Path, tmp_p
 @examples(150)
 @given(data=st.data())
 def test_checkpoint_with_any_manifest(
-    data: st.DataObject, compressed: Path, run: Callable[..., Answer], tmp_path: Path
+    data: st.DataObject, compressed_folder: Path, run: Callable[..., Answer], tmp_path: Path
 ) -> None:
-    folder = fresh(compressed, tmp_path)
+    folder = fresh(compressed_folder, tmp_path)
     path = folder / "cospadi.json"
     whole = path.read_bytes()
     path.write_bytes(data.draw(mutated(json.loads(whole)).map(dumped) | damaged(whole)))
@@ -488,9 +477,11 @@ def test_checkpoint_with_any_manifest(
 
 @examples(200)
 @given(data=st.data())
-def test_checkpoint_with_any_weights(data: st.DataObject, compressed: Path, sharded: Path, tmp_path: Path) -> None:
+def test_checkpoint_with_any_weights(
+    data: st.DataObject, compressed_folder: Path, sharded: Path, tmp_path: Path
+) -> None:
     """Whatever differs from the bytes that were written, `verify` says so."""
-    folder = fresh(data.draw(st.sampled_from([compressed, sharded])), tmp_path)
+    folder = fresh(data.draw(st.sampled_from([compressed_folder, sharded])), tmp_path)
     path = data.draw(st.sampled_from(sorted(folder.glob("*.safetensors"))))
     whole = path.read_bytes()
     changed = data.draw(damaged_file(whole))
@@ -632,9 +623,7 @@ def test_calibration_file_of_any_content(
     field: str | None,
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # else five seconds after each file
     suffix, content = file
     path = tmp_path / f"{name}.{suffix}"
     path.write_bytes(content)
@@ -652,7 +641,7 @@ def test_calibration_file_of_any_content(
 
 # Flags
 
-COMMANDS: dict[str, Any] = dict(typer.main.get_command(cospadi_cli.app).commands)  # type: ignore[attr-defined]
+COMMANDS: dict[str, Any] = dict(COMMAND.commands)  # type: ignore[attr-defined]
 CHEAP = {
     "compress": ["--iterations", "1", "--target", "q"],
     "plan": ["--iterations", "1", "--target", "q"],
@@ -672,7 +661,7 @@ NAMED = {"model": "MODEL", "folder": "COMPRESSED", "prompt": "12", "output": "ou
 
 def is_number(command: str, parameter: str) -> bool:
     """Whether a parameter of a command is one."""
-    hint = str(get_type_hints(inspect.unwrap(COMMANDS[command].callback))[parameter])
+    hint = str(inspect.signature(COMMANDS[command].callback).parameters[parameter].annotation)
     return "int" in hint or "float" in hint
 
 
@@ -700,7 +689,7 @@ def command_line(draw: st.DrawFn) -> list[str]:
 @pytest.fixture(scope="module")
 def desk(
     dense_folder: Path,
-    compressed: Path,
+    compressed_folder: Path,
     text_file: Path,
     saved_plans: list[bytes],
     tmp_path_factory: pytest.TempPathFactory,
@@ -708,7 +697,7 @@ def desk(
     """A folder with one of each kind of thing that a flag may name; never changed."""
     folder = tmp_path_factory.mktemp("desk")
     shutil.copytree(dense_folder, folder / "MODEL")
-    shutil.copytree(compressed, folder / "COMPRESSED")
+    shutil.copytree(compressed_folder, folder / "COMPRESSED")
     shutil.copy(text_file, folder / "words.txt")
     (folder / "FOLDER").mkdir()
     (folder / "FILE").write_text("a file\n")

@@ -1,15 +1,22 @@
 """CoSpaDi: make large language models smaller after training, by calibration-guided sparse dictionary learning.
 
 Importing this package registers its checkpoint format with transformers, so that
-`AutoModelForCausalLM.from_pretrained` loads what `compress` wrote.
+`AutoModelForCausalLM.from_pretrained` loads what `compress` wrote. What else it has loads when it is first used.
 """
 
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from cospadi.__about__ import __version__
-from cospadi.compress import Compressed, compress, measure_plan
 from cospadi.errors import CheckpointError, UserError
-from cospadi.model.load import load
-from cospadi.recipe import Recipe
-from cospadi.runtime.layer import LowRankLinear, SparseDictionaryLinear
+
+if TYPE_CHECKING:
+    from cospadi.compress import Compressed, compress, measure_plan
+    from cospadi.model.load import load
+    from cospadi.recipe import Recipe
+    from cospadi.runtime.layer import LowRankLinear, SparseDictionaryLinear
 
 __all__ = [
     "CheckpointError",
@@ -23,3 +30,39 @@ __all__ = [
     "load",
     "measure_plan",
 ]
+
+_WHERE = {
+    "Compressed": "cospadi.compress",
+    "LowRankLinear": "cospadi.runtime.layer",
+    "Recipe": "cospadi.recipe",
+    "SparseDictionaryLinear": "cospadi.runtime.layer",
+    "compress": "cospadi.compress",
+    "load": "cospadi.model.load",
+    "measure_plan": "cospadi.compress",
+}
+"""Public name -> the module that it is loaded from on first use."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_WHERE[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Has `cospadi.compress` the function, whoever imported the module of that name first."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _WHERE and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+if not getattr(sys.modules.get("cospadi_cli"), "is_command", False):
+    importlib.import_module("cospadi.integrations.transformers")

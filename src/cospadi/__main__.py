@@ -1,5 +1,5 @@
 """`python -m cospadi` is the command `cospadi`."""
 
-from cospadi_cli import main
+from cospadi.cli import main
 
 main()

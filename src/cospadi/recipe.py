@@ -1,4 +1,9 @@
-"""The recipe: everything a user can ask of `compress`. Fields and command-line flags have the same names."""
+"""The recipe: everything a user can ask of `compress`. Its fields are the command's flags.
+
+`cospadi.cli` makes a flag of each field: of its name and type, of its description and range, of its default, and of its
+title as the name of what the flag takes. What a field that is None stands for is said at the end of its description,
+in parentheses that begin with "default:".
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,10 @@ from cospadi.errors import UserError
 
 MOST = 2**31
 """Bound of every count: beyond what anybody has, within what torch can count."""
+
+CACHE_BYTES = 4 * 10**9
+"""What a job keeps in memory rather than on disk or computed again, half of it hidden states and half of it whitenings,
+unless told otherwise (`--cache-gb`). It is no field of the recipe: the result does not depend on it."""
 
 
 class Recipe(BaseModel):
@@ -29,7 +38,7 @@ class Recipe(BaseModel):
         "exact", description="exact: real bytes; eq10, eq11: the paper's own k and s"
     )
     value_bits: Literal[14, 16] | None = Field(
-        None, description="bits a stored coefficient: 16 is bf16 (default 14; 16 with eq10)"
+        None, description="bits a stored coefficient: 16 is bf16 (default: 14; 16 with eq10)"
     )
     rho: float | None = Field(
         None,
@@ -40,19 +49,20 @@ class Recipe(BaseModel):
     allocate: Literal["fisher", "output", "uniform"] | None = Field(
         None,
         description="how the byte budget is spread: by what an error costs in the loss (fisher) or in the projection's "
-        "output, or the same ratio everywhere (default: fisher; uniform without calibration and with eq10, eq11)",
+        "output, or the same ratio everywhere (uniform) (default: fisher; uniform without text and with eq10, eq11)",
     )
     weight_columns: Literal["fisher", "none"] | None = Field(
         None,
-        description="weigh outputs by what they cost in the loss (default: fisher; none without text and with output)",
+        description="weigh outputs by what they cost in the loss "
+        "(default: fisher; none without text and with --allocate output)",
     )
     compensate: bool | None = Field(
         None,
         description="each projection makes up for the errors of those before it "
-        "(default: yes; no without text and with share layers:N)",
+        "(default: yes; no without text and with --share layers:N)",
     )
     fisher_sequences: int = Field(
-        16, ge=1, le=MOST, description="calibration sequences from which those costs are estimated"
+        16, ge=1, le=MOST, description="calibration sequences from which the costs in the loss are estimated"
     )
 
     update: Literal["power", "pca", "mod"] = Field("power", description="dictionary update of ksvd")
@@ -65,14 +75,20 @@ class Recipe(BaseModel):
     data_free: bool = Field(False, description="no calibration: minimise the error of the weights themselves")
     damping: float = Field(1e-6, gt=0, lt=1, description="diagonal shift of a singular Gram, in mean diagonals")
 
-    include: tuple[str, ...] = Field((), description="glob patterns of projections to compress (default: all)")
-    exclude: tuple[str, ...] = Field((), description="glob patterns of projections to leave dense")
-    target: tuple[str, ...] = Field((), description="projection types to compress: up,gate is the paper's UG")
+    include: tuple[str, ...] = Field((), title="GLOB", description="names of projections to compress (default: all)")
+    exclude: tuple[str, ...] = Field(
+        (), title="GLOB", description="names of projections to leave dense (default: none)"
+    )
+    target: tuple[str, ...] = Field(
+        (), title="TYPES", description="projection types to compress; up,gate is the paper's UG (default: all)"
+    )
 
     calibration: str | None = Field(
-        None, description="a .txt, .jsonl or .parquet file, a hub data set, or 'builtin' (default: a public web text)"
+        None,
+        title="SOURCE",
+        description="a .txt, .jsonl or .parquet file, a hub data set, or 'builtin' (default: a public web text)",
     )
-    calibration_config: str | None = Field(None, description="configuration name of a hub data set")
+    calibration_config: str | None = Field(None, description="configuration of a hub data set (default: its only one)")
     calibration_split: str = Field("train", description="split of a hub data set")
     calibration_field: str | None = Field(None, description="text field (default: text, else content)")
     sequences: int = Field(256, ge=1, le=MOST, description="calibration sequences")
@@ -82,13 +98,19 @@ class Recipe(BaseModel):
     batch_size: int = Field(4, ge=1, le=MOST, description="calibration sequences in one forward pass")
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model (default: main)")
 
     @field_validator("include", "exclude", "target", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
-        """One string is a list separated by commas, as on the command line."""
-        return tuple(word.strip() for word in value.split(",") if word.strip()) if isinstance(value, str) else value
+        """One string is a list separated by commas."""
+        return _words(value) if isinstance(value, str) else value
+
+    @field_validator("target")
+    @classmethod
+    def _types(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """No type's name has a comma in it."""
+        return _words(",".join(value))
 
     @field_validator("share")
     @classmethod
@@ -166,6 +188,11 @@ class Recipe(BaseModel):
     def to_yaml(self) -> str:
         """The whole recipe, defaults included, as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    """What stands between commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

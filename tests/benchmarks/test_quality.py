@@ -12,20 +12,19 @@ from cospadi.commands.demo import run_demo
 from cospadi.demo import HELD_OUT, model_path, stdlib_documents
 from cospadi.jobs.progress import Stages
 from cospadi.model import load
-from cospadi.stages import budgets
 
 
 def test_demo_ranks_the_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cospadi.commands.demo.WINDOWS", 8)
     monkeypatch.setattr("cospadi.commands.demo.SEQUENCES", 10)
-    monkeypatch.setattr("cospadi.commands.demo.FISHER_SEQUENCES", 2)
-    monkeypatch.setattr(budgets, "RHOS", (2.2,))  # a quarter of the short runs
-    dense, low_rank, paper, ours = run_demo(ratio=0.4, iterations=2, stages=Stages())
+    ours_in_short = {"fisher_sequences": 2, "iterations": 8, "rho": 2.2}  # one rho is a quarter of the budgets' runs
+    monkeypatch.setattr("cospadi.commands.demo.OURS", ours_in_short)
+    dense, low_rank, paper, ours = run_demo(ratio=0.5, iterations=2, stages=Stages())
     assert dense.perplexity < 20
     assert dense.perplexity < ours.perplexity < paper.perplexity < low_rank.perplexity
-    assert 0.4 <= paper.ratio < 0.41
-    assert 0.4 <= ours.ratio < 0.4004
-    assert ours.nbytes <= 0.6 * dense.nbytes
+    assert 0.5 <= paper.ratio < 0.51
+    assert 0.5 <= ours.ratio < 0.5004
+    assert ours.nbytes <= 0.5 * dense.nbytes
 
 
 def test_demo_text_keeps_what_is_held_out_apart() -> None:

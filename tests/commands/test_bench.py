@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -84,7 +85,9 @@ def test_decoding_keeps_nothing_unpacked(tmp_path: Path) -> None:
     assert bench.tensor_bytes(model) == before + model_dense
 
 
-def test_what_bench_prints(run: Callable[..., Answer], tmp_path: Path, dense_folder: Path) -> None:
+def test_what_bench_prints(
+    run: Callable[..., Answer], tmp_path: Path, dense_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = write_random(tmp_path / "model", 64, 2, 40)
     words = ["--repeats", "2", "--tokens", "2", "--batch", "1", "--batch", "3", "--prefill", "20", "--threads", "1"]
     answer = run("bench", folder, "--against", dense_folder, *words, "--json")
@@ -98,8 +101,12 @@ def test_what_bench_prints(run: Callable[..., Answer], tmp_path: Path, dense_fol
         assert all(len(speed["runs"]) == 2 and min(speed["runs"]) > 0 for speed in model["speeds"])
         assert model["peak_resident_bytes"] > model["tensor_bytes"] > 0
     assert [speed["against_first"] for speed in models[0]["speeds"]] == [1, 1, 1]
+    memory = bench.Memory(weights=123_400_000, peak=None, tensors=5_600_000, load_seconds=1.5)
+    monkeypatch.setattr(bench, "_in_new_process", lambda *_: memory)  # two new processes are enough
     table = run("bench", folder, *words).out
     assert "decode, batch 3" in table
+    assert re.search(r"resident after one token +123\.40 MB", table)
+    assert re.search(r"peak resident +unknown", table)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import random
@@ -171,13 +170,11 @@ def _passages(text: str, seed: int, length: int) -> Iterator[str]:
 
 
 def _file_rows(path: Path, recipe: Recipe) -> Iterator[str]:
-    from datasets import IterableDataset, load_dataset
+    from datasets import IterableDataset
 
+    read = _parquet_rows if path.suffix == ".parquet" else _json_rows
     try:
-        if path.suffix == ".parquet":
-            rows = load_dataset("parquet", data_files=glob.escape(str(path)), split="train", streaming=True)
-        else:  # Arrow's own reader of JSON wants one type a column, and crashes on lists nested deep enough
-            rows = IterableDataset.from_generator(_json_rows, gen_kwargs={"path": path})
+        rows = IterableDataset.from_generator(read, gen_kwargs={"path": path})
         yield from _texts(rows.shuffle(seed=recipe.seed, buffer_size=SHUFFLE_BUFFER), str(path), recipe)
     except UserError:
         raise
@@ -185,8 +182,20 @@ def _file_rows(path: Path, recipe: Recipe) -> Iterator[str]:
         raise UserError(f"calibration file {path} cannot be read as {path.suffix[1:]}: {first_line(error)}") from None
 
 
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows as they lie in the file, a few in memory at a time."""
+    from pyarrow.parquet import ParquetFile
+
+    # datasets' own reader sleeps five seconds where somebody stops before the last row.
+    with ParquetFile(path, pre_buffer=False) as file:
+        for batch in file.iter_batches(batch_size=1000):
+            yield from batch.to_pylist()
+
+
 def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """One JSON object a line, or one list of objects or texts."""
+    """One JSON object a line, or one list of objects or texts. (Arrow's reader wants one type a column, and crashes on
+    lists nested deep enough.)
+    """
     with path.open(encoding="utf-8-sig") as stream:
         listed = stream.read(1) == "["
         stream.seek(0)

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 
+from cospadi.commands import tables
 from cospadi.errors import UserError
 from cospadi.jobs.progress import Stages
 from cospadi.model import load
@@ -251,3 +253,49 @@ def _peak(where: torch.device) -> int | None:
 
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
+
+
+def bench_json(results: Sequence[Benched]) -> dict[str, Any]:
+    """Figures of `cospadi bench` for machines; the first model is the one that others are compared with."""
+    return {
+        "models": [
+            {
+                "model": result.name,
+                "load_seconds": round(result.memory.load_seconds, 3),
+                "tensor_bytes": result.memory.tensors,
+                "resident_weight_bytes": result.memory.weights,
+                "peak_resident_bytes": result.memory.peak,
+                "speeds": [
+                    {
+                        "kind": speed.kind,
+                        "size": speed.size,
+                        "tokens_per_second": round(speed.median, 3),
+                        "spread": round(speed.spread, 4),
+                        "against_first": round(speed.median / first.median, 4),
+                        "runs": [round(run, 3) for run in speed.tokens_per_second],
+                    }
+                    for speed, first in zip(result.speeds, results[0].speeds, strict=True)
+                ],
+            }
+            for result in results
+        ]
+    }
+
+
+def bench_table(results: Sequence[Benched]) -> Table:
+    """A line a kind of work: median tokens a second of each model, the spread, and the ratio to the first."""
+    table = tables.new_table("", *(result.name for result in results))
+    for index, first in enumerate(results[0].speeds):
+        what = f"{first.size} tokens" if first.kind == "prefill" else f"batch {first.size}"
+        cells = []
+        for result in results:
+            speed = result.speeds[index]
+            ratio = "" if result is results[0] else f"  {speed.median / first.median:.2f}x"
+            cells.append(f"{speed.median:,.1f} ± {100 * speed.spread:.0f}%{ratio}")
+        table.add_row(f"{first.kind}, {what}, tokens/s", *cells)
+    table.add_section()
+    table.add_row("weights, as stored in memory", *(tables.megabytes(result.memory.tensors) for result in results))
+    table.add_row("resident after one token", *(tables.megabytes(result.memory.weights) for result in results))
+    table.add_row("peak resident", *(tables.megabytes(result.memory.peak) for result in results))
+    table.add_row("loading and one token", *(f"{result.memory.load_seconds:.1f} s" for result in results))
+    return table

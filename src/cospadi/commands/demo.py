@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
 from torch import nn
 
 from cospadi import demo
-from cospadi.commands import evaluate
+from cospadi.commands import evaluate, tables
 from cospadi.compress import compress
 from cospadi.jobs.progress import Stages
 from cospadi.model import load
@@ -20,9 +22,10 @@ from cospadi.recipe import Recipe
 ITERATIONS = 10
 """T of K-SVD in the demo: as many as fit its five minutes on two slow cores; the paper runs 60."""
 SEQUENCES = 64
-FISHER_SEQUENCES = 8
 WINDOWS = 64
-PAPER = {"share": "none", "allocate": "uniform", "weight_columns": "none", "compensate": False}
+OURS: dict[str, Any] = {"fisher_sequences": 8}
+"""The default recipe, its gradients on less text."""
+PAPER: dict[str, Any] = {"share": "none", "allocate": "uniform", "weight_columns": "none", "compensate": False}
 """Each projection alone and at the same ratio, as in both papers."""
 
 
@@ -56,7 +59,7 @@ def run_demo(ratio: float, iterations: int, stages: Stages) -> list[Row]:
     methods: dict[str, dict[str, Any]] = {
         "SVD-LLM": PAPER | {"solver": "svd-llm"},
         f"CoSpaDi's paper (ksvd, T = {iterations})": PAPER | {"solver": "ksvd", "iterations": iterations},
-        "CoSpaDi": {"fisher_sequences": FISHER_SEQUENCES},
+        "CoSpaDi": OURS,
     }
     for name, fields in methods.items():
         recipe = Recipe.build(fields, ratio=ratio, calibration="builtin", sequences=SEQUENCES)
@@ -69,3 +72,18 @@ def run_demo(ratio: float, iterations: int, stages: Stages) -> list[Row]:
             rows.append(Row(name, result.plan.bytes, result.plan.ratio, measure(loaded), seconds))
     plan = result.plan
     return [Row("dense", plan.dense_bytes, 0.0, dense_perplexity, 0.0), *rows]
+
+
+def demo_table(rows: Sequence[Row]) -> Table:
+    """dense against SVD-LLM, the paper's K-SVD and CoSpaDi."""
+    table = tables.new_table("model", "projections", "ratio", "perplexity", "seconds")
+    for row in rows:
+        dense = row.ratio == 0
+        table.add_row(
+            row.name,
+            tables.megabytes(row.nbytes),
+            "-" if dense else f"{row.ratio:.4f}",
+            f"{row.perplexity:.2f}",
+            "-" if dense else f"{row.seconds:.0f}",
+        )
+    return table

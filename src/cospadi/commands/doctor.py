@@ -10,9 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from cospadi.__about__ import __version__
+from cospadi.commands import tables
 from cospadi.format import packing
 from cospadi.runtime import cpu, op, reference
 
@@ -134,3 +136,21 @@ def _is_right_dense() -> bool:
 def _is_close(y: Tensor, z: Tensor, coefficients: Tensor, tolerance: float) -> bool:
     difference = (y.double() - z.double() @ coefficients).abs()
     return bool((difference <= tolerance * (z.double().abs() @ coefficients.abs())).all())
+
+
+def doctor_table(found: Examination) -> Table:
+    """A line a fact."""
+    table = tables.new_table("", "value")
+    table.columns[1].justify = "left"
+    for name, number in found.versions.items():
+        table.add_row(name, number)
+    table.add_row("machine", found.machine)
+    table.add_row("torch's threads", str(found.threads))
+    table.add_row("CPU kernel", found.cpu_kernel or "not built: the reference runs")
+    if found.cpu_levels:
+        table.add_row("CPU kernels that run here", ", ".join(found.cpu_levels))
+        table.add_row("threads from", found.openmp or "one thread only")
+    table.add_row("GPUs", ", ".join(found.devices) or "none")
+    for name, ok in found.checks.items():
+        table.add_row(f"self-check, {name}", "right" if ok else "WRONG")
+    return table

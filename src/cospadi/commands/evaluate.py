@@ -17,9 +17,6 @@ from cospadi.jobs.progress import Stages
 from cospadi.model import load
 from cospadi.runtime.layer import Runtime, set_runtime
 
-COLDEST = 1e-6
-"""Below this temperature logits, divided by it, might no longer be finite."""
-
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -122,42 +119,32 @@ def evaluate_models(
     return results
 
 
-def continue_text(
-    model: str | Path,
-    prompt: str,
-    tokens: int,
-    temperature: float = 0.0,
-    seed: int = 42,
-    device: str = "auto",
-    runtime: Runtime = "auto",
-) -> str:
-    """The prompt and what the model adds to it; greedy at temperature 0, and at one so low that it comes to the same.
+def perplexity_json(results: Sequence[tuple[str, Perplexity]]) -> dict[str, Any]:
+    """Perplexity of each model; of two, also the difference and ln of the ratio, first against second."""
+    data: dict[str, Any] = {
+        "models": [
+            {"model": name, "perplexity": _finite(result.value), "windows": result.windows, "length": result.length}
+            for name, result in results
+        ]
+    }
+    if len(results) == 2:
+        first, second = (result.value for _, result in results)
+        data |= {"difference": _finite(first - second), "log_ratio": _finite(math.log(first / second))}
+    return data
 
-    Raises:
-        UserError: a temperature below 0, a model that cannot be read, an empty prompt, or no room for it.
-    """
-    if not 0 <= temperature < math.inf:
-        raise UserError(f"--temperature {temperature:g} is not a number from 0 up")
-    where = load.pick_device(device)
-    folder = load.resolve(model)
-    tokenizer = load.load_tokenizer(folder)
-    network: Any = load.load_model(folder, where)
-    set_runtime(network, runtime)
-    inputs = torch.tensor([tokenize(tokenizer, prompt, load.vocabulary(network))], dtype=torch.int64, device=where)
-    used, room = inputs.shape[1], load.positions(network.config)
-    if used == 0:
-        raise UserError("the prompt is empty")
-    if used >= room:
-        raise UserError(f"the prompt has {used} tokens; the model has {room} positions")
-    torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > COLDEST else {"do_sample": False}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    output = network.generate(
-        input_ids=inputs,
-        attention_mask=torch.ones_like(inputs),
-        max_new_tokens=min(tokens, room - used),
-        pad_token_id=pad,
-        **sampling,
-    )
-    text: str = tokenizer.decode(output[0], skip_special_tokens=True)
-    return text
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity and no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def perplexity_lines(results: Sequence[tuple[str, Perplexity]]) -> list[str]:
+    """A line a model, and a line for the difference."""
+    lines = [
+        f"{name}: perplexity {result.value:.4f} ({result.windows} windows of {result.length} tokens)"
+        for name, result in results
+    ]
+    data = perplexity_json(results)
+    if data.get("difference") is not None:
+        lines.append(f"difference {data['difference']:+.4f}, ln of the ratio {data['log_ratio']:+.4f}")
+    return lines

@@ -24,14 +24,12 @@ from cospadi.jobs.pool import Pool, Task
 from cospadi.jobs.progress import Stages
 from cospadi.model import load
 from cospadi.model.blocks import Blocks
+from cospadi.recipe import CACHE_BYTES as CACHE_BYTES
 from cospadi.recipe import Recipe
 from cospadi.solvers import find_solver
 from cospadi.stages.solve import Work, memory_of, work_of
 
 log = logging.getLogger("cospadi")
-
-CACHE_BYTES = 4 * 2**30
-"""What is kept in memory rather than on disk or computed again, half of it hidden states and half of it whitenings."""
 
 R = TypeVar("R")
 

@@ -1,26 +1,35 @@
 """The command `cospadi`. No logic here: flags in, calls, tables out.
 
-It stands beside the package, not in it, because importing the package registers the checkpoint format with
-transformers, which takes seconds: help and mistyped flags answer at once, and a command imports what it needs.
+The flags of a job are made of the recipe's fields. Each command imports what it needs, since torch and transformers
+take seconds: help and mistyped flags answer at once (see `cospadi_cli`).
 """
 
 from __future__ import annotations
 
 import errno
+import functools
+import importlib
 import io
 import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_origin
 
 import typer
 
+from cospadi.errors import UserError
+from cospadi.recipe import CACHE_BYTES, MOST, Recipe
+
 if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
     from cospadi.jobs.progress import Stages
     from cospadi.runtime.layer import Runtime
 
@@ -32,6 +41,7 @@ app = typer.Typer(
     help="Make large language models smaller after training, by calibration-guided sparse dictionary learning.",
 )
 
+GB = 10**9
 LONGEST_MESSAGE = 1000
 NOT_OURS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP)
 """What a system says of a file that the user named and that nobody could read or write."""
@@ -44,90 +54,131 @@ RuntimeFlag = Annotated[
     str, typer.Option("--runtime", help="what layers keep in memory: auto, packed, unpacked (S) or dense (D S)")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
-
-# Recipe fields as flags. None means: as the recipe file says, or its default.
 RecipeFile = Annotated[Path | None, typer.Option(metavar="FILE", help="YAML recipe; flags override its fields")]
-Ratio = Annotated[float | None, typer.Option(help="share of the projections' bytes to remove  [default: 0.2]")]
-SolverFlag = Annotated[
-    str | None, typer.Option(help="mod-htp, ksvd, procrustes, eigen, svd-llm or svd  [default: mod-htp]")
-]
-Accounting = Annotated[str | None, typer.Option(help="exact, eq10 or eq11  [default: exact]")]
-ValueBits = Annotated[int | None, typer.Option(help="bits a stored coefficient, 14 or 16  [default: 14]")]
-Rho = Annotated[float | None, typer.Option(help="k / s  [default: chosen with the budgets; 2 where they are uniform]")]
-Allocate = Annotated[
-    str | None,
-    typer.Option(help="spread the bytes by fisher, output or uniform  [default: fisher; uniform without calibration]"),
-]
-WeightColumns = Annotated[
-    str | None,
-    typer.Option(
-        help="weigh outputs in the solver: fisher, none  [default: fisher; none without text and with output]"
-    ),
-]
-FisherSequences = Annotated[
-    int | None, typer.Option(help="calibration sequences that fisher is estimated on  [default: 16]")
-]
-Compensate = Annotated[
-    bool | None,
-    typer.Option(
-        "--compensate/--no-compensate",
-        "--propagate/--no-propagate",
-        help="each projection makes up for the errors before it  [default: yes; no without text and with layers:N]",
-    ),
-]
-Update = Annotated[str | None, typer.Option(help="dictionary update of ksvd: power, pca or mod  [default: power]")]
-Iterations = Annotated[int | None, typer.Option(help="alternations T of mod-htp, ksvd, procrustes  [default: 60]")]
-Tolerance = Annotated[float | None, typer.Option(help="stop when an iteration gains less than this fraction")]
-Seed = Annotated[int | None, typer.Option(help="[default: 42]")]
-Share = Annotated[
-    str | None,
-    typer.Option(help="what shares a dictionary: none, input, layers:N or input,layers:N  [default: input]"),
-]
-DataFree = Annotated[bool | None, typer.Option("--data-free", help="no calibration text")]
-Damping = Annotated[float | None, typer.Option(help="shift of a singular Gram, in mean diagonals  [default: 1e-6]")]
-Include = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="projections to compress (repeatable)")]
-Exclude = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="projections to leave dense (repeatable)")]
-Target = Annotated[str | None, typer.Option(help="projection types, comma-separated: up,gate is the paper's UG")]
-Calibration = Annotated[
-    str | None,
-    typer.Option(metavar="SOURCE", help=".txt, .jsonl or .parquet file, hub data set, or builtin  [default: web text]"),
-]
-CalibrationConfig = Annotated[str | None, typer.Option(help="configuration of a hub data set")]
-CalibrationSplit = Annotated[str | None, typer.Option(help="split of a hub data set  [default: train]")]
-CalibrationField = Annotated[str | None, typer.Option(help="text field  [default: text, else content]")]
-Sequences = Annotated[int | None, typer.Option(help="calibration sequences  [default: 256]")]
-Length = Annotated[int | None, typer.Option(help="tokens a sequence  [default: 1024, or the model's positions]")]
-BatchSize = Annotated[int | None, typer.Option(help="sequences in a forward pass  [default: 4]")]
-RecipeDevice = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N  [default: auto]")]
-Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a hub model")]
-
-# How the work is done, which is no part of a recipe: the result does not depend on it, but for threads.
-EngineFlag = Annotated[str, typer.Option("--engine", help="who solves: local (this machine) or ray (a cluster)")]
-Workers = Annotated[int, typer.Option(min=1, help="processes that solve, with --engine local; 1 is this one alone")]
-ThreadsPerTask = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads of one solve  [default: torch's choice over the workers]")
-]
-RayAddress = Annotated[str | None, typer.Option(help="cluster to join  [default: RAY_ADDRESS, or a local one]")]
-AllowMixed = Annotated[
-    bool, typer.Option("--allow-mixed", help="let machines of different device models solve parts of one job")
-]
 CacheGb = Annotated[
-    float, typer.Option(min=0, help="GB of hidden states and whitenings kept in memory, not on disk or made again")
-]
-KeepGrams = Annotated[
-    bool,
-    typer.Option("--keep-grams", help="write whitenings that exceed that to the job directory, not make them again"),
-]
-Resume = Annotated[
-    bool | None,
+    float,
     typer.Option(
-        "--resume/--no-resume",
-        help="go on with an unfinished job in DIR.work, or begin anew  [default: go on if it is the same job]",
+        min=0,
+        max=10**6,
+        help="GB (10^9 bytes) of hidden states and whitenings kept in memory, not on disk or made again",
     ),
 ]
+
+ALIASES = {"compensate": "propagate"}
+"""Recipe field -> another spelling of its flag."""
+BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+
+
+def _how(
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--no-resume",
+            help="go on with an unfinished job in DIR.work, or begin anew  [default: go on if it is the same job]",
+        ),
+    ] = None,
+    engine: Annotated[str, typer.Option(help="who solves: local (this machine) or ray (a cluster)")] = "local",
+    workers: Annotated[
+        int, typer.Option(min=1, help="processes that solve, with --engine local; 1 is this one alone")
+    ] = 1,
+    threads_per_task: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of one solve  [default: torch's choice over the workers]")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="cluster to join  [default: RAY_ADDRESS, or a local one]")
+    ] = None,
+    allow_mixed: Annotated[
+        bool, typer.Option("--allow-mixed", help="let machines of different device models solve parts of one job")
+    ] = False,
+    cache_gb: CacheGb = CACHE_BYTES / GB,
+    keep_grams: Annotated[
+        bool,
+        typer.Option(
+            "--keep-grams", help="write whitenings that exceed that to the job directory, not make them again"
+        ),
+    ] = False,
+) -> dict[str, Any]:
+    """How the work of a job is done, which is no part of its recipe, as keywords of `compress` and `measure_plan`."""
+    from cospadi.jobs.pool import Engine, Kind
+
+    if engine not in get_args(Kind):
+        raise typer.BadParameter(_one_line(f"--engine {engine} is not known. Use {', '.join(get_args(Kind))}"))
+    return {
+        "resume": resume,
+        "engine": Engine(cast(Kind, engine), workers, threads_per_task, ray_address, allow_mixed),
+        "cache_bytes": int(cache_gb * GB),
+        "keep_grams": keep_grams,
+    }
+
+
+HOW = signature(_how, eval_str=True).parameters
+
+
+def _flag(name: str, field: FieldInfo) -> Parameter:
+    """A field of the recipe as a flag; it is None where the flag is not given."""
+    kind, metavar = _but_none(field.annotation), field.title
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        kind, metavar = type(choices[0]), f"[{'|'.join(map(str, choices))}]"
+    elif get_origin(kind) is tuple:
+        kind = list[str]
+    spelled = [word.replace("_", "-") for word in (name, ALIASES.get(name)) if word]
+    flags = [f"--{word}/--no-{word}" if kind is bool else f"--{word}" for word in spelled]
+    option = typer.Option(*flags, metavar=metavar, help=_help(field))
+    annotation: Any = Annotated[kind | None, option]
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _but_none(annotation: Any) -> Any:
+    """X of `X | None`."""
+    kinds = [kind for kind in get_args(annotation) if kind is not NoneType]
+    return kinds[0] if NoneType in get_args(annotation) else annotation
+
+
+def _help(field: FieldInfo) -> str:
+    """A field's description, its default, and the range of its values where somebody could leave it."""
+    text, _, default = (field.description or "").removesuffix(")").partition(" (default: ")
+    if not default:
+        text, default = field.description or "", _shown(field.default)
+    if get_origin(field.annotation) is tuple:
+        text += " (repeatable)"
+    limits = [
+        f"{words} {_shown(limit)}"
+        for bound, words in BOUNDS.items()
+        for limit in (getattr(rule, bound, None) for rule in field.metadata)
+        if limit is not None and limit < MOST
+    ]
+    return f"{text}  [{'; '.join([f'default: {default}', *limits])}]"
+
+
+def _shown(value: object) -> str:
+    """A default or a limit, for reading."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _of_a_job(command: Callable[..., None]) -> Callable[..., None]:
+    """Put flags for the recipe and for `_how` in place of a command's parameter `flags`, which gets what was given."""
+    file = Parameter("recipe", Parameter.KEYWORD_ONLY, default=None, annotation=RecipeFile)
+    made = [file, *(_flag(name, field) for name, field in Recipe.model_fields.items())]
+    made += HOW.values()
+    names = [parameter.name for parameter in made]
+    parameters: list[Parameter] = []
+    for parameter in signature(command, eval_str=True).parameters.values():
+        parameters += made if parameter.name == "flags" else [parameter]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        command(flags={name: given.pop(name) for name in names}, **given)
+
+    keywords = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters]
+    run.__signature__ = Signature(keywords)  # type: ignore[attr-defined]
+    return run
 
 
 @app.command()
+@_of_a_job
 def compress(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="folder to write")],
@@ -135,106 +186,33 @@ def compress(
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="sizes and recipe that `cospadi plan --measure` saved")
     ] = None,
-    recipe: RecipeFile = None,
-    ratio: Ratio = None,
-    solver: SolverFlag = None,
-    accounting: Accounting = None,
-    value_bits: ValueBits = None,
-    rho: Rho = None,
-    allocate: Allocate = None,
-    weight_columns: WeightColumns = None,
-    fisher_sequences: FisherSequences = None,
-    compensate: Compensate = None,
-    update: Update = None,
-    iterations: Iterations = None,
-    tolerance: Tolerance = None,
-    seed: Seed = None,
-    share: Share = None,
-    data_free: DataFree = None,
-    damping: Damping = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    target: Target = None,
-    calibration: Calibration = None,
-    calibration_config: CalibrationConfig = None,
-    calibration_split: CalibrationSplit = None,
-    calibration_field: CalibrationField = None,
-    sequences: Sequences = None,
-    length: Length = None,
-    batch_size: BatchSize = None,
-    device: RecipeDevice = None,
-    revision: Revision = None,
-    resume: Resume = None,
-    engine: EngineFlag = "local",
-    workers: Workers = 1,
-    threads_per_task: ThreadsPerTask = None,
-    ray_address: RayAddress = None,
-    allow_mixed: AllowMixed = False,
-    cache_gb: CacheGb = 4,
-    keep_grams: KeepGrams = False,
+    *,
+    flags: dict[str, Any],
     as_json: Json = False,
     progress: Progress = "auto",
 ) -> None:
     """Compress a model and write a checkpoint that from_pretrained loads."""
-    flags = dict(locals())
     with _if_stopped(lambda: _what_is_left(output)):
-        built = _recipe(flags)
-        stages = _talk(progress)
-        from cospadi.commands import tables
+        recipe = _recipe(flags, plan)
+        stages, how = _talk(progress), _how(**_part(flags, HOW))
+        from cospadi.commands.compress import compressed_json, compressed_table
         from cospadi.compress import compress as run
 
         with stages.shown():
-            result = run(
-                model, built, output, plan=plan, overwrite=overwrite, resume=resume, engine=_engine(flags),
-                cache_bytes=int(cache_gb * 1e9), keep_grams=keep_grams, stages=stages,
-            )  # fmt: skip
-    _show(tables.compressed_json(result, built), as_json, tables.compressed_table(result, built))
+            result = run(model, recipe, output, plan=plan, overwrite=overwrite, stages=stages, **how)
+    _show(compressed_json(result, recipe), as_json, compressed_table(result, recipe))
 
 
 @app.command()
+@_of_a_job
 def plan(
     model: Model,
     measure: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="calibrate, choose each group's size, save them for `compress --plan FILE`"),
     ] = None,
-    recipe: RecipeFile = None,
-    ratio: Ratio = None,
-    solver: SolverFlag = None,
-    accounting: Accounting = None,
-    value_bits: ValueBits = None,
-    rho: Rho = None,
-    allocate: Allocate = None,
-    weight_columns: WeightColumns = None,
-    fisher_sequences: FisherSequences = None,
-    compensate: Compensate = None,
-    update: Update = None,
-    iterations: Iterations = None,
-    tolerance: Tolerance = None,
-    seed: Seed = None,
-    share: Share = None,
-    data_free: DataFree = None,
-    damping: Damping = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    target: Target = None,
-    calibration: Calibration = None,
-    calibration_config: CalibrationConfig = None,
-    calibration_split: CalibrationSplit = None,
-    calibration_field: CalibrationField = None,
-    sequences: Sequences = None,
-    length: Length = None,
-    batch_size: BatchSize = None,
-    device: RecipeDevice = None,
-    revision: Revision = None,
-    resume: Resume = None,
-    engine: EngineFlag = "local",
-    workers: Workers = 1,
-    threads_per_task: ThreadsPerTask = None,
-    ray_address: RayAddress = None,
-    allow_mixed: AllowMixed = False,
-    cache_gb: CacheGb = 4,
-    keep_grams: KeepGrams = False,
+    *,
+    flags: dict[str, Any],
     timing: Annotated[
         bool, typer.Option("--timing/--no-timing", help="run pieces of the job for some seconds to tell its time")
     ] = True,
@@ -242,44 +220,14 @@ def plan(
     progress: Progress = "auto",
 ) -> None:
     """Show what `compress` would do: from the model's config and headers alone, or measured."""
-    flags = dict(locals())
     with _if_stopped(lambda: _what_is_left(measure) if measure else "Nothing was written."):
-        built = _recipe(flags)
-        stages = _talk(progress if measure else "off")
-        from cospadi.budget.plan import check_plan_file, outlook, write_plan
-        from cospadi.commands import tables
-        from cospadi.commands.estimate import estimate
-        from cospadi.compress import measure_plan, work_folder
-        from cospadi.stages.open import allocation_of
+        recipe = _recipe(flags)
+        stages, how = _talk(progress if measure else "off"), _how(**_part(flags, HOW))
+        from cospadi.commands.plan import plan as look
 
-        measured = None
-        if measure:
-            check_plan_file(measure)
-            with stages.shown():
-                measured = measure_plan(
-                    model, built, work=work_folder(measure), resume=resume, engine=_engine(flags),
-                    cache_bytes=int(cache_gb * 1e9), keep_grams=keep_grams, stages=stages,
-                )  # fmt: skip
-            write_plan(measured, built, measure)
-        found = outlook(model, built, measured)
-        costs = estimate(
-            model, built, found.plan, final=measured is not None, cache_bytes=int(cache_gb * 1e9),
-            keep_grams=keep_grams, timing=timing,
-        )  # fmt: skip
-    notes = [f"Whole checkpoint: {tables.megabytes(found.before)} before, {tables.megabytes(found.after)} after."]
-    if found.experts:
-        notes.append(f"Left dense, experts that are not nn.Linear: {found.experts}")
-    if measure:
-        notes.append(f"Saved to {measure}: cospadi compress {model} --plan {measure} --output DIR")
-    final = measured is not None or allocation_of(built) == "uniform"
-    if not final:
-        notes.append(
-            f"This is the uniform budget. Under --allocate {allocation_of(built)} only the groups and the total are "
-            "final: what each group gets is measured with calibration text, which --measure FILE does."
-        )
-    data = tables.plan_json(found.plan, built, found.before, found.after, final)
-    data["estimate"] = tables.estimate_json(costs)
-    _show(data, as_json, tables.plan_table(found.plan), *notes, "", tables.estimate_table(costs))
+        with stages.shown():
+            found = look(model, recipe, measure, timing, stages, **how)
+    _show(found.as_json(), as_json, *found.parts())
 
 
 @app.command("eval")
@@ -296,25 +244,25 @@ def evaluate(
 ) -> None:
     """Perplexity on a text, in non-overlapping windows."""
     stages = _talk(progress)
-    from cospadi.commands import tables
-    from cospadi.commands.evaluate import evaluate_models
+    from cospadi.commands.evaluate import evaluate_models, perplexity_json, perplexity_lines
 
     with stages.shown():
         results = evaluate_models(
             [model, *([against] if against else [])], text, length, batch_size, device, stages, _runtime(runtime)
         )
-    _show(tables.perplexity_json(results), as_json, *tables.perplexity_lines(results))
+    _show(perplexity_json(results), as_json, *perplexity_lines(results))
 
 
 @app.command()
 def inspect(folder: Folder, as_json: Json = False) -> None:
     """List what is in a compressed checkpoint: bytes, ratio and error a projection; totals."""
     _talk("off")
-    from cospadi.commands import tables
-    from cospadi.format import safetensors, verify
+    from cospadi.commands.inspect import inspect as look
+    from cospadi.commands.inspect import inspect_table
+    from cospadi.commands.tables import megabytes
 
-    data = tables.inspect_json(*verify.read_checkpoint(folder), safetensors.stored_tensors(folder))
-    _show(data, as_json, tables.inspect_table(data), f"Whole checkpoint: {tables.megabytes(data['checkpoint_bytes'])}.")
+    data = look(folder)
+    _show(data, as_json, inspect_table(data), f"Whole checkpoint: {megabytes(data['checkpoint_bytes'])}.")
 
 
 @app.command()
@@ -339,7 +287,7 @@ def generate(
 ) -> None:
     """Continue a prompt: a quick look that the model still speaks."""
     _talk("off")
-    from cospadi.commands.evaluate import continue_text
+    from cospadi.commands.generate import continue_text
 
     typer.echo(continue_text(model, prompt, tokens, temperature, seed, device, _runtime(runtime)))
 
@@ -355,14 +303,12 @@ def demo(
     from dataclasses import asdict
 
     stages = _talk(progress)
-    from cospadi.commands import tables
-    from cospadi.commands.demo import ITERATIONS, run_demo
-    from cospadi.recipe import Recipe
+    from cospadi.commands.demo import ITERATIONS, demo_table, run_demo
 
     Recipe.build(ratio=ratio)  # refuses one that is out of range before the first model is measured
     with stages.shown():
         rows = run_demo(ratio, iterations or ITERATIONS, stages)
-    _show({"rows": [asdict(row) for row in rows]}, as_json, tables.demo_table(rows))
+    _show({"rows": [asdict(row) for row in rows]}, as_json, demo_table(rows))
 
 
 @app.command()
@@ -384,8 +330,7 @@ def bench(
     stages = _talk(progress)
     import torch
 
-    from cospadi.commands import tables
-    from cospadi.commands.bench import DECODE_BATCHES, PREFILL_TOKENS
+    from cospadi.commands.bench import DECODE_BATCHES, PREFILL_TOKENS, bench_json, bench_table
     from cospadi.commands.bench import bench as measure
 
     if threads is not None:
@@ -402,17 +347,17 @@ def bench(
             _runtime(runtime),
             stages,
         )
-    _show(tables.bench_json(results), as_json, tables.bench_table(results))
+    _show(bench_json(results), as_json, bench_table(results))
 
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """What this machine and installation have: versions, kernels, devices, and whether the kernels compute rightly."""
     _talk("off")
-    from cospadi.commands import doctor, tables
+    from cospadi.commands.doctor import doctor_table, examine
 
-    found = doctor.examine()
-    _show(found.as_json(), as_json, tables.doctor_table(found), *found.advice)
+    found = examine()
+    _show(found.as_json(), as_json, doctor_table(found), *found.advice)
     if not found.right:
         raise typer.Exit(1)
 
@@ -437,8 +382,6 @@ def main() -> None:
         if hasattr(error, "exit_code") and hasattr(error, "show"):  # click's usage errors
             error.show()
             sys.exit(error.exit_code)
-        from cospadi.errors import UserError
-
         if isinstance(error, UserError):
             _fail(_one_line(str(error)), 2)
         if os.environ.get("COSPADI_TRACEBACK") == "1":
@@ -468,29 +411,24 @@ def _one_line(message: str) -> str:
     return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]} ..."
 
 
-def _recipe(flags: dict[str, Any]) -> Any:
-    """A Recipe from the flags that were given, over the recipe file or the saved plan."""
-    from cospadi.budget.plan import read_plan_recipe
-    from cospadi.errors import UserError
-    from cospadi.recipe import Recipe
-
-    given = {name: flags[name] for name in Recipe.model_fields if flags.get(name) is not None}
-    for name in ("include", "exclude"):
-        if name in given:
-            given[name] = tuple(given[name])
-    if flags.get("plan") is None:
+def _recipe(flags: dict[str, Any], plan: Path | None = None) -> Recipe:
+    """A recipe of the flags that were given, over the recipe file or the saved plan."""
+    given = {name: value for name, value in _part(flags, Recipe.model_fields).items() if value is not None}
+    if plan is None:
         return Recipe.build(flags["recipe"], **given)
     if flags["recipe"] is not None:
-        raise UserError(
-            f"--recipe would change the plan that {flags['plan']} holds, which has its recipe. Leave it out"
-        )
-    return read_plan_recipe(flags["plan"], **given)
+        raise UserError(f"--recipe would change the plan that {plan} holds, which has its recipe. Leave it out")
+    from cospadi.budget.plan import read_plan_recipe
+
+    return read_plan_recipe(plan, **given)
+
+
+def _part(flags: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: flags[name] for name in names}
 
 
 def _runtime(name: str) -> Runtime:
     """A --runtime that is known."""
-    from typing import cast, get_args
-
     from cospadi.runtime.layer import Runtime
 
     if name not in get_args(Runtime):
@@ -516,30 +454,19 @@ def _what_is_left(output: Path) -> str:
     return f"What is finished is kept in {work_folder(output)}: the same command goes on from there."
 
 
-def _engine(flags: dict[str, Any]) -> Any:
-    """Who solves, by the flags."""
-    from typing import get_args
-
-    from cospadi.jobs.pool import Engine, Kind
-
-    if flags["engine"] not in get_args(Kind):
-        raise typer.BadParameter(f"--engine {flags['engine']} is not known. Use {', '.join(get_args(Kind))}")
-    names = ("workers", "threads_per_task", "ray_address", "allow_mixed")
-    return Engine(flags["engine"], **{name: flags[name] for name in names})
-
-
 def _talk(progress: str) -> Stages:
-    """Progress and log on stderr; other libraries keep quiet."""
+    """Progress and log on stderr; other libraries keep quiet, and transformers knows the format."""
+    if progress not in ("auto", "on", "off"):
+        raise typer.BadParameter(_one_line(f"--progress {progress} is not known. Use auto, on or off"))
     from rich.console import Console
 
     from cospadi.jobs.progress import Stages, log_to
 
-    if progress not in ("auto", "on", "off"):
-        raise typer.BadParameter(_one_line(f"--progress {progress} is not known. Use auto, on or off"))
     console = Console(stderr=True)
     bars = progress == "on" or (progress == "auto" and console.is_terminal)
     log_to(console, bars)
     _silence_libraries()
+    importlib.import_module("cospadi.integrations.transformers")
     return Stages(console if bars else None)
 
 

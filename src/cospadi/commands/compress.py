@@ -1,0 +1,46 @@
+"""What `compress` tells when it is done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from cospadi.commands import tables
+from cospadi.compress import Compressed
+from cospadi.recipe import Recipe
+
+
+def compressed_json(result: Compressed, recipe: Recipe) -> dict[str, Any]:
+    """The closing report for machines."""
+    errors = list(result.errors.values())
+    return {
+        "ratio_asked": recipe.ratio,
+        "ratio_reached": result.plan.ratio,
+        "dense_bytes": result.plan.dense_bytes,
+        "compressed_bytes": result.plan.bytes,
+        "checkpoint_bytes_before": result.bytes_before,
+        "checkpoint_bytes_after": result.bytes_after,
+        "mean_relative_error": sum(errors) / len(errors),
+        "relative_errors": result.errors,
+        "left_dense": [projection.name for projection in result.plan.left_dense],
+        "seconds": {stage: round(seconds, 3) for stage, seconds in result.seconds.items()},
+    }
+
+
+def compressed_table(result: Compressed, recipe: Recipe) -> Table:
+    """The closing table of `compress`."""
+    report = compressed_json(result, recipe)
+    table = tables.new_table("", "value")
+    table.add_row("selected projections, dense", tables.megabytes(report["dense_bytes"]))
+    table.add_row("selected projections, compressed", tables.megabytes(report["compressed_bytes"]))
+    if report["left_dense"]:
+        table.add_row("of them left dense by the budget", str(len(report["left_dense"])))
+    table.add_row("ratio asked", f"{report['ratio_asked']:.4f}")
+    table.add_row("ratio reached", f"{report['ratio_reached']:.4f}")
+    table.add_row("whole checkpoint, before", tables.megabytes(report["checkpoint_bytes_before"]))
+    table.add_row("whole checkpoint, after", tables.megabytes(report["checkpoint_bytes_after"]))
+    table.add_row("mean relative error", f"{report['mean_relative_error']:.4f}")
+    for stage, seconds in result.seconds.items():
+        table.add_row(f"time, {stage}", tables.duration(seconds))
+    return table
