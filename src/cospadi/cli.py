@@ -447,11 +447,11 @@ def _if_stopped(message: Callable[[], str]) -> Iterator[None]:
 
 
 def _what_is_left(output: Path) -> str:
-    from cospadi.compress import work_folder
+    from cospadi.stages.open import job_directory
 
-    if not work_folder(output).exists():
+    if not job_directory(output).exists():
         return f"Nothing was written to {output}. The same command starts over."
-    return f"What is finished is kept in {work_folder(output)}: the same command goes on from there."
+    return f"What is finished is kept in {job_directory(output)}: the same command goes on from there."
 
 
 def _talk(progress: str) -> Stages:

@@ -65,6 +65,14 @@ class Recipe(BaseModel):
         16, ge=1, le=MOST, description="calibration sequences from which the costs in the loss are estimated"
     )
 
+    budget_iterations: int = Field(
+        8,
+        ge=1,
+        le=MOST,
+        exclude_if=lambda value: value == 8,  # recipes written before there was this field say the same
+        description="alternations T of the short solver runs that budgets are measured by",
+    )
+
     update: Literal["power", "pca", "mod"] = Field("power", description="dictionary update of ksvd")
     iterations: int = Field(60, ge=1, le=MOST, description="alternations T of mod-htp, ksvd and procrustes")
     tolerance: float = Field(0.0, ge=0, lt=1, description="stop once an iteration gains less than this; 0: never")
@@ -143,6 +151,40 @@ class Recipe(BaseModel):
         if self.accounting == "eq10" and self.value_bits == 14:
             raise ValueError("accounting eq10 means bf16 values. Leave value_bits out, or use accounting eq11 or exact")
         return self
+
+    def settled(self) -> Recipe:
+        """The same recipe with a value for every field that another one decides: the one place where that happens.
+
+        `data_free` also tells that the solver takes no text. `rho` stays None where it is chosen with the budgets, and
+        what only the model knows (`length`) or the data set (`calibration_field`) stays open.
+
+        Raises:
+            UserError: no such solver, or a field that asks for what the others rule out.
+        """
+        from cospadi.solvers import find_solver  # torch: not for who only reads recipes
+
+        text = not self.data_free and find_solver(self.solver).whitened
+        if self.allocate in ("fisher", "output") and not text:
+            raise UserError(f"solver {self.solver} uses no calibration text to allocate by. Use --allocate uniform")
+        if self.weight_columns == "fisher" and not text:
+            raise UserError(f"solver {self.solver} uses no calibration text to weigh by. Use --weight-columns none")
+        if self.compensate and (not text or self.layers_shared > 1):
+            why = "a dictionary serves several blocks" if text else "there is no text"
+            raise UserError(f"compensate is not possible: {why}. Use --no-compensate, or leave it out")
+        weighed = text and self.allocate != "output"
+        decided = {
+            "data_free": not text,
+            "allocate": self.allocate or ("fisher" if text and self.accounting == "exact" else "uniform"),
+            "weight_columns": self.weight_columns or ("fisher" if weighed else "none"),
+            "compensate": text and self.layers_shared == 1 and self.compensate is not False,
+            "value_bits": self.stored_value_bits,
+        }
+        return self.model_copy(update=decided)
+
+    @property
+    def wants_fisher(self) -> bool:
+        """Whether anything in a settled recipe asks what errors cost in the loss."""
+        return "fisher" in (self.allocate, self.weight_columns)
 
     @property
     def stored_value_bits(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cospadi.calibration.spill import Shelf
-from cospadi.calibration.walk import Calls, advance, call, embed, logits, other_weights
+from cospadi.calibration.walk import Calls, advance, call, embed, logits, replaced_weights, walk
 from cospadi.errors import UserError
 from cospadi.model.blocks import Blocks
 from cospadi.model.projections import Projection, decoder_blocks
@@ -66,7 +66,7 @@ def output_fisher_by_blocks(
     projections: Sequence[Projection],
     sequences: Tensor,
     shelf: Shelf,
-    stand_ins: Callable[[int], Mapping[str, Tensor]] = lambda _index: {},
+    replacement: Callable[[int], Mapping[str, Tensor]] = lambda _index: {},
     on_sequence: Callable[[float], None] | None = None,
 ) -> dict[str, Tensor]:
     """`output_fisher` with one block in memory at a time: forward, keeping the inputs of every block, then back.
@@ -74,16 +74,15 @@ def output_fisher_by_blocks(
     Args:
         calls: how blocks are called with one sequence.
         shelf: keeps the inputs of all blocks.
-        stand_ins: block index -> names in the block -> other weights.
+        replacement: block index -> names in the block -> replacement weights (d2, d1).
         on_sequence: called with shares of 1 that add up to the number of sequences.
     """
     fisher: dict[str, Tensor] = {}
     share = len(sequences) / (2 * len(blocks))
     inputs = [embed(blocks, sequences, 1, shelf)]
-    for index in range(len(blocks)):
+    for index, block in walk(blocks, calls, range(len(blocks))):
         inputs.append(inputs[-1].copy())
-        with blocks.loaded(index) as block:
-            advance(block, index, calls, inputs[-1], stand_ins(index))
+        advance(block, index, calls, inputs[-1], replacement(index))
         if on_sequence:
             on_sequence(share)
     gradients = inputs.pop()
@@ -94,9 +93,9 @@ def output_fisher_by_blocks(
             summed_loss(blocks.model, logits(blocks, calls, hidden, tokens), tokens).backward()  # type: ignore[no-untyped-call]
             assert hidden.grad is not None
             gradients[batch] = hidden.grad
-        for index in reversed(range(len(blocks))):
+        for index, block in walk(blocks, calls, reversed(range(len(blocks)))):
             before = inputs.pop()
-            with blocks.loaded(index) as block, other_weights(block, stand_ins(index)):
+            with replaced_weights(block, replacement(index)):
                 of_block = [p for p in projections if p.block == index]
                 with _squared_gradients(blocks.model, of_block, fisher), _no_parameter_gradients(block):
                     for batch in range(len(before)):

@@ -1,8 +1,9 @@
 """The calibration text on its way through the model, block by block.
 
-`learn_calls` finds out what each block is called with beside the hidden states. A `Flow` then carries the hidden states
-of all batches from block to block, so that only one block has to be in memory: for plain Gram matrices (`grams`), for
-those of a model that is compressed so far (`paired_grams`), and for the loss at the end (`mean_loss`).
+`learn_calls` finds out what each block is called with beside the hidden states. `walk` is the loop over the blocks: one
+at a time is in memory, and the hidden states of all batches, a `Flow`, go from block to block. It serves plain Gram
+matrices (`grams`), those of a model that is compressed so far (`paired_grams`), gradients (`fisher`), the loss of
+candidates (`mean_loss`) and solving.
 
 Errors of the projections before it change a projection's input from X to X'. Asking for ||X W - X' D S|| small, where
 plain calibration asks for ||X W - X D S||, lets every projection make up for the errors before it (the idea of
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -75,6 +76,50 @@ class Flow:
         """Forget them."""
         for item in self.items:
             self.shelf.drop(item)
+
+
+@dataclass
+class Stream:
+    """A text on its way through the model, or through what replacement weights make of it.
+
+    Attributes:
+        flow: its hidden states before a block.
+        weights: full layer name -> replacement weight (d2, d1); those of a block leave when it is passed.
+        block: index of the block that it stands before.
+    """
+
+    flow: Flow
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    block: int = 0
+
+    def inside(self, name: str) -> dict[str, Tensor]:
+        """Replacement weights in the block of that name, by their names there."""
+        return in_block(name, self.weights.items())
+
+
+def walk(
+    blocks: Blocks, calls: Calls, indices: Iterable[int], streams: Sequence[Stream] = (), through_last: bool = True
+) -> Iterator[tuple[int, nn.Module]]:
+    """The loop over the decoder blocks, of which one at a time is in memory.
+
+    Args:
+        indices: of the blocks, in the order of the walk.
+        streams: carried through each block once the caller is done with it.
+        through_last: whether through the last block, too.
+
+    Yields:
+        Index and block, whose weights are there until the next one is asked for, or until `Blocks.release`.
+    """
+    order = list(indices)
+    for index in order:
+        with blocks.loaded(index) as block:
+            yield index, block
+            for stream in streams if through_last or index != order[-1] else ():
+                here = stream.inside(blocks.name_of(index))
+                advance(block, index, calls, stream.flow, here)
+                for name in here:
+                    del stream.weights[f"{blocks.name_of(index)}.{name}"]
+                stream.block = index + 1
 
 
 @torch.no_grad()
@@ -171,13 +216,13 @@ def call(block: nn.Module, index: int, calls: Calls, hidden: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def advance(block: nn.Module, index: int, calls: Calls, flow: Flow, stand_ins: Mapping[str, Tensor]) -> None:
+def advance(block: nn.Module, index: int, calls: Calls, flow: Flow, replacement: Mapping[str, Tensor]) -> None:
     """Carry hidden states through a block, in place of those before it.
 
     Args:
-        stand_ins: names in the block -> other weights.
+        replacement: names in the block -> replacement weights (d2, d1).
     """
-    with other_weights(block, stand_ins):
+    with replaced_weights(block, replacement):
         for batch in range(len(flow)):
             flow[batch] = call(block, index, calls, flow[batch])
 
@@ -260,7 +305,7 @@ def paired_grams(
     calls: Calls,
     dense: Flow,
     compressed: Flow,
-    stand_ins: Mapping[str, Tensor],
+    replacement: Mapping[str, Tensor],
     readers: Mapping[str, nn.Module],
     on_batch: Callable[[int], None] | None = None,
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
@@ -268,7 +313,7 @@ def paired_grams(
 
     Args:
         dense, compressed: the text in the dense model and in the one that is compressed so far, before the block.
-        stand_ins: names in the block -> weights of what is already compressed.
+        replacement: names in the block -> weights of what is already compressed.
         readers: names in the block -> linear layers, one for each distinct input.
         on_batch: called with 1 after each batch.
 
@@ -284,7 +329,7 @@ def paired_grams(
     for batch in range(len(dense)):
         before, hidden = dense[batch], compressed[batch]
         wanted = _inputs(block, readers, before, *calls.given[len(before)][index])
-        with other_weights(block, stand_ins):
+        with replaced_weights(block, replacement):
             given = _inputs(block, readers, hidden, *calls.given[len(hidden)][index])
         for name, (gram, cross) in sums.items():
             x, y = wanted.get(name), given.get(name)
@@ -313,8 +358,8 @@ def corrected(weight: Tensor, gram: Tensor, cross: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def other_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Other weights for some linear layers of a module, by name, inside this block."""
+def replaced_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Replacement weights (d2, d1) for some linear layers of a module, by name, inside this block."""
     layers = {name: module.get_submodule(name) for name in weights}
     kept = {name: layer.weight.data for name, layer in layers.items()}
     try:

@@ -35,13 +35,12 @@ from cospadi.calibration.text import sequence_length
 from cospadi.model import companions, load
 from cospadi.model.blocks import Blocks
 from cospadi.model.projections import decoder_blocks, find_projections, shared_inputs
-from cospadi.recipe import Recipe
+from cospadi.recipe import CACHE_BYTES, Recipe
 from cospadi.solvers import Factorization, find_solver
 from cospadi.solvers.mod_htp import EXACT_SHARE
 from cospadi.solvers.products import bf16_is_fast, self_product_flops
 from cospadi.stages.budgets import SPANS, measured_ratios, measured_rhos
-from cospadi.stages.open import CACHE_BYTES, allocation_of, needs_text, wants_compensation, weighs_columns
-from cospadi.stages.solve import QUICK_ITERATIONS, Work, dense_weights, pack, pose, solve
+from cospadi.stages.solve import GroupProblem, dense_weights, pack, pose, solve
 
 log = logging.getLogger("cospadi")
 
@@ -269,7 +268,7 @@ def shape_of(model: Any, owner: Mapping[str, str], selected: Set[str] | None = N
 
 def text_of(recipe: Recipe, positions: int) -> Text:
     """The text that a recipe asks for; none for a recipe without calibration."""
-    if not needs_text(recipe):
+    if recipe.settled().data_free:
         return Text(0, 1, recipe.batch_size, 0)
     length = sequence_length(recipe.length, positions)
     return Text(recipe.sequences, length, recipe.batch_size, min(recipe.fisher_sequences, recipe.sequences))
@@ -279,24 +278,24 @@ def agenda_of(
     recipe: Recipe, plan: Plan, shape: Shape, text: Text, final: bool, cache_bytes: int, keep_grams: bool
 ) -> Agenda:
     """What `compress` will do, as compress.py and measuring.py do it."""
-    spreads = allocation_of(recipe) != "uniform" and not final
-    fisher = weighs_columns(recipe) or (spreads and allocation_of(recipe) == "fisher")
-    compensated = wants_compensation(recipe)
+    spreads = recipe.settled().allocate != "uniform" and not final
+    fisher = (recipe.settled().weight_columns == "fisher") or (spreads and recipe.settled().allocate == "fisher")
+    compensated = recipe.settled().compensate
     kept = sum(8 * reader.d1**2 for reader in shape.readers) <= cache_bytes // 2
     runs: list[Run] = []
     for group in plan.compressed:
         likely = _likely(group, recipe) if spreads else [group]
         if fisher:
-            runs.append(Run("quick", (group,), QUICK_ITERATIONS))
+            runs.append(Run("quick", (group,), recipe.budget_iterations))
         if spreads:
             sizes = [
                 size_group(group.members, ratio, rho, recipe)
                 for ratio in measured_ratios(recipe)
                 for rho in measured_rhos(recipe)
             ]
-            runs.append(Run("curves", tuple(size for size in sizes if size), QUICK_ITERATIONS))
-            runs.append(Run("candidates", (group,), QUICK_ITERATIONS))
-            runs += [Run("candidates", (size,), QUICK_ITERATIONS, len(SPANS) / len(likely)) for size in likely]
+            runs.append(Run("curves", tuple(size for size in sizes if size), recipe.budget_iterations))
+            runs.append(Run("candidates", (group,), recipe.budget_iterations))
+            runs += [Run("candidates", (size,), recipe.budget_iterations, len(SPANS) / len(likely)) for size in likely]
         runs += [Run("solve", (size,), recipe.iterations, 1 / len(likely)) for size in likely]
     phases = 2 * spreads + fisher + (text.sequences > 0 and not compensated)
     return Agenda(
@@ -809,7 +808,7 @@ def _time_group(
         metric = whiten(gram, text.tokens, recipe.damping)
     weight = torch.randn(d1, d2, generator=generator).to(device)
     fisher = torch.rand(d2, generator=generator, dtype=torch.float64).to(device) + 0.5
-    work = Work(recipe, small, metric, weight, fisher, weighs_columns(recipe), device)
+    work = GroupProblem(recipe.settled(), small, metric, weight, fisher, device)
     target = work.target()
     posed = pose(work, target)
     rows: list[list[float]] = []

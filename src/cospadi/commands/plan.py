@@ -11,11 +11,11 @@ from rich.table import Table
 from cospadi.budget.plan import Group, Outlook, Plan, check_plan_file, outlook, write_plan
 from cospadi.commands import tables
 from cospadi.commands.estimate import Estimate, estimate
-from cospadi.compress import measure_plan, work_folder
+from cospadi.compress import measure_plan
 from cospadi.jobs.pool import Engine
 from cospadi.jobs.progress import Stages
 from cospadi.recipe import CACHE_BYTES, Recipe
-from cospadi.stages.open import allocation_of
+from cospadi.stages.open import job_directory
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def plan(
     if measure:
         check_plan_file(measure)
         measured = measure_plan(
-            model, recipe, work=work_folder(measure), resume=resume, engine=engine,
+            model, recipe, directory=job_directory(measure), resume=resume, engine=engine,
             cache_bytes=cache_bytes, keep_grams=keep_grams, stages=stages,
         )  # fmt: skip
         write_plan(measured, recipe, measure)
@@ -84,10 +84,11 @@ def plan(
         notes.append(f"Left dense, experts that are not nn.Linear: {found.experts}")
     if measure:
         notes.append(f"Saved to {measure}: cospadi compress {model} --plan {measure} --output DIR")
-    final = measured is not None or allocation_of(recipe) == "uniform"
+    allocate = recipe.settled().allocate
+    final = measured is not None or allocate == "uniform"
     if not final:
         notes.append(
-            f"This is the uniform budget. Under --allocate {allocation_of(recipe)} only the groups and the total are "
+            f"This is the uniform budget. Under --allocate {allocate} only the groups and the total are "
             "final: what each group gets is measured with calibration text, which --measure FILE does."
         )
     return Planned(recipe, found, costs, final, notes)

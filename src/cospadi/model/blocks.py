@@ -75,8 +75,14 @@ class Blocks:
         try:
             yield module
         finally:
+            self.release(index)
+
+    def release(self, index: int) -> None:
+        """Have the weights of a block that is `loaded` leave at once."""
+        name = self.name_of(index)
+        if name in self._kept:
             self._kept.discard(name)
-            self._release(name, module)
+            self._release(name, self.modules[index])
 
     @contextmanager
     def passed_by(self) -> Iterator[None]:

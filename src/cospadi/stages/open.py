@@ -1,68 +1,85 @@
-"""What all stages of a job share: the model's blocks, the text, the ledger, the workers, the walk over the blocks."""
+"""A compression under way: the model seen as blocks, what is selected of it, the job directory, the workers."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
 
-from cospadi.budget.plan import Group
-from cospadi.calibration import walk as sequence
-from cospadi.calibration.grams import IDENTITY, Whitening, accumulate_grams, whiten
+from cospadi import __about__, files
+from cospadi.budget.plan import Group, Plan, make_plan
+from cospadi.calibration.grams import Whitening
 from cospadi.calibration.spill import Shelf
-from cospadi.calibration.text import token_sequences
 from cospadi.calibration.walk import Calls
 from cospadi.errors import UserError
-from cospadi.jobs.ledger import Ledger, Piece
-from cospadi.jobs.pool import Pool, Task
+from cospadi.format import safetensors
+from cospadi.format.manifest import MANIFEST, weights_digest
+from cospadi.jobs.ledger import REPLACED, JobDirectory, Ledger
+from cospadi.jobs.pool import Engine, Pool, Task, device_model
 from cospadi.jobs.progress import Stages
 from cospadi.model import load
-from cospadi.model.blocks import Blocks
-from cospadi.recipe import CACHE_BYTES as CACHE_BYTES
+from cospadi.model.blocks import Blocks, check_finite
+from cospadi.model.projections import dense_experts, find_projections, kinds_of, select, shared_inputs
 from cospadi.recipe import Recipe
-from cospadi.solvers import find_solver
-from cospadi.stages.solve import Work, memory_of, work_of
+from cospadi.stages.solve import GroupProblem, memory_of
 
 log = logging.getLogger("cospadi")
-
-R = TypeVar("R")
 
 
 @dataclass
 class Job:
-    """What all stages of one compression look at.
+    """One compression under way: what all its stages look at.
 
     Attributes:
+        asked: the recipe as it was given. recipe: the same, settled.
+        blocks: the model.
+        folder: where it was read from; None for one that came loaded. hub_name: where the folder came from, or None.
+        tokenizer: the model's, or None.
         owner: projection -> the first reader of its input.
-        cache_bytes: CACHE_BYTES, or what was asked instead.
+        uniform: the plan that gives every group the recipe's ratio.
+        ledger: finished pieces. shelf: hidden states. pool: who solves.
+        cache_bytes: what is kept in memory, half of it hidden states and half of it whitenings.
         keep_grams: write whitenings that do not fit in memory to the ledger, where they are computed again otherwise.
         sequences: calibration tokens, int64 (sequences, tokens); None without calibration.
         calls: how blocks are called; None for a model whose blocks do not simply follow each other, which runs whole.
-        metrics: inputs of a group -> their whitening, kept if all of them fit.
+        whitenings: inputs of a group -> their whitening in the dense model, kept if all of them fit.
+        origin: where the model came from, for the manifest.
     """
 
+    asked: Recipe
     recipe: Recipe
     blocks: Blocks
+    folder: Path | None
+    hub_name: str | None
+    tokenizer: Any
     owner: Mapping[str, str]
+    uniform: Plan
     stages: Stages
     ledger: Ledger
     shelf: Shelf
     pool: Pool
-    cache_bytes: int = CACHE_BYTES
-    keep_grams: bool = False
+    cache_bytes: int
+    keep_grams: bool
     sequences: Tensor | None = None
     calls: Calls | None = None
-    metrics: dict[tuple[str, ...], Whitening] = field(default_factory=dict)
+    whitenings: dict[tuple[str, ...], Whitening] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
 
+    @property
     def compensates(self) -> bool:
         """Whether projections make up for the errors before them."""
-        return self.calls is not None and wants_compensation(self.recipe)
+        return bool(self.recipe.compensate) and self.calls is not None
 
     def inputs(self, group: Group) -> tuple[str, ...]:
         """The tensors that a group's members read, each by its first reader."""
@@ -72,299 +89,192 @@ class Job:
         """W of a group's members side by side, (d1, sum of d2)."""
         return torch.cat([self.blocks.weight(member.name).T for member in group.members], dim=1)
 
-    def work(
-        self, group: Group, metric: Whitening, fisher: Mapping[str, Tensor] | None, weight: Tensor | None = None
-    ) -> Work:
-        """A group's problem, of its own weight unless another is given."""
+    def task(
+        self,
+        group: Group,
+        whitening: Whitening,
+        fisher: Mapping[str, Tensor] | None,
+        *more: Any,
+        weight: Tensor | None = None,
+    ) -> Task:
+        """A group's problem for the workers, of its own weight unless another is given, and what else they are told."""
         of_group = None if fisher is None else torch.cat([fisher[member.name] for member in group.members])
         weight = self.weight(group) if weight is None else weight
-        return Work(self.recipe, group, metric, weight, of_group, weighs_columns(self.recipe), self.blocks.device)
-
-    def task(self, work: Work, *more: Any) -> Task:
-        """The same for the pool; what leaves this process travels through the CPU."""
-        if not self.pool.here:
-            work = replace(work.on(torch.device("cpu")), device=torch.device(work.device.type))
-        return Task((work, *more), memory_of(work.group))
+        problem = GroupProblem(self.recipe, group, whitening, weight, of_group, self.blocks.device)
+        if not self.pool.here:  # what leaves this process travels through the CPU
+            problem = replace(problem.on(torch.device("cpu")), device=torch.device(self.blocks.device.type))
+        return Task((problem, *more), memory_of(group))
 
 
-def needs_text(recipe: Recipe) -> bool:
-    """Whether a recipe is calibrated on text."""
-    return not recipe.data_free and find_solver(recipe.solver).whitened
-
-
-def allocation_of(recipe: Recipe) -> str:
-    """How a recipe spreads bytes."""
-    if recipe.allocate in ("fisher", "output") and not needs_text(recipe):
-        raise UserError(f"solver {recipe.solver} uses no calibration text to allocate by. Use --allocate uniform")
-    if recipe.allocate is not None:
-        return recipe.allocate
-    return "fisher" if needs_text(recipe) and recipe.accounting == "exact" else "uniform"
-
-
-def weighs_columns(recipe: Recipe) -> bool:
-    """Whether a recipe's solver weighs outputs by what they cost in the loss."""
-    if recipe.weight_columns == "fisher" and not needs_text(recipe):
-        raise UserError(f"solver {recipe.solver} uses no calibration text to weigh by. Use --weight-columns none")
-    if recipe.weight_columns is not None:
-        return recipe.weight_columns == "fisher"
-    return needs_text(recipe) and recipe.allocate != "output"
-
-
-def wants_compensation(recipe: Recipe) -> bool:
-    """Whether projections of a recipe are to make up for the errors before them."""
-    possible = needs_text(recipe) and recipe.layers_shared == 1
-    if recipe.compensate and not possible:
-        why = "a dictionary serves several blocks" if needs_text(recipe) else "there is no text"
-        raise UserError(f"compensate is not possible: {why}. Use --no-compensate, or leave it out")
-    return possible and recipe.compensate is not False
-
-
-def read_text(job: Job, tokenizer: Any, folder: Path | None) -> None:
-    """Read the calibration text and find out how the model's blocks are called with it.
-
-    A job that goes on has its tokens already; a local text is then checked to be the one they were read from.
+@contextmanager
+def opened(
+    model: str | Path | nn.Module,
+    recipe: Recipe,
+    tokenizer: Any,
+    stages: Stages,
+    engine: Engine,
+    ledger: Ledger,
+    cache_bytes: int,
+    keep_grams: bool = False,
+    whole: bool = False,
+) -> Iterator[Job]:
+    """Open a model, select its projections and plan them at a uniform ratio.
 
     Args:
-        folder: where a model that turns out to be needed whole is loaded from.
+        whole: load a model that is on disk at once, instead of block by block.
 
     Raises:
-        UserError: no tokenizer, no text, or another one than before.
+        UserError: a model that cannot be compressed, a selection or a ratio that cannot be met.
     """
-    recipe = job.recipe
-    if tokenizer is None:
-        raise UserError("calibration needs the model's tokenizer: pass tokenizer=, or make the recipe data_free")
-    local = Path(recipe.calibration or "").expanduser()
-    with job.stages.stage("text", 1):
-        digest = None
-        if local.is_file():
-            with local.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        piece = job.ledger.get("text")
-        if piece is None:
-            model = job.blocks.model
-            job.sequences = token_sequences(tokenizer, recipe, load.positions(model.config), load.vocabulary(model))
-            job.ledger.put("text", {"sha256_of_file": digest}, {"tokens": job.sequences})
+    settled = recipe.settled()
+    with ExitStack() as stack:
+        folder, hub_name = None, None
+        if isinstance(model, nn.Module):
+            blocks = _given(model)
         else:
-            if piece.record.get("sha256_of_file") != digest:
-                raise UserError(
-                    f"calibration text {recipe.calibration} is not the one that the unfinished job in "
-                    f"{job.ledger.folder} has read. Bring it back, or pass --no-resume to begin anew"
-                )
-            job.sequences = piece.tensors()["tokens"]
-    texts = [(job.sequences, recipe.batch_size)]
-    if allocation_of(recipe) != "uniform" or weighs_columns(recipe):
-        texts += [(check_text(job), 1), (check_text(job), recipe.batch_size)]
+            device = load.pick_device(recipe.device)
+            hub_name = None if Path(model).exists() else str(model)
+            with stages.stage("load", 1):
+                folder = load.resolve(model, recipe.revision)
+                load.load_config(folder)  # refuses what cannot be compressed before any weight is read
+                if whole:
+                    blocks = Blocks(load.load_model(folder, device), device)
+                else:
+                    converted = ledger.scratch or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                    blocks = load.open_blocks(folder, device, converted / "converted")
+                if not settled.data_free and tokenizer is None:
+                    tokenizer = load.load_tokenizer(folder)
+        blocks.model.eval()
+        selected = select(find_projections(blocks.model), recipe.include, recipe.exclude, recipe.target)
+        if experts := dense_experts(blocks.model):
+            log.warning("experts that are not nn.Linear stay dense: %s", kinds_of(experts))
+        if blocks.stored is None:
+            for projection in selected:
+                check_finite(projection.name, blocks.weight(projection.name))
+        blocks.finite = {projection.name for projection in selected}
+        owner = shared_inputs(blocks.model, selected, blocks.device)
+        uniform = make_plan(selected, settled, owner)
+        shelf = Shelf(cache_bytes // 2, ledger.scratch and ledger.scratch / "hidden")
+        stack.callback(shelf.close)
+        pool = stack.enter_context(engine.open(blocks.device))
+        yield Job(
+            recipe, settled, blocks, folder, hub_name, tokenizer, owner, uniform, stages, ledger, shelf, pool,
+            cache_bytes, keep_grams,
+        )  # fmt: skip
+
+
+def _given(model: nn.Module) -> Blocks:
+    """The blocks of a loaded model."""
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None):
+        raise UserError("the model is already compressed or quantized. Compress the original model instead")
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1:
+        raise UserError("the model is spread over several devices. Load it on one to compress it")
+    return Blocks(model, devices.pop())
+
+
+def begin(job: Job, plan: Plan | None) -> None:
+    """Find out which weights these are, and say in the ledger which job this is.
+
+    Args:
+        plan: the one that was given; None where it will be measured.
+
+    Raises:
+        UserError: the ledger is another job's.
+    """
+    ledger, folder = job.ledger, job.folder
+    digest: str | None = None
+    stamps: list[Any] = []
+    if folder is not None:
+        stamps = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in safetensors.weight_files(folder)]
+        noted = ledger.note("weights") if isinstance(ledger, JobDirectory) else None
+        if isinstance(noted, list) and len(noted) == 2 and noted[0] == stamps:
+            digest = noted[1]
+        else:
+            digest = weights_digest(folder)
+    job.origin = {"model": job.hub_name, "weights_sha256": digest}
+    if isinstance(ledger, JobDirectory):
+        identity = {
+            "recipe": job.asked.model_dump(mode="json"),
+            "plan": None if plan is None else hashlib.sha256(repr(plan).encode()).hexdigest(),
+            "weights": digest,
+            "version": {
+                "cospadi": __about__.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            "threads": torch.get_num_threads(),
+            "threads_per_task": job.pool.threads,
+            "device": device_model(job.blocks.device),
+        }
+        if ledger.begin(identity, {"weights": [stamps, digest]}, but=["device"] if job.pool.allow_mixed else []):
+            log.info("resuming the unfinished job in %s", ledger.folder)
+
+
+def job_directory(output: Path) -> Path:
+    """Where a job keeps its finished pieces: beside the output."""
+    output = Path(os.path.realpath(output))  # behind a link, so that it is on the same disk
+    name = output.name
+    if len(os.fsencode(name)) > 200:  # a name may be as long as the system allows, and this one is longer
+        name = f"{name[:40]}.{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
+    return output.with_name(f"{name}.work")
+
+
+def open_ledger(output: Path | None, from_disk: bool, overwrite: bool, resume: bool | None) -> Ledger:
+    """The finished pieces of the job that writes to an output.
+
+    Args:
+        output: None for a job that writes nothing.
+        from_disk: whether its model is; a model that came loaded has no name by which a job could be resumed.
+
+    Raises:
+        UserError: an output that may not be replaced, or cannot be written; a job directory that cannot be used.
+    """
+    if output is None:
+        return Ledger()
+    directory = job_directory(output)
+    if not directory.exists():
+        files.check_output(output, overwrite)
+    ledger = JobDirectory(directory, resume) if from_disk else Ledger()
     try:
-        job.calls = sequence.learn_calls(job.blocks, texts)
-    except (RuntimeError, NotImplementedError) as error:  # a model that uses weights outside of their modules
-        if job.blocks.stored is None:
-            raise
-        log.debug("no forward pass by blocks: %s", error)
-    if job.calls is None:
-        notes = ["solved without compensation"] if wants_compensation(recipe) else []
-        if job.blocks.stored is not None:
-            assert folder is not None
-            finite = job.blocks.finite
-            job.blocks = Blocks(load.load_model(folder, job.blocks.device), job.blocks.device)
-            for name in finite:
-                job.blocks.weight(name)
-            notes.insert(0, "loaded whole")
-        if notes:
-            log.warning("blocks of this model read more than the block before them gives: %s", " and ".join(notes))
+        if ledger.folder is not None:
+            replaced = ledger.folder / REPLACED
+            if (
+                replaced.exists() and not output.exists()
+            ):  # stopped between moving an old output away and the new one in
+                replaced.rename(output)
+        files.check_output(output, overwrite or was_written(ledger, output))
+    except BaseException:
+        ledger.close()
+        raise
+    return ledger
 
 
-def check_text(job: Job) -> Tensor:
-    """The calibration sequences that gradients and losses are taken on."""
-    assert job.sequences is not None
-    return job.sequences[: job.recipe.fisher_sequences]
+def was_written(ledger: Ledger, output: Path) -> bool:
+    """Whether an earlier run of this job has put what is at `output` there, and was stopped only after that."""
+    piece = ledger.get("written")
+    try:
+        content = (output / MANIFEST).read_bytes()
+    except OSError:
+        return False
+    return piece is not None and piece.record.get("manifest") == hashlib.sha256(content).hexdigest()
 
 
-def each_group(
-    job: Job,
-    stage: str,
-    key: str,
-    groups: Sequence[Group],
-    function: Callable[..., R],
-    make_task: Callable[[Group, Whitening], Task],
-    keep: Callable[[R], tuple[dict[str, Any], Mapping[str, Tensor] | None]],
-) -> list[Piece]:
-    """Give every group's problem to the workers and its result to the ledger; what is there already stays.
+def check_space(job: Job, plan: Plan, output: Path) -> None:
+    """Refuse a disk that will be too full, before anything is computed.
 
-    Args:
-        key: of the pieces: "key/first member".
-        make_task: group, whitening of its input -> task for `function`.
-        keep: result -> record and tensors of the piece.
+    The job directory first holds the weights that short solves make of all groups, then, without these, the factors,
+    which are in the output a second time when it is written.
     """
-    keys = {group: f"{key}/{group.members[0].name}" for group in groups}
-    missing = [group for group in groups if job.ledger.get(keys[group]) is None]
-    tasks = (
-        (group, make_task(group, metrics[job.inputs(group)])) for some, metrics in walk(job, missing) for group in some
-    )
-    run_tasks(job, stage, keys, function, tasks, keep)
-    return pieces_of(job, keys)
-
-
-def run_tasks(
-    job: Job,
-    stage: str,
-    keys: Mapping[Group, str],
-    function: Callable[..., R],
-    tasks: Iterable[tuple[Group, Task]],
-    keep: Callable[[R], tuple[dict[str, Any], Mapping[str, Tensor] | None]],
-) -> None:
-    """Give some groups' problems to the workers and the results to the ledger, showing how much of all groups is there.
-
-    Args:
-        keys: of all groups' pieces.
-        keep: result -> record and tensors of the piece.
-    """
-    given: list[Group] = []
-
-    def noted() -> Iterator[Task]:
-        for group, task in tasks:
-            given.append(group)
-            yield task
-
-    with job.stages.stage(stage, sum(map(work_of, keys))) as progress:
-        finished = sum(work_of(group) for group, key in keys.items() if job.ledger.get(key) is not None)
-        shares: dict[int, float] = {}
-
-        def on_progress(index: int, share: float, note: str) -> None:
-            shares[index] = share * work_of(given[index])
-            progress.reach(finished + sum(shares.values()), note)
-
-        for index, result in job.pool.map(function, noted(), on_progress):
-            on_progress(index, 1.0, "")
-            job.ledger.put(keys[given[index]], *keep(result))
-
-
-def pieces_of(job: Job, keys: Mapping[Group, str]) -> list[Piece]:
-    """The finished pieces of groups, all of which are there."""
-    pieces = [job.ledger.get(key) for key in keys.values()]
-    assert None not in pieces
-    return [piece for piece in pieces if piece is not None]
-
-
-def walk(job: Job, groups: Sequence[Group]) -> Iterator[tuple[Sequence[Group], Mapping[tuple[str, ...], Whitening]]]:
-    """The decoder blocks in order, with the text running through them.
-
-    Yields:
-        Groups whose last block has been passed, and the whitening of each by its inputs (`Job.inputs`).
-    """
-    if not groups:
-        return
-    if job.sequences is None:
-        yield groups, {job.inputs(group): IDENTITY for group in groups}
-        return
-    by_end: dict[int, list[Group]] = {}
-    for group in groups:
-        by_end.setdefault(group.members[-1].block, []).append(group)
-    if all(job.inputs(group) in job.metrics for group in groups):
-        for end in sorted(by_end):
-            yield by_end[end], job.metrics
-        return
-    kept = {inputs: _kept_metric(job, inputs) for inputs in map(job.inputs, groups)}
-    if None not in kept.values():
-        for end in sorted(by_end):
-            yield by_end[end], {inputs: _read_metric(job, kept[inputs]) for inputs in map(job.inputs, by_end[end])}
-        return
-    nbytes = sum(8 * group.d1**2 for group in {job.inputs(group): group for group in groups}.values())
-    fits = nbytes <= job.cache_bytes // 2
-    parts = _grams_by_block(job, by_end) if job.calls is not None else _grams_of_whole_model(job, by_end)
-    for some, grams in parts:
-        metrics = {}
-        for inputs in dict.fromkeys(map(job.inputs, some)):
-            gram = grams[inputs[0]]
-            for name in inputs[1:]:
-                gram = gram + grams[name]
-            gram = gram / len(inputs) if len(inputs) > 1 else gram
-            if job.recipe.layers_shared == 1:
-                del grams[inputs[0]]  # has done its work
-            metrics[inputs] = whiten(gram, job.sequences.numel(), job.recipe.damping)
-            if metrics[inputs].factor is None:
-                log.warning("%s reads only zeros on the calibration text: solved without whitening", inputs[0])
-            if job.keep_grams and not fits:
-                _keep_metric(job, inputs, metrics[inputs])
-        if fits:
-            job.metrics.update(metrics)
-        yield some, metrics
-
-
-def _grams_by_block(
-    job: Job, by_end: Mapping[int, Sequence[Group]]
-) -> Iterator[tuple[Sequence[Group], dict[str, Tensor]]]:
-    """Groups and the Grams of what they read, when their last block has been passed; one block in memory at a time."""
-    assert job.sequences is not None
-    assert job.calls is not None
-    flow = sequence.embed(job.blocks, job.sequences, job.recipe.batch_size, job.shelf)
-    last, count = max(by_end), len(job.sequences)
-    grams: dict[str, Tensor] = {}
-    for index in range(last + 1):
-        readers = dict.fromkeys(
-            job.owner[member.name]
-            for groups in by_end.values()
-            for group in groups
-            for member in group.members
-            if member.block == index
+    parameters = {name: parameter.nbytes for name, parameter in job.blocks.model.named_parameters()}
+    replaced = sum(parameters[f"{member.name}.weight"] for group in plan.compressed for member in group.members)
+    packed = sum(group.parts.total for group in plan.compressed)
+    needed = sum(parameters.values()) - replaced + packed
+    if job.ledger.folder is not None:
+        needed = max(needed + packed, replaced if job.recipe.wants_fisher else 0)
+        needed -= sum(path.stat().st_size for path in job.ledger.folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(files.nearest_folder(output)).free
+    if needed > free:
+        raise UserError(
+            f"output {output} needs {needed / 1e6:.1f} MB; {free / 1e6:.1f} MB are free. Free some or write elsewhere"
         )
-        with job.blocks.loaded(index) as block, job.stages.stage("calibrate", (last + 1) * count) as progress:
-            progress.reach(index * count, f"block {index + 1} of {last + 1}")
-            modules = {name: job.blocks.model.get_submodule(name) for name in readers}
-            grams |= sequence.grams(block, index, job.calls, flow, modules, progress.advance)
-        if index in by_end:
-            log.info("calibrated block %d on %d sequences of %d tokens", index, *job.sequences.shape)
-            yield by_end[index], grams
-            for group in by_end[index]:
-                for name in job.inputs(group):
-                    grams.pop(name, None)
-    flow.close()
-
-
-def _grams_of_whole_model(
-    job: Job, by_end: Mapping[int, Sequence[Group]]
-) -> Iterator[tuple[Sequence[Group], dict[str, Tensor]]]:
-    """The same for a model in memory that runs whole, again for as many blocks as have Grams that fit in memory."""
-    assert job.sequences is not None
-    for groups in _ranges(job, by_end):
-        readers = list(dict.fromkeys(job.owner[member.name] for group in groups for member in group.members))
-        last = max(member.block for group in groups for member in group.members)
-        log.info("calibrating up to block %d on %d sequences of %d tokens", last, *job.sequences.shape)
-        with job.stages.stage("calibrate", len(job.sequences)) as progress:
-            stop, size = job.blocks.modules[last], job.recipe.batch_size
-            grams = accumulate_grams(job.blocks.model, readers, job.sequences, size, stop, progress.advance)
-        yield groups, grams
-
-
-def _ranges(job: Job, by_end: Mapping[int, Sequence[Group]]) -> Iterator[list[Group]]:
-    """Consecutive groups whose distinct Gram matrices fit in memory; never splits what ends in the same block."""
-    current: list[Group] = []
-    readers: set[str] = set()
-    size = 0
-    for block in sorted(by_end):
-        needed = {job.owner[m.name]: m for group in by_end[block] for m in group.members}
-        nbytes = sum(8 * member.d1**2 for name, member in needed.items() if name not in readers)
-        if current and size + nbytes > job.cache_bytes:
-            yield current
-            current, readers, size = [], set(), 0
-            nbytes = sum(8 * member.d1**2 for member in needed.values())
-        current += by_end[block]
-        readers |= set(needed)
-        size += nbytes
-    if current:
-        yield current
-
-
-def _keep_metric(job: Job, inputs: tuple[str, ...], metric: Whitening) -> None:
-    tensors = None if metric.factor is None else {"factor": metric.factor}
-    job.ledger.put(f"whitening/{inputs[0]}", {"shift": metric.shift, "scale": metric.scale}, tensors)
-
-
-def _kept_metric(job: Job, inputs: tuple[str, ...]) -> Piece | None:
-    return job.ledger.get(f"whitening/{inputs[0]}")
-
-
-def _read_metric(job: Job, piece: Piece | None) -> Whitening:
-    assert piece is not None
-    factor = piece.tensors().get("factor")
-    factor = None if factor is None else factor.to(job.blocks.device)
-    return Whitening(factor, piece.record["shift"], piece.record["scale"])

@@ -5,7 +5,8 @@ Pure functions of what they are given, so that it does not matter in which proce
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,54 +18,53 @@ from cospadi.budget.plan import Group
 from cospadi.calibration.grams import Whitening
 from cospadi.format import packing, schema
 from cospadi.format.schema import StoredProjection
+from cospadi.jobs.ledger import Piece
 from cospadi.recipe import Recipe
 from cospadi.runtime import reference
 from cospadi.solvers import Factorization, Problem, SolverOptions, find_solver
 from cospadi.solvers.problem import relative_error
 
+log = logging.getLogger("cospadi")
+
 SOLVER_MEMORY = {"cpu": 2**28, "cuda": 2**32}
 """Bytes that batched sparse coding may take. Fixed, not what is free, so that equal runs give equal bytes."""
-
-QUICK_ITERATIONS = 8
-"""Iterations of the solver runs that budgets are measured by."""
 
 Report = Callable[[float, str], None]
 """Told the share of a task that is done, and a short note."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """One group's problem.
+class GroupProblem:
+    """One group's problem: all that solving it takes.
 
     Attributes:
-        metric: the whitening of its input.
+        recipe: settled.
+        whitening: of its input.
         weight: W of its members side by side, (d1, sum of d2), in any dtype.
         fisher: F of its members side by side, float64 (sum of d2,); None where nothing asks for it.
-        weighed: whether the solver weighs outputs by `fisher`.
         device: where it is solved.
     """
 
     recipe: Recipe
     group: Group
-    metric: Whitening
+    whitening: Whitening
     weight: Tensor
     fisher: Tensor | None
-    weighed: bool
     device: torch.device
 
-    def on(self, device: torch.device) -> Work:
+    def on(self, device: torch.device) -> GroupProblem:
         """The same with its tensors on a device."""
-        factor = self.metric.factor
+        factor = self.whitening.factor
         return replace(
             self,
-            metric=self.metric if factor is None else replace(self.metric, factor=factor.to(device)),
+            whitening=self.whitening if factor is None else replace(self.whitening, factor=factor.to(device)),
             weight=self.weight.to(device),
             fisher=None if self.fisher is None else self.fisher.to(device),
         )
 
     def target(self) -> Tensor:
         """A = L W, float64 (d1, sum of d2)."""
-        return self.metric.apply(self.weight)
+        return self.whitening.apply(self.weight)
 
 
 @dataclass(frozen=True)
@@ -89,49 +89,47 @@ class Packed:
         return {"entries": entries, "errors": self.errors, "shift": self.shift}
 
 
-def factorize(work: Work, report: Report) -> Packed:
+def factorize(given: GroupProblem, report: Report) -> Packed:
     """Solve a group in full, and round its factors to what is stored."""
-    work = work.on(work.device)
-    first, iterations = work.group.members[0], work.recipe.iterations
+    given = given.on(given.device)
+    first, iterations = given.group.members[0], given.recipe.iterations
     short = f"{first.block}.{first.kind.rpartition('.')[2]}"
 
     def on_iteration(iteration: int, error: float) -> None:
         report(iteration / iterations, f"{short} T {iteration} error {error:.4f}")
 
-    target = work.target()
-    solution = solve(work, work.group, pose(work, target), iterations, on_iteration)
-    return pack(work.group, solution, work.metric, target)
+    target = given.target()
+    solution = solve(given, given.group, pose(given, target), iterations, on_iteration)
+    return pack(given.group, solution, given.whitening, target)
 
 
-def approximate(work: Work, report: Report) -> dict[str, Tensor]:
+def approximate(given: GroupProblem, report: Report) -> dict[str, Tensor]:
     """The weights (d2, d1) that a short solver run makes of a group, in the dtype of its own, on the CPU."""
-    work = work.on(work.device)
-    solution = solve(work, work.group, pose(work, work.target()), QUICK_ITERATIONS)
-    dictionary = work.metric.undo(solution.dictionary).float()
-    parts = torch.split(solution.coefficients, work.group.d2s, dim=1)
+    given = given.on(given.device)
+    solution = solve(given, given.group, pose(given, given.target()), given.recipe.budget_iterations)
+    dictionary = given.whitening.undo(solution.dictionary).float()
+    parts = torch.split(solution.coefficients, given.group.d2s, dim=1)
     return {
-        member.name: (dictionary @ coefficients).T.contiguous().to(work.weight.dtype).cpu()
-        for member, coefficients in zip(work.group.members, parts, strict=True)
+        member.name: (dictionary @ coefficients).T.contiguous().to(given.weight.dtype).cpu()
+        for member, coefficients in zip(given.group.members, parts, strict=True)
     }
 
 
-def cost_curve(
-    work: Work, sizes: Sequence[tuple[Group, float, float]], by_fisher: bool, report: Report
-) -> list[Option]:
+def cost_curve(given: GroupProblem, sizes: Sequence[tuple[Group, float, float]], report: Report) -> list[Option]:
     """What a group costs at some sizes: sum over outputs j of F_j ||L e_j||^2, by short solver runs.
 
-    e_j is column j of W - D S. Rounding of the stored values is added as its expectation.
+    e_j is column j of W - D S; F_j is one over the energy ||L W||^2 of the projection where budgets go by outputs.
+    Rounding of the stored values is added as its expectation.
 
     Args:
         sizes: the group at several sizes, each with the ratio and rho that it stands for.
-        by_fisher: F_j is that of the work; else one over the energy ||L W||^2 of the projection.
     """
-    work = work.on(work.device)
-    group, target = work.group, work.target()
-    posed = pose(work, target)
-    if by_fisher:
-        assert work.fisher is not None
-        weight = work.fisher
+    given = given.on(given.device)
+    group, target = given.group, given.target()
+    posed = pose(given, target)
+    if given.recipe.allocate == "fisher":
+        assert given.fisher is not None
+        weight = given.fisher
     else:
         parts = zip(torch.split(target, group.d2s, dim=1), group.members, strict=True)
         weight = torch.cat([(1 / part.square().sum().clamp(min=1e-300)).expand(member.d2) for part, member in parts])
@@ -139,14 +137,14 @@ def cost_curve(
     options = []
     for done, (sized, ratio, rho) in enumerate(sizes):
         report(done / len(sizes), f"{group.members[0].block}.{group.members[0].kind.rpartition('.')[2]}")
-        solution = solve(work, sized, posed, QUICK_ITERATIONS)
+        solution = solve(given, sized, posed, given.recipe.budget_iterations)
         error = target.float() - solution.dictionary @ solution.coefficients
         cost = float((error.square().sum(0, dtype=torch.float64) * weight).sum())
         options.append(Option(sized.parts.total, cost + floor, ratio, rho))
     return options
 
 
-def pose(work: Work, target: Tensor) -> tuple[Problem, Tensor]:
+def pose(given: GroupProblem, target: Tensor) -> tuple[Problem, Tensor]:
     """A diag(w) for solvers, w_j = sqrt(F_j) where columns are weighed, else 1; and what its S is multiplied with.
 
     Args:
@@ -154,30 +152,30 @@ def pose(work: Work, target: Tensor) -> tuple[Problem, Tensor]:
     """
     weighed = target
     weights = None
-    if work.weighed:
-        assert work.fisher is not None
-        weights = work.fisher.sqrt()
+    if given.recipe.weight_columns == "fisher":
+        assert given.fisher is not None
+        weights = given.fisher.sqrt()
         weights = weights / weights.mean()
         weighed = target * weights
     scale = weighed.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
-    unwhiten = None if work.metric.factor is None else work.metric.undo
-    problem = Problem((weighed / scale).float(), unwhiten, tuple(work.group.d2s))
+    unwhiten = None if given.whitening.factor is None else given.whitening.undo
+    problem = Problem((weighed / scale).float(), unwhiten, tuple(given.group.d2s))
     return problem, scale if weights is None else scale / weights
 
 
 def solve(
-    work: Work,
+    given: GroupProblem,
     group: Group,
     posed: tuple[Problem, Tensor],
     iterations: int,
     on_iteration: Callable[[int, float], None] | None = None,
 ) -> Factorization:
-    """A ~ D S for the work's group at one of its sizes.
+    """A ~ D S for the problem's group at one of its sizes.
 
     Args:
         posed: by `pose`; the same for all sizes, so that what they share of the start is computed once.
     """
-    recipe, (problem, factor) = work.recipe, posed
+    recipe, (problem, factor) = given.recipe, posed
     options = SolverOptions(
         iterations=iterations,
         update=recipe.update,
@@ -191,7 +189,7 @@ def solve(
     return replace(solution, coefficients=(solution.coefficients * factor).to(solution.coefficients))
 
 
-def work_of(group: Group) -> float:
+def cost_of(group: Group) -> float:
     """What solving a group costs, in arbitrary units: products of its codes with a Gram of its atoms."""
     return sum(group.d2s) * group.k**2
 
@@ -278,3 +276,21 @@ def _saturate(values: Tensor) -> Tensor:
 
 def _nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def record(packed: Packed) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    """A solved group as a piece of the ledger, and a line in the log."""
+    k = next(iter(packed.entries.values())).k
+    s = sum(entry.nnz for entry in packed.entries.values()) / sum(entry.d2 for entry in packed.entries.values())
+    log.info("%s: k %d, s %.4g, error %.4f", ", ".join(packed.entries), k, s, max(packed.errors.values()))
+    return packed.record(), packed.tensors
+
+
+def entries_of(piece: Piece) -> dict[str, StoredProjection]:
+    """A solved group's entries in config.json."""
+    return {name: StoredProjection.model_validate(entry) for name, entry in piece.record["entries"].items()}
+
+
+def packed_of(piece: Piece) -> Packed:
+    """A solved group from its piece."""
+    return Packed(entries_of(piece), piece.tensors(), piece.record["errors"], piece.record["shift"])

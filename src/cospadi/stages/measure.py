@@ -1,0 +1,290 @@
+"""What groups read: Gram matrices of their inputs, on the dense model and on the one that is compressed so far."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from cospadi.budget.plan import Group
+from cospadi.calibration import walk
+from cospadi.calibration.grams import IDENTITY, Whitening, accumulate_grams, whiten
+from cospadi.calibration.walk import Stream
+from cospadi.jobs.ledger import Piece
+from cospadi.model.projections import kinds_of
+from cospadi.stages.open import Job
+
+log = logging.getLogger("cospadi")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Groups that can be solved at the same time, and what they read in the dense model.
+
+    Attributes:
+        groups: in model order.
+        whitenings: inputs of a group (`Job.inputs`) -> their whitening.
+    """
+
+    groups: Sequence[Group]
+    whitenings: Mapping[tuple[str, ...], Whitening]
+
+
+@dataclass
+class Block:
+    """What a set of groups is solved from, without compensation: the dense model's inputs and weights.
+
+    Attributes:
+        sets: groups that can be solved at the same time.
+    """
+
+    job: Job
+    sets: Sequence[Sequence[Group]]
+    whitenings: Mapping[tuple[str, ...], Whitening]
+
+    def measure(self, groups: Sequence[Group]) -> Iterator[tuple[Group, Whitening, Tensor]]:
+        """Of each group of a set the whitening of its input, and the weight (d1, sum of d2) that is approximated."""
+        for group in groups:
+            yield group, self.whitenings[self.job.inputs(group)], self.job.weight(group)
+
+    def swap_in(self, weights: Mapping[str, Tensor]) -> None:
+        """Have what comes after read what these replacement weights (d2, d1), by full layer name, make of it."""
+
+
+@dataclass
+class CompensatedBlock(Block):
+    """A decoder block of the model that is compressed so far, its weights in memory.
+
+    Attributes:
+        sets: in running order: the inputs of each depend on those before it.
+        dense, compressed: the text before the block in the dense model, and in the one that is compressed so far.
+        count: blocks of the walk, for the progress bar.
+    """
+
+    dense: Stream
+    compressed: Stream
+    index: int
+    module: nn.Module
+    count: int
+
+    def measure(self, groups: Sequence[Group]) -> Iterator[tuple[Group, Whitening, Tensor]]:
+        """The same of the compressed model's inputs, and W', which makes up for the errors before it."""
+        if not groups:
+            return
+        job, block = self.job, self.job.blocks.name_of(self.index)
+        assert job.calls is not None
+        assert job.sequences is not None
+        by_input: dict[str, list[Group]] = {}
+        for group in groups:
+            by_input.setdefault(job.inputs(group)[0].removeprefix(f"{block}."), []).append(group)
+        batches = len(self.dense.flow)
+        with job.stages.stage("calibrate", self.count * batches) as progress:
+            progress.reach(self.index * batches, f"block {self.index + 1} of {self.count}")
+            pairs = walk.paired_grams(
+                self.module, self.index, job.calls, self.dense.flow, self.compressed.flow,
+                self.compressed.inside(block), {name: self.module.get_submodule(name) for name in by_input},
+                progress.advance,
+            )  # fmt: skip
+        for name, some in by_input.items():
+            gram, cross = pairs.pop(name)
+            whitening = whiten(gram, job.sequences.numel(), job.recipe.damping)
+            if whitening.factor is None:
+                log.warning("%s.%s reads only zeros on the calibration text: not whitened", block, name)
+            for group in some:
+                yield group, whitening, walk.corrected(job.weight(group), gram, cross)
+
+    def swap_in(self, weights: Mapping[str, Tensor]) -> None:
+        blocks = self.job.blocks
+        for name, weight in weights.items():
+            self.compressed.weights[name] = weight.to(blocks.device, blocks.dtype(name))
+
+
+def blocks_to_solve(job: Job, groups: Sequence[Group], missing: Sequence[Group]) -> Iterator[Block]:
+    """The decoder blocks in order, with the text running through them.
+
+    With compensation the text runs through the dense model and beside it through the one that is compressed so far:
+    sets of a block are measured one after the other, and what is swapped in is what the later ones read.
+
+    Args:
+        groups: all that are compressed. missing: those that are not solved yet; the others only take part in
+            running the text through the model.
+    """
+    if not job.compensates:
+        for measured in whitenings(job, missing):
+            yield Block(job, [measured.groups], measured.whitenings)
+        return
+    if not missing:
+        return
+    assert job.sequences is not None
+    assert job.calls is not None
+    job.whitenings.clear()
+    dense = Stream(walk.embed(job.blocks, job.sequences, job.recipe.batch_size, job.shelf))
+    compressed = Stream(dense.flow.copy())
+    count = max(group.members[0].block for group in missing) + 1
+    log.info("calibrating block by block on %d sequences of %d tokens", *job.sequences.shape)
+    for index, module in walk.walk(job.blocks, job.calls, range(count), [dense, compressed], through_last=False):
+        yield CompensatedBlock(job, _sets(job, groups, index), {}, dense, compressed, index, module, count)
+    dense.flow.close()
+    compressed.flow.close()
+
+
+def _sets(job: Job, groups: Sequence[Group], index: int) -> list[list[Group]]:
+    """The groups of a block in running order: those that read the same tensor together, and so what cannot depend on
+    each other, experts."""
+    place = {name: number for number, name in enumerate(job.owner)}
+    here = [group for group in groups if group.members[0].block == index]
+    sets: dict[str, dict[str, list[Group]]] = {}
+    for group in sorted(here, key=lambda group: place[group.members[0].name]):
+        reader = job.inputs(group)[0]
+        sets.setdefault(kinds_of([reader]), {}).setdefault(reader, []).append(group)
+    return [[group for some in by_reader.values() for group in some] for by_reader in sets.values()]
+
+
+def whitenings(job: Job, groups: Sequence[Group], streams: Sequence[Stream] = ()) -> Iterator[Measured]:
+    """Groups whose last block has been passed, and the whitenings of what they read in the dense model.
+
+    They are computed in one walk over the blocks, or come from memory or the ledger where they have been kept.
+
+    Args:
+        streams: carried along behind the groups, to the end of the model: through a block once the caller has been
+            given all groups with members in it, and had the time to give them replacement weights.
+    """
+    for measured in _whitenings(job, groups):
+        yield measured
+        _carry(job, groups, streams, max(group.members[-1].block for group in measured.groups) + 1)
+    _carry(job, groups, streams, len(job.blocks))
+
+
+def _carry(job: Job, groups: Sequence[Group], streams: Sequence[Stream], end: int) -> None:
+    """Carry streams through blocks before `end` that no group touches which ends later."""
+    if streams:
+        assert job.calls is not None
+        later = [group.members[0].block for group in groups if group.members[-1].block >= end]
+        for _ in walk.walk(job.blocks, job.calls, range(streams[0].block, min([end, *later])), streams):
+            pass
+
+
+def _whitenings(job: Job, groups: Sequence[Group]) -> Iterator[Measured]:
+    by_end: dict[int, list[Group]] = {}
+    for group in groups:
+        by_end.setdefault(group.members[-1].block, []).append(group)
+    everything = dict.fromkeys(map(job.inputs, groups))
+    if job.sequences is None:
+        if groups:
+            yield Measured(groups, dict.fromkeys(everything, IDENTITY))
+        return
+    if all(inputs in job.whitenings for inputs in everything):
+        for end in sorted(by_end):
+            yield Measured(by_end[end], job.whitenings)
+        return
+    kept = {inputs: job.ledger.get(_key(inputs)) for inputs in everything}
+    if None not in kept.values():
+        for end in sorted(by_end):
+            wanted = dict.fromkeys(map(job.inputs, by_end[end]))
+            yield Measured(by_end[end], {inputs: _read(job, kept[inputs]) for inputs in wanted})
+        return
+    sizes = {job.inputs(group): group.d1 for group in groups}
+    fits = sum(8 * d1**2 for d1 in sizes.values()) <= job.cache_bytes // 2
+    for some, grams, uses in _by_block(job, by_end) if job.calls is not None else _by_whole_model(job, by_end):
+        found = {}
+        for inputs in dict.fromkeys(map(job.inputs, some)):
+            gram = grams[inputs[0]]
+            for name in inputs[1:]:
+                gram = gram + grams[name]
+            gram = gram / len(inputs) if len(inputs) > 1 else gram
+            uses.subtract(inputs)
+            for name in inputs:
+                if not uses[name]:  # no later group reads it
+                    del grams[name]
+            found[inputs] = whiten(gram, job.sequences.numel(), job.recipe.damping)
+            if found[inputs].factor is None:
+                log.warning("%s reads only zeros on the calibration text: solved without whitening", inputs[0])
+            if job.keep_grams and not fits:
+                _keep(job, inputs, found[inputs])
+        if fits:
+            job.whitenings.update(found)
+        yield Measured(some, found)
+
+
+Grams = tuple[Sequence[Group], dict[str, Tensor], Counter[str]]
+"""Groups, the Grams of all that they read, by first reader, and how many groups' inputs each is still to go into."""
+
+
+def _uses(job: Job, by_end: Mapping[int, Sequence[Group]]) -> Counter[str]:
+    return Counter(
+        name for groups in by_end.values() for inputs in dict.fromkeys(map(job.inputs, groups)) for name in inputs
+    )
+
+
+def _by_block(job: Job, by_end: Mapping[int, Sequence[Group]]) -> Iterator[Grams]:
+    """Groups and the Grams of what they read, when their last block has been passed; one block in memory at a time."""
+    assert job.sequences is not None
+    assert job.calls is not None
+    flow = walk.embed(job.blocks, job.sequences, job.recipe.batch_size, job.shelf)
+    last, count = max(by_end), len(job.sequences)
+    members = [member for groups in by_end.values() for group in groups for member in group.members]
+    grams: dict[str, Tensor] = {}
+    uses = _uses(job, by_end)
+    for index, block in walk.walk(job.blocks, job.calls, range(last + 1)):
+        with job.stages.stage("calibrate", (last + 1) * count) as progress:
+            progress.reach(index * count, f"block {index + 1} of {last + 1}")
+            readers = dict.fromkeys(job.owner[member.name] for member in members if member.block == index)
+            modules = {name: job.blocks.model.get_submodule(name) for name in readers}
+            grams |= walk.grams(block, index, job.calls, flow, modules, progress.advance)
+        if index in by_end:
+            log.info("calibrated block %d on %d sequences of %d tokens", index, *job.sequences.shape)
+            job.blocks.release(index)
+            yield by_end[index], grams, uses
+    flow.close()
+
+
+def _by_whole_model(job: Job, by_end: Mapping[int, Sequence[Group]]) -> Iterator[Grams]:
+    """The same for a model in memory that runs whole, again for as many blocks as have Grams that fit in memory."""
+    assert job.sequences is not None
+    for groups in _ranges(job, by_end):
+        readers = list(dict.fromkeys(job.owner[member.name] for group in groups for member in group.members))
+        last = max(member.block for group in groups for member in group.members)
+        log.info("calibrating up to block %d on %d sequences of %d tokens", last, *job.sequences.shape)
+        with job.stages.stage("calibrate", len(job.sequences)) as progress:
+            stop, size = job.blocks.modules[last], job.recipe.batch_size
+            grams = accumulate_grams(job.blocks.model, readers, job.sequences, size, stop, progress.advance)
+        yield groups, grams, _uses(job, {last: groups})
+
+
+def _ranges(job: Job, by_end: Mapping[int, Sequence[Group]]) -> Iterator[list[Group]]:
+    """Consecutive groups whose distinct Gram matrices fit in memory; never splits what ends in the same block."""
+    current: list[Group] = []
+    readers: set[str] = set()
+    size = 0
+    for block in sorted(by_end):
+        needed = {job.owner[m.name]: m for group in by_end[block] for m in group.members}
+        nbytes = sum(8 * member.d1**2 for name, member in needed.items() if name not in readers)
+        if current and size + nbytes > job.cache_bytes:
+            yield current
+            current, readers, size = [], set(), 0
+            nbytes = sum(8 * member.d1**2 for member in needed.values())
+        current += by_end[block]
+        readers |= set(needed)
+        size += nbytes
+    if current:
+        yield current
+
+
+def _key(inputs: tuple[str, ...]) -> str:
+    """The key of a whitening's piece: groups may have the first input in common and not the others."""
+    return f"whitening/{'+'.join(inputs)}"
+
+
+def _keep(job: Job, inputs: tuple[str, ...], whitening: Whitening) -> None:
+    tensors = None if whitening.factor is None else {"factor": whitening.factor}
+    job.ledger.put(_key(inputs), {"shift": whitening.shift, "scale": whitening.scale}, tensors)
+
+
+def _read(job: Job, piece: Piece | None) -> Whitening:
+    assert piece is not None
+    factor = piece.tensors().get("factor")
+    factor = None if factor is None else factor.to(job.blocks.device)
+    return Whitening(factor, piece.record["shift"], piece.record["scale"])

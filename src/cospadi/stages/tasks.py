@@ -1,0 +1,104 @@
+"""Groups' problems on their way through the workers, results on their way to the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from torch import Tensor
+
+from cospadi.budget.plan import Group
+from cospadi.jobs.ledger import Piece
+from cospadi.jobs.pool import Task
+from cospadi.stages.open import Job
+from cospadi.stages.solve import cost_of, dense_weights, packed_of
+
+
+class Tasks:
+    """One kind of task for each of some groups, whose results are pieces of the ledger.
+
+    Used as a context: what still runs is ended where the block is left early.
+
+    Args:
+        stage: name of the progress bar, which shows how much of all groups is there.
+        keys: group -> key of its piece.
+        function: what workers call.
+        keep: result -> record and tensors of the piece.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        stage: str,
+        keys: Mapping[Group, str],
+        function: Callable[..., Any],
+        keep: Callable[[Any], tuple[dict[str, Any], Mapping[str, Tensor] | None]],
+    ) -> None:
+        self.job, self.stage, self.keys, self.function, self.keep = job, stage, keys, function, keep
+        self._total = sum(map(cost_of, keys))
+        self._done = self._total - sum(map(cost_of, self.missing()))
+        self._running: dict[Future[Any], Group] = {}
+        self._parts: dict[Group, float] = {}
+
+    def missing(self) -> list[Group]:
+        """Groups without a piece."""
+        return [group for group, key in self.keys.items() if self.job.ledger.get(key) is None]
+
+    def give(self, groups: Iterable[tuple[Group, Task]]) -> None:
+        """Hand tasks to the workers, each as soon as there is room for it; results that are there go to the ledger.
+
+        Args:
+            groups: drawn one by one, so that only those that run are in memory.
+        """
+        for group, task in groups:
+            with self.job.stages.stage(self.stage, self._total) as progress:
+
+                def report(fraction: float, note: str, group: Group = group, progress: Any = progress) -> None:
+                    self._parts[group] = fraction * cost_of(group)
+                    progress.reach(self._done + sum(self._parts.values()), note)
+
+                report(0.0, "")
+                self._running[self.job.pool.submit(self.function, task, report)] = group
+                del task
+                self._collect([future for future in self._running if future.done()], progress)
+
+    def finish(self) -> None:
+        """Wait for all that was given."""
+        if self._running:
+            with self.job.stages.stage(self.stage, self._total) as progress:
+                self._collect(list(self._running), progress)
+
+    def _collect(self, futures: list[Future[Any]], progress: Any) -> None:
+        for future in self.job.pool.completed(futures):
+            group = self._running.pop(future)
+            self.job.ledger.put(self.keys[group], *self.keep(future.result()))
+            self._parts.pop(group, None)
+            self._done += cost_of(group)
+            progress.reach(self._done + sum(self._parts.values()), "")
+
+    def pieces(self) -> list[Piece]:
+        """The finished pieces of all groups, in their order."""
+        found = [self.job.ledger.get(key) for key in self.keys.values()]
+        return [piece for piece in found if piece is not None]
+
+    def weights(self, groups: Sequence[Group]) -> dict[str, Tensor]:
+        """Layer name -> what its stored factors stand for, float32 (d2, d1), once all that was given is done."""
+        self.finish()
+        found: dict[str, Tensor] = {}
+        for group in groups:
+            piece = self.job.ledger.get(self.keys[group])
+            assert piece is not None
+            found |= dense_weights(packed_of(piece))
+        return found
+
+    def __enter__(self) -> Tasks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.job.pool.abandon(list(self._running))
+
+
+def keys_of(key: str, groups: Sequence[Group]) -> dict[Group, str]:
+    """Group -> the key of its piece, "key/first member"."""
+    return {group: f"{key}/{group.members[0].name}" for group in groups}

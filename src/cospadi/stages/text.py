@@ -1,0 +1,82 @@
+"""The calibration text, and how the model's blocks are called with it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+
+from torch import Tensor
+
+from cospadi.calibration.text import token_sequences
+from cospadi.calibration.walk import learn_calls
+from cospadi.errors import UserError
+from cospadi.model import load
+from cospadi.model.blocks import Blocks
+from cospadi.stages.open import Job
+
+log = logging.getLogger("cospadi")
+
+
+def read_text(job: Job) -> None:
+    """Read the calibration text and find out how the model's blocks are called with it; nothing without calibration.
+
+    A resumed job has its tokens already; a local text is then checked to be the one they were read from.
+
+    Raises:
+        UserError: no tokenizer, no text, or another one than before.
+    """
+    recipe, tokenizer = job.recipe, job.tokenizer
+    if recipe.data_free:
+        return
+    if tokenizer is None:
+        raise UserError("calibration needs the model's tokenizer: pass tokenizer=, or make the recipe data_free")
+    local = Path(recipe.calibration or "").expanduser()
+    with job.stages.stage("text", 1):
+        digest = None
+        if local.is_file():
+            with local.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        piece = job.ledger.get("text")
+        if piece is None:
+            model = job.blocks.model
+            job.sequences = token_sequences(tokenizer, recipe, load.positions(model.config), load.vocabulary(model))
+            job.ledger.put("text", {"sha256_of_file": digest}, {"tokens": job.sequences})
+        else:
+            if piece.record.get("sha256_of_file") != digest:
+                raise UserError(
+                    f"calibration text {recipe.calibration} is not the one that the unfinished job in "
+                    f"{job.ledger.folder} has read. Bring it back, or pass --no-resume to restart"
+                )
+            job.sequences = piece.tensors()["tokens"]
+    texts = [(job.sequences, recipe.batch_size)]
+    if recipe.allocate != "uniform" or recipe.weight_columns == "fisher":
+        texts += [(check_text(job), 1), (check_text(job), recipe.batch_size)]
+    try:
+        job.calls = learn_calls(job.blocks, texts)
+    except (RuntimeError, NotImplementedError) as error:  # a model that uses weights outside of their modules
+        if job.blocks.stored is None:
+            raise
+        log.debug("no forward pass by blocks: %s", error)
+    if job.calls is None:
+        _run_whole(job)
+
+
+def _run_whole(job: Job) -> None:
+    """Take a model whose blocks do not simply follow each other as one that runs whole."""
+    notes = ["solved without compensation"] if job.recipe.compensate else []
+    if job.blocks.stored is not None:
+        assert job.folder is not None
+        finite = job.blocks.finite
+        job.blocks = Blocks(load.load_model(job.folder, job.blocks.device), job.blocks.device)
+        for name in finite:
+            job.blocks.weight(name)
+        notes.insert(0, "loaded whole")
+    if notes:
+        log.warning("blocks of this model read more than the block before them gives: %s", " and ".join(notes))
+
+
+def check_text(job: Job) -> Tensor:
+    """The calibration sequences that gradients and losses are taken on."""
+    assert job.sequences is not None
+    return job.sequences[: job.recipe.fisher_sequences]
