@@ -23,7 +23,6 @@ from cospadi.commands import evaluate
 from cospadi.model import load
 from cospadi.recipe import Recipe
 from cospadi.stages import budgets as spreading
-from cospadi.stages import solve
 
 COARSE_RHOS = (1.6, 2.5, 4.2)
 
@@ -40,13 +39,12 @@ def main(
     text: Annotated[Path, typer.Option()],
     ratio: Annotated[list[float] | None, typer.Option()] = None,
     seed: Annotated[list[int] | None, typer.Option()] = None,
-    short_runs: Annotated[int, typer.Option(help="iterations of a short run")] = solve.QUICK_ITERATIONS,
+    short_runs: Annotated[int, typer.Option(help="iterations of a short run")] = 8,
     coarse: Annotated[bool, typer.Option("--coarse", help="three ratios and three rho in place of four")] = False,
     threads: int = 1,
 ) -> None:
     """Print a line a ratio and seed."""
     torch.set_num_threads(threads)
-    solve.QUICK_ITERATIONS = short_runs
     if coarse:
         spreading.RHOS, spreading.measured_ratios = COARSE_RHOS, coarse_ratios
     tokenizer = load.load_tokenizer(model)
@@ -55,7 +53,9 @@ def main(
     before = evaluate.perplexity(dense, windows).value
     for one_seed in seed or [42, 1]:
         for one_ratio in ratio or [0.2, 0.3, 0.4, 0.5]:
-            recipe = Recipe.build(ratio=one_ratio, calibration=calibration, compensate=False, seed=one_seed)
+            recipe = Recipe.build(
+                ratio=one_ratio, calibration=calibration, compensate=False, seed=one_seed, budget_iterations=short_runs
+            )
             with tempfile.TemporaryDirectory() as scratch:
                 result = cospadi.compress(model, recipe, Path(scratch) / "compressed")
                 after = evaluate.perplexity(result.model, windows).value

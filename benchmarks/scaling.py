@@ -33,12 +33,11 @@ from cospadi.budget.plan import make_plan, outlook, owner_without_weights
 from cospadi.commands import estimate as estimating
 from cospadi.commands.estimate import Flops
 from cospadi.commands.tables import duration
-from cospadi.compress import compress, work_folder
+from cospadi.stages.open import job_directory
 from cospadi.jobs.progress import Stages
 from cospadi.model import load
 from cospadi.model.projections import find_projections
-from cospadi.recipe import Recipe
-from cospadi.stages.open import CACHE_BYTES
+from cospadi.recipe import CACHE_BYTES, Recipe
 
 RESULTS = Path(__file__).parent / "results" / "scaling"
 FIGURE = Path(__file__).parents[1] / "docs" / "images" / "scaling.svg"
@@ -74,7 +73,7 @@ def check(
         log = (Path(folder) / "log").open("w+")
         running = subprocess.Popen([*command, "compress", *words, "-o", str(output)], env=environment, stdout=log)
         while running.poll() is None:
-            largest = max(largest, _size(output) + _size(work_folder(output)))
+            largest = max(largest, _size(output) + _size(job_directory(output)))
             time.sleep(0.02)
         clock, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
         if running.returncode:

@@ -32,12 +32,11 @@ from torch import Tensor
 
 from cospadi.budget.accounting import byte_budget, eq11_size, exact_rank, exact_size
 from cospadi.budget.plan import Group
-from cospadi.compress import prepare
 from cospadi.jobs.ledger import Ledger
 from cospadi.jobs.pool import Engine
 from cospadi.jobs.progress import Stages
 from cospadi.model import load
-from cospadi.recipe import Recipe
+from cospadi.recipe import CACHE_BYTES, Recipe
 from cospadi.solvers import SOLVERS, Problem, SolverOptions
 from cospadi.solvers.mod_htp import (
     BLOCK_ENTRIES,
@@ -46,8 +45,10 @@ from cospadi.solvers.mod_htp import (
     _scheduled,
 )
 from cospadi.solvers.products import bf16_is_fast, float32_products, self_product
-from cospadi.stages.open import read_text, walk
+from cospadi.stages.measure import whitenings
+from cospadi.stages.open import opened
 from cospadi.stages.solve import pack, pose, solve
+from cospadi.stages.text import read_text
 
 RESULTS = Path(__file__).parent / "results" / "solve"
 KSVD_RESULTS = Path(__file__).parent / "results" / "quality"
@@ -255,17 +256,17 @@ def _projections_row(
     )
     found: dict[str, dict[str, Any]] = {}
     ksvd_seconds: dict[str, float] = {}
-    with prepare(folder, recipe, None, Stages(), Engine(), Ledger()) as prepared:
-        job, groups = prepared.job, prepared.uniform.groups[:limit]
-        read_text(job, prepared.tokenizer, prepared.folder)
-        for some, metrics in walk(job, groups):
-            for group in some:
-                work = job.work(group, metrics[job.inputs(group)], None)
-                ours = replace(work, recipe=recipe.model_copy(update={"solver": "mod-htp"}))
-                (name, shape), target = _name_and_shape(group), work.target()
+    with opened(folder, recipe, None, Stages(), Engine(), Ledger(), CACHE_BYTES) as job:
+        groups = job.uniform.groups[:limit]
+        read_text(job)
+        for measured in whitenings(job, groups):
+            for group in measured.groups:
+                given = job.task(group, measured.whitenings[job.inputs(group)], None).payload[0]
+                ours = replace(given, recipe=given.recipe.model_copy(update={"solver": "mod-htp"}))
+                (name, shape), target = _name_and_shape(group), given.target()
                 if shape not in ksvd_seconds:
                     start = time.perf_counter()
-                    solve(work, group, pose(work, target), 2)
+                    solve(given, group, pose(given, target), 2)
                     ksvd_seconds[shape] = (time.perf_counter() - start) / 2 * PAPER_ITERATIONS
                 start = time.perf_counter()
                 solution = solve(ours, group, pose(ours, target), iterations)
@@ -275,7 +276,7 @@ def _projections_row(
                     "shape": shape,
                     "k": group.k,
                     "s": round(group.s),
-                    "error": pack(group, solution, work.metric, target).errors[name],
+                    "error": pack(group, solution, given.whitening, target).errors[name],
                     "error_ksvd": ksvd_errors[name],
                     "error_rank_k": float((energy[group.k :].sum() / energy.sum()).sqrt()),
                     "seconds": seconds,

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import cospadi
 from cospadi import Recipe, UserError, cli
 from cospadi.format import schema
+from cospadi.stages import write
 
 COMMAND = [sys.executable, "-c", "from cospadi_cli import main; main()"]
 TEXT = ["--sequences", "8", "--length", "32", "--fisher-sequences", "2"]
@@ -679,7 +680,7 @@ def test_our_own_fault_is_exit_code_1_and_says_so(
         (OSError(28, "No space left on device"), "the disk is full"),
         (MemoryError(), "out of memory"),
     ):
-        monkeypatch.setattr(sys.modules["cospadi.compress"], "write_manifest", stop(error))
+        monkeypatch.setattr(write, "write_manifest", stop(error))
         answer = run("compress", dense_folder, "-o", tmp_path / "out", *FREE)
         assert answer.code == 1
         assert sentence in answer.err
@@ -697,7 +698,7 @@ def test_interrupt_while_writing_says_where_the_work_is_kept_and_the_same_comman
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["cospadi.compress"], "write_manifest", interrupt)
+        patch.setattr(write, "write_manifest", interrupt)
         answer = run("compress", dense_folder, "-o", tmp_path / "out", *FREE)
     assert answer.code == 130
     assert f"What is finished is kept in {tmp_path / 'out.work'}" in answer.err
@@ -706,7 +707,7 @@ def test_interrupt_while_writing_says_where_the_work_is_kept_and_the_same_comman
     check_mistake(refused, "out.work holds an unfinished job with ratio 0.", "not 0.35", "--no-resume")
     answer = run("compress", dense_folder, "-o", tmp_path / "out", *FREE)
     assert answer.code == 0
-    assert "going on with the unfinished job" in answer.err
+    assert "resuming the unfinished job" in answer.err
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

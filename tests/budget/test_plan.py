@@ -199,7 +199,7 @@ def test_measurement_that_was_stopped_goes_on(
     assert answer.code == 130
     assert f"What is finished is kept in {tmp_path / 'plan.json.work'}" in answer.err
     assert not (tmp_path / "plan.json").exists()
-    assert "going on with the unfinished job" in run(*command, tmp_path / "plan.json").err
+    assert "resuming the unfinished job" in run(*command, tmp_path / "plan.json").err
     assert (tmp_path / "plan.json").read_bytes() == (tmp_path / "reference.json").read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "reference.json"}
 

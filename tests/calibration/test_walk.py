@@ -58,11 +58,11 @@ def test_grams_are_those_of_the_whole_dense_and_the_whole_compressed_model() -> 
         for name, gram in sequence.grams(block, index, calls, plain, everything).items():
             dense = inputs_of(model, name, tokens)
             torch.testing.assert_close(gram, dense.T @ dense, rtol=1e-4, atol=1e-4)
-        stand_ins: dict[str, Tensor] = {}
+        replacement: dict[str, Tensor] = {}
         for kind in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
             name = f"model.layers.{index}.{kind}"
             readers = {kind: block.get_submodule(kind)}
-            gram, cross = sequence.paired_grams(block, index, calls, flow, second, stand_ins, readers)[kind]
+            gram, cross = sequence.paired_grams(block, index, calls, flow, second, replacement, readers)[kind]
             dense, compressed = inputs_of(model, name, tokens), inputs_of(other, name, tokens)
             assert cross is not None
             torch.testing.assert_close(gram, compressed.T @ compressed, rtol=1e-4, atol=1e-4)
@@ -71,10 +71,10 @@ def test_grams_are_those_of_the_whole_dense_and_the_whole_compressed_model() -> 
             parent, leaf = kind.split(".")
             for word in siblings.get(kind, [leaf.removesuffix("_proj")]):
                 local = f"{parent}.{word}_proj"
-                stand_ins[local] = changed[f"model.layers.{index}.{local}"]
-                other.get_submodule(f"model.layers.{index}.{local}").weight.data = stand_ins[local]
+                replacement[local] = changed[f"model.layers.{index}.{local}"]
+                other.get_submodule(f"model.layers.{index}.{local}").weight.data = replacement[local]
         sequence.advance(block, index, calls, flow, {})
-        sequence.advance(block, index, calls, second, stand_ins)
+        sequence.advance(block, index, calls, second, replacement)
     assert sequence.mean_loss(blocks, calls, second, tokens) == pytest.approx(evaluate.mean_loss(other, tokens, 2))
     assert shelf.used == 0
     shelf.close()
@@ -129,13 +129,13 @@ def test_model_whose_blocks_do_not_follow_each_other_is_told() -> None:
         assert (sequence.learn_calls(blocks, [(tokens, 1)]) is not None) == follows
 
 
-def test_other_weights_come_back_after_an_error() -> None:
+def test_replaced_weights_come_back_after_an_error() -> None:
     linear = nn.Linear(4, 4, bias=False)
     block = nn.Sequential(linear)
     before = linear.weight.detach().clone()
 
     def fail() -> None:
-        with sequence.other_weights(block, {"0": torch.zeros(4, 4)}):
+        with sequence.replaced_weights(block, {"0": torch.zeros(4, 4)}):
             assert not linear.weight.any()
             raise ValueError("stop")
 

@@ -24,6 +24,7 @@ from cospadi import UserError
 from cospadi.format import safetensors, schema, verify
 from cospadi.model import load as source
 from cospadi.solvers import SOLVERS
+from cospadi.stages import write
 
 WRITTEN = ("model.safetensors", "config.json", "cospadi.json")
 GATE = "model.layers.1.mlp.gate_proj"
@@ -563,11 +564,11 @@ def test_folders_made_for_an_output_that_fails_go_with_it(
 ) -> None:
     output, recipe = tmp_path / "new" / "below" / "out", {"iterations": 1, "data_free": True}
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["cospadi.compress"], "solve_at_once", fail)  # before anything is finished
+        patch.setattr(sys.modules["cospadi.compress"], "blocks_to_solve", fail)  # before anything is finished
         with pytest.raises(OSError, match="No space left"):
             cospadi.compress(companions, recipe, output)
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(sys.modules["cospadi.compress"], "write_manifest", fail)
+    monkeypatch.setattr(write, "write_manifest", fail)
     with pytest.raises(OSError, match="No space left"):
         cospadi.compress(companions, recipe, output)
     assert [path.name for path in output.parent.iterdir()] == ["out.work"]
@@ -595,7 +596,7 @@ def test_finished_work_alone_is_left_when_writing_fails(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["cospadi.compress"], "write_manifest", stop)
+        patch.setattr(write, "write_manifest", stop)
         with pytest.raises(type(error)):
             cospadi.compress(companions, recipe, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out.work"]
@@ -615,7 +616,7 @@ def test_output_that_was_there_survives_a_failure_and_is_replaced_by_success(
         cospadi.compress(companions, recipe, output)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["cospadi.compress"], "write_manifest", fail)
+        patch.setattr(write, "write_manifest", fail)
         with pytest.raises(OSError, match="No space left"):
             cospadi.compress(companions, recipe, output, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "out.work"}

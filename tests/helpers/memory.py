@@ -17,7 +17,6 @@ import torch
 import transformers.models.llama.modeling_llama
 
 import cospadi
-from cospadi.stages import solve
 
 
 def status(field: str) -> int:
@@ -28,12 +27,13 @@ def status(field: str) -> int:
 
 def main(model: str, recipe: str, output: str, cache_bytes: str, limit: str = "0") -> None:
     torch.set_num_threads(1)
-    solve.QUICK_ITERATIONS = 1
     assert transformers.models.llama.modeling_llama
     before, address_space = status("VmRSS"), status("VmSize") + int(limit)
     if int(limit):
         resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
-    cospadi.compress(model, json.loads(Path(recipe).read_text()), output, cache_bytes=int(cache_bytes))
+    cospadi.compress(
+        model, json.loads(Path(recipe).read_text()) | {"budget_iterations": 1}, output, cache_bytes=int(cache_bytes)
+    )
     print(json.dumps({"before": before, "peak": status("VmHWM"), "address_space": address_space}))
 
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 import cospadi
 from cospadi.format import safetensors
 from cospadi.jobs.ledger import JobDirectory
-from cospadi.stages import budgets
+from cospadi.stages import budgets, costs, measure
 
 
 def test_killed_at_thirty_random_moments_gives_the_same_bytes(
@@ -78,10 +78,14 @@ def test_nothing_finished_is_computed_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output, wanted = interrupted
-    for name in ("factorize", "solve_together"):
-        monkeypatch.setattr(sys.modules["cospadi.compress"], name, stop)
-    for name in ("approximate", "cost_curve", "output_fisher_by_blocks"):
-        monkeypatch.setattr(budgets, name, stop)
+    for module, names in (
+        (sys.modules["cospadi.compress"], ("factorize",)),
+        (measure.walk, ("paired_grams", "grams")),
+        (budgets, ("approximate", "cost_curve")),
+        (costs, ("approximate", "output_fisher_by_blocks")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, stop)
     cospadi.compress(dense_folder, recipe, output, resume=True)
     assert hashes(output) == wanted
     assert not output.with_name("out.work").exists()

@@ -83,12 +83,12 @@ def test_fisher_by_blocks_is_that_of_the_whole_model(make_model: Callable[..., P
     calls = sequence.learn_calls(blocks, [(TOKENS, 1)])
     assert calls is not None
     shelf = Shelf(1000, tmp_path / "shelf")  # some in memory, some not
-    for stand_ins in ({}, changed):
-        with sequence.other_weights(dense, stand_ins):
+    for replacement in ({}, changed):
+        with sequence.replaced_weights(dense, replacement):
             expected = output_fisher(dense, find_projections(dense), TOKENS)
         found = output_fisher_by_blocks(
             blocks, calls, find_projections(dense), TOKENS, shelf,
-            lambda index, weights=stand_ins: sequence.in_block(blocks.name_of(index), weights.items()),
+            lambda index, weights=replacement: sequence.in_block(blocks.name_of(index), weights.items()),
         )  # fmt: skip
         assert found.keys() == expected.keys()
         for name, values in expected.items():

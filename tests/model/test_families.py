@@ -32,7 +32,6 @@ from cospadi.budget.plan import outlook
 from cospadi.format import schema
 from cospadi.runtime.layer import LowRankLinear, SparseDictionaryLinear
 from cospadi.solvers import SOLVERS, Factorization, Problem, Solver, SolverOptions
-from cospadi.stages.open import allocation_of
 
 SIZES: dict[str, Any] = {
     "vocab_size": 260,
@@ -107,7 +106,7 @@ def check_bytes(result: cospadi.Compressed, output: Path) -> None:
         else:
             on_disk = sum(nbytes(tensors[t]) for m in group.members for t in entries[m.name].tensors(m.name))
         assert on_disk == group.parts.total
-        if allocation_of(recipe) == "uniform":
+        if recipe.settled().allocate == "uniform":
             assert on_disk <= (1 - ratio) * 2 * group.d1 * sum(group.d2s)
     assert result.plan.bytes <= (1 - ratio) * result.plan.dense_bytes
     assert result.bytes_after == sum(map(nbytes, tensors.values()))
