@@ -58,6 +58,20 @@ def test_inference_loads_no_engine_and_compress_stays_the_function(compressed_fo
     assert same  # though a module of that name was imported first
 
 
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_what_reads_only_files_waits_for_no_transformers(command: str, compressed_folder: Path) -> None:
+    ended, modules = in_new_process(COMMAND, command, compressed_folder)
+    assert ended == 0
+    assert "cospadi.format.verify" in modules
+    assert "transformers" not in modules
+
+
+def test_the_command_registers_the_format(compressed_folder: Path, text_file: Path) -> None:
+    ended, modules = in_new_process(COMMAND, "eval", compressed_folder, "--text", text_file, "--length", 64)
+    assert ended == 0
+    assert "cospadi.integrations.transformers" in modules
+
+
 def test_every_public_name_is_there() -> None:
     for name in cospadi.__all__:
         assert getattr(cospadi, name) is not None

@@ -256,7 +256,7 @@ def evaluate(
 @app.command()
 def inspect(folder: Folder, as_json: Json = False) -> None:
     """List what is in a compressed checkpoint: bytes, ratio and error a projection; totals."""
-    _talk("off")
+    _talk("off", loads_models=False)
     from cospadi.commands.inspect import inspect as look
     from cospadi.commands.inspect import inspect_table
     from cospadi.commands.tables import megabytes
@@ -268,7 +268,7 @@ def inspect(folder: Folder, as_json: Json = False) -> None:
 @app.command()
 def verify(folder: Folder, as_json: Json = False) -> None:
     """Check every byte of a compressed checkpoint against its manifest."""
-    _talk("off")
+    _talk("off", loads_models=False)
     from cospadi.format import verify
 
     count = verify.verify(folder)
@@ -353,7 +353,7 @@ def bench(
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """What this machine and installation have: versions, kernels, devices, and whether the kernels compute rightly."""
-    _talk("off")
+    _talk("off", loads_models=False)
     from cospadi.commands.doctor import doctor_table, examine
 
     found = examine()
@@ -454,8 +454,8 @@ def _what_is_left(output: Path) -> str:
     return f"What is finished is kept in {job_directory(output)}: the same command goes on from there."
 
 
-def _talk(progress: str) -> Stages:
-    """Progress and log on stderr; other libraries keep quiet, and transformers knows the format."""
+def _talk(progress: str, loads_models: bool = True) -> Stages:
+    """Progress and log on stderr; for a command that loads models, transformers knows the format and keeps quiet."""
     if progress not in ("auto", "on", "off"):
         raise typer.BadParameter(_one_line(f"--progress {progress} is not known. Use auto, on or off"))
     from rich.console import Console
@@ -465,8 +465,9 @@ def _talk(progress: str) -> Stages:
     console = Console(stderr=True)
     bars = progress == "on" or (progress == "auto" and console.is_terminal)
     log_to(console, bars)
-    _silence_libraries()
-    importlib.import_module("cospadi.integrations.transformers")
+    if loads_models:
+        _silence_libraries()
+        importlib.import_module("cospadi.integrations.transformers")
     return Stages(console if bars else None)
 
 
