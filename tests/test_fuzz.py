@@ -720,8 +720,8 @@ def test_any_flag(
 
     monkeypatch.setattr("cospadi.commands.bench._in_new_process", refuse)
     monkeypatch.setattr("cospadi.commands.demo.run_demo", refuse)
-    monkeypatch.setattr("cospadi.jobs.pool._cluster", refuse)
-    monkeypatch.setattr("cospadi.jobs.pool._start_worker", refuse)
+    monkeypatch.setattr("cospadi.jobs.ray.cluster", refuse)
+    monkeypatch.setattr("cospadi.jobs.pool._Worker", refuse)
     monkeypatch.chdir(tmp_path)
     outer = tmp_path / "outer"  # what `..` names
     outer.mkdir(exist_ok=True)

@@ -46,17 +46,12 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def finished(output: Path) -> str:
-    """The last thing that an interrupted job has finished."""
-    ledger = output.with_name(f"{output.name}.work") / "ledger.jsonl"
+    """How far an interrupted job has come."""
+    work = output.with_name(f"{output.name}.work")
     if output.exists():
         return "everything"
-    try:
-        lines = ledger.read_text().split("\n")[1:-1]
-    except FileNotFoundError:
-        return "nothing"
-    entries = [json.loads(line.partition(" ")[2]) for line in lines]
-    pieces = [entry["piece"].partition("/")[0] for entry in entries if "piece" in entry]
-    return pieces[-1] if pieces else "nothing"
+    stages = {path.stem.partition("%2F")[0] for path in work.glob("pieces/*.safetensors")}
+    return max(stages & set(STAGES), key=STAGES.index, default="nothing")
 
 
 def killed(process: int, output: Path, stage: str, chance: random.Random) -> bool:

@@ -6,8 +6,8 @@ import errno
 import json
 import logging
 import os
-import subprocess
-import sys
+import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from tasks import wait_for
 
 from cospadi import UserError
 from cospadi.calibration.spill import Shelf
@@ -38,6 +40,10 @@ def filled(folder: Path, count: int = 3) -> None:
         job.put(f"piece/{index}", {"number": index, "loss": float("inf")}, {"x": TENSORS["x"] + index})
     job.put("record", {"list": [1.5, 2**60, "é"]})
     job.close()
+
+
+def piece_file(folder: Path, key: str) -> Path:
+    return folder / ledger.PIECES / f"{key.replace('/', '%2F')}.safetensors"
 
 
 def test_pieces_are_found_again_by_the_same_job(tmp_path: Path) -> None:
@@ -65,7 +71,7 @@ def test_pieces_are_found_again_by_the_same_job(tmp_path: Path) -> None:
     third = begun(folder)
     assert third.get("factors/0") is None
     assert third.get("curve") is not None
-    assert not list((folder / ledger.PIECES).iterdir())
+    assert [path.name for path in (folder / ledger.PIECES).iterdir()] == ["curve.safetensors"]
     third.remove()
     assert not folder.exists()
     third.close()
@@ -112,17 +118,21 @@ def test_somebody_elses_folder_is_not_touched(tmp_path: Path) -> None:
 
 def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path) -> None:
     filled(tmp_path / "work")
-    holding = (
-        "import sys, time; from pathlib import Path; from cospadi.jobs.ledger import JobDirectory;"
-        "job = JobDirectory(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
-    )
-    with subprocess.Popen([sys.executable, "-c", holding, tmp_path / "work"], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"held\n"
+    process = os.fork()
+    if process == 0:
+        try:
+            JobDirectory(tmp_path / "work")
+            (tmp_path / "held").touch()
+            time.sleep(600)
+        finally:
+            os._exit(1)
+    try:
+        wait_for(tmp_path / "held")
         with pytest.raises(UserError, match="another cospadi is at work in"):
             JobDirectory(tmp_path / "work")
-        process.kill()  # lets go of the lock without having a chance to
-        process.wait()
+    finally:
+        os.kill(process, signal.SIGKILL)  # lets go of the lock without having a chance to
+        os.waitpid(process, 0)
     job = begun(tmp_path / "work")
     assert job.get("piece/2") is not None
     job.close()
@@ -146,31 +156,59 @@ def test_a_damaged_piece_is_forgotten_and_said(tmp_path: Path, caplog: pytest.Lo
     job.close()
 
 
-def test_a_write_that_was_cut_short_costs_only_itself(tmp_path: Path) -> None:
+def test_a_write_that_was_cut_short_costs_only_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As it is where a disk loses what was synced: a piece is renamed only when it is whole."""
     filled(tmp_path / "work")
-    path = tmp_path / "work" / ledger.NAME
+    path = piece_file(tmp_path / "work", "piece/1")
     whole = path.read_bytes()
-    ends = [index + 1 for index, byte in enumerate(whole) if byte == ord("\n")]
-    for length in range(ends[0], len(whole)):
+    for length in range(len(whole)):
         path.write_bytes(whole[:length])
         job = begun(tmp_path / "work")
-        complete = sum(end <= length for end in ends) - 1
-        assert [job.get(f"piece/{index}") is not None for index in range(3)] == [index < complete for index in range(3)]
-        job.put("new", {})
+        assert [job.get(f"piece/{index}") is not None for index in range(3)] == [True, False, True]
         os.close(job._lock)
-        job = begun(tmp_path / "work")
-        assert job.get("new") is not None
-        os.close(job._lock)
+    assert caplog.text.count("computed again") == len(whole)
+    path.with_name(f"{path.name}.tmp").write_bytes(whole[:100])  # what kill -9 leaves
+    job = begun(tmp_path / "work")
+    assert job.get("piece/1") is None
+    job.put("piece/1", {"number": 1})
+    os.close(job._lock)
+    piece = begun(tmp_path / "work").get("piece/1")
+    assert piece is not None
+    assert piece.record == {"number": 1}
+
+
+def test_a_piece_is_of_its_key_and_of_its_job(tmp_path: Path) -> None:
+    """Whatever names files have got."""
+    filled(tmp_path / "work")
+    piece_file(tmp_path / "work", "piece/1").rename(piece_file(tmp_path / "work", "piece/9"))
+    other = JobDirectory(tmp_path / "other")
+    other.begin(IDENTITY | {"threads": 4}, {})
+    other.put("piece/0", {"number": 0, "loss": float("inf")}, {"x": TENSORS["x"]})
+    piece_file(tmp_path / "other", "piece/0").rename(piece_file(tmp_path / "work", "piece/0"))
+    other.close()
+    job = begun(tmp_path / "work")
+    found = [index for index in range(10) if job.get(f"piece/{index}") is not None]
+    assert found == [2]
+    job.close()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with some pieces; never changed."""
+    folder = tmp_path_factory.mktemp("whole") / "work"
+    filled(folder)
+    return folder
 
 
 @given(data=st.data())
 @settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_a_damaged_ledger_never_makes_up_a_piece(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.mktemp("job") / "work"
-    filled(folder)
-    path = folder / ledger.NAME
+def test_a_damaged_ledger_never_makes_up_a_piece(
+    data: st.DataObject, whole: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = shutil.copytree(whole, tmp_path_factory.mktemp("job") / "work")
+    path = data.draw(st.sampled_from(sorted(folder.rglob("*.safetensors"))))
     content = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
         start = data.draw(st.integers(0, len(content)))
@@ -225,15 +263,18 @@ def test_clocks_mean_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(time, "time", lambda: 0.0)
     job = begun(tmp_path / "work")
     assert all(job.get(f"piece/{index}") is not None for index in range(3))
-    assert not any(word in (tmp_path / "work" / ledger.NAME).read_text() for word in ("time", "date"))
+    for path in (tmp_path / "work").rglob("*.safetensors"):
+        assert not any(word in path.read_bytes() for word in (b"time", b"date"))
     job.close()
 
 
 def test_records_are_json(tmp_path: Path) -> None:
     job = begun(tmp_path / "work")
     assert job.put("a", {"tuple": (1, 2)}).record == {"tuple": [1, 2]}
-    lines = (tmp_path / "work" / ledger.NAME).read_text().splitlines()
-    assert json.loads(lines[-1].partition(" ")[2])["record"] == {"tuple": [1, 2]}
+    with safe_open(piece_file(tmp_path / "work", "a"), framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["key"] == "a"
+    assert json.loads(metadata["record"]) == {"tuple": [1, 2]}
     job.close()
 
 

@@ -100,16 +100,19 @@ def test_pieces_damaged_between_runs_are_computed_again_and_said(
     output, wanted = interrupted
     pieces = sorted(output.with_name("out.work").glob("pieces/*.safetensors"))
     assert len(pieces) >= 8  # the text, fisher twice, and groups' factors
+    damaged = 0
     for number, piece in enumerate(pieces):
         content = bytearray(piece.read_bytes())
         content[(3, -1)[number % 2]] ^= 4  # in the header, in the tensors
         piece.write_bytes(content[: len(content) // 2] if number % 4 == 2 else content)
         if number % 4 == 3:
             piece.unlink()
+        else:
+            damaged += 1
     with caplog.at_level(logging.WARNING, "cospadi"):
         cospadi.compress(dense_folder, recipe, output)
     assert hashes(output) == wanted
-    assert caplog.text.count("is not as it was written: computed again") == len(pieces)
+    assert caplog.text.count("is not as it was written: computed again") == damaged
 
 
 def test_no_resume_begins_anew(

@@ -1,10 +1,10 @@
-"""The job directory: every finished piece of a long job, once and whole, so that a job that died goes on.
+"""The job directory: every finished piece of a long job, once and whole, so that a job that died resumes.
 
 A job is a sequence of pieces, each computed from the ones before it and from what identifies the job. A piece is a
-record (JSON) and, mostly, tensors in a file of its own. The ledger is a file of lines: the first says which job this
-is, each other one that a piece is finished, with the sha256 of its file. A piece is written beside its name, synced and
-renamed before its line is, so a line never promises what is not there; a line or a piece that was damaged later is
-noticed, said, and computed again. No times are stored or compared.
+record (JSON) and, mostly, tensors: one safetensors file, with the record, the piece's key and a digest of all that and
+of the job in its metadata. It is written beside its name, synced and renamed, so it is whole or not there; one that was
+damaged later is noticed, said, and computed again. The job itself is such a file too, written before any other. No
+times are stored or compared.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,9 +31,8 @@ from cospadi.files import sync_folder
 
 log = logging.getLogger("cospadi")
 
-VERSION = 1
-NAME, LOCK, PIECES, SCRATCH, OUTPUT, REPLACED = "ledger.jsonl", "lock", "pieces", "scratch", "output", "replaced"
-KNOWN = {NAME, f"{NAME}.tmp", LOCK, PIECES, SCRATCH, OUTPUT, REPLACED}
+JOB, LOCK, PIECES, SCRATCH, OUTPUT, REPLACED = "job.safetensors", "lock", "pieces", "scratch", "output", "replaced"
+KNOWN = {JOB, f"{JOB}.tmp", LOCK, PIECES, SCRATCH, OUTPUT, REPLACED}
 """What a job directory may hold: a folder with anything else in it is somebody's own."""
 
 
@@ -42,7 +43,7 @@ class Piece:
     Attributes:
         record: what is to be known of it, as JSON has it.
         held: its tensors, in memory.
-        path: the file of its tensors.
+        path: its file.
     """
 
     record: dict[str, Any]
@@ -53,8 +54,7 @@ class Piece:
         """Its tensors, on the CPU."""
         if self.path is None:
             return dict(self.held or {})
-        with safe_open(self.path, framework="pt") as file:
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        return {name: tensor.clone() for name, tensor in _stored(self.path)}
 
 
 class Ledger:
@@ -93,9 +93,14 @@ class JobDirectory(Ledger):
 
     Args:
         folder: made if it is not there; its parent too.
-        resume: None goes on with a job of the same identity and refuses another; True says, too, where there is none;
-            False begins anew.
+        resume: None resumes a job of the same identity and refuses another; True says, too, where there is none;
+            False starts anew.
+
+    Raises:
+        UserError: the folder is somebody's own, cannot be written, is in use, or its job cannot be read.
     """
+
+    folder: Path
 
     def __init__(self, folder: Path, resume: bool | None = None) -> None:
         super().__init__()
@@ -108,13 +113,14 @@ class JobDirectory(Ledger):
             )
         self._made = [parent for parent in folder.parents if not parent.exists()]
         self._lock = _lock(folder)
-        self._used: set[str] = set()
         self._identity: dict[str, Any] | None = None
         self._notes: dict[str, Any] = {}
+        self._removed = False
         try:
-            if resume is False:
+            if resume is False or not (folder / JOB).exists():
                 self._clear()
-            self._read()
+            else:
+                self._identity, self._notes = _read_job(folder / JOB)
             shutil.rmtree(folder / SCRATCH, ignore_errors=True)
         except BaseException:
             os.close(self._lock)
@@ -125,7 +131,7 @@ class JobDirectory(Ledger):
         return self._notes.get(key)
 
     def begin(self, identity: dict[str, Any], notes: dict[str, Any], but: Sequence[str] = ()) -> bool:
-        """Say which job this is; True where an unfinished one goes on.
+        """Say which job this is; True where an unfinished one is resumed.
 
         Args:
             identity: everything that the job's bytes follow from: name -> JSON value.
@@ -142,70 +148,45 @@ class JobDirectory(Ledger):
                 if there != here:
                     raise UserError(
                         f"{self.folder} holds an unfinished job with {_difference(name, there, here)}. Ask for the "
-                        "same again to go on with it, or pass --no-resume to begin anew"
+                        "same again to resume it, or pass --no-resume to begin anew"
                     )
             return True
-        assert self.folder is not None
         if self._resume:
             log.info("there is no unfinished job in %s: a new one begins", self.folder)
-        (self.folder / PIECES).mkdir(exist_ok=True)
-        _write_whole(self.folder / NAME, _line({"cospadi_job": VERSION, "identity": identity, "notes": notes}))
+        _write(self.folder / JOB, JOB, {"identity": identity, "notes": notes}, {}, None)
         self._identity, self._notes = identity, notes
         return False
 
     def get(self, key: str) -> Piece | None:
-        """A finished piece whose file is as it was written; one that is not is forgotten, with a warning."""
-        piece = self._pieces.get(key)
-        if piece is None or piece.path is None or key in self._used:
-            return piece
-        try:
-            with piece.path.open("rb") as stream:
-                right = hashlib.file_digest(stream, "sha256").hexdigest() == piece.record["sha256"]
-        except OSError:
-            right = False
-        if not right:
-            log.warning("%s is not as it was written: computed again", piece.path)
-            del self._pieces[key]
-            return None
-        self._used.add(key)
-        return piece
+        """A finished piece whose file is as it was written; one that is not is removed, with a warning."""
+        path = self._path(key)
+        if key not in self._pieces and path.exists():
+            record = _read(path, key, self._identity)
+            if record is None:
+                log.warning("%s is not as it was written: computed again", path)
+                path.unlink(missing_ok=True)
+            else:
+                self._pieces[key] = Piece(record, None, path)
+        return self._pieces.get(key)
 
     def put(self, key: str, record: dict[str, Any], tensors: Mapping[str, Tensor] | None = None) -> Piece:
-        """Write a finished piece and the line that says so."""
-        assert self.folder is not None
-        record = json.loads(json.dumps(record))
-        path = None
-        if tensors is not None:
-            path = self.folder / PIECES / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-            path.parent.mkdir(exist_ok=True)
-            staging = path.with_suffix(".tmp")
-            try:
-                save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, staging)
-                with staging.open("rb") as stream:
-                    record = record | {"sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-                    os.fsync(stream.fileno())
-                staging.replace(path)
-            finally:
-                staging.unlink(missing_ok=True)
-            sync_folder(path.parent)
-        self._append({"piece": key, "file": path.name if path else None, "record": record})
+        """Write a finished piece."""
+        path = self._path(key)
+        path.parent.mkdir(exist_ok=True)
+        record = _write(path, key, record, tensors or {}, self._identity)
         self._pieces[key] = Piece(record, None, path)
-        self._used.add(key)
         return self._pieces[key]
 
     def drop(self, prefix: str) -> None:
         """Forget pieces that have done their work, and remove their files."""
-        gone = {key: piece for key, piece in self._pieces.items() if key.startswith(prefix)}
-        if gone:
-            self._append({"dropped": prefix})
-        for key, piece in gone.items():
-            del self._pieces[key]
-            if piece.path is not None:
-                piece.path.unlink(missing_ok=True)
+        super().drop(prefix)
+        for path in self._files():
+            if path.name.startswith(quote(prefix, safe="")):
+                path.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Delete the folder: the job is done."""
-        assert self.folder is not None
+        self._removed = True
         self._clear()
         with suppress(OSError):  # somebody put something there meanwhile
             (self.folder / LOCK).unlink()
@@ -213,8 +194,7 @@ class JobDirectory(Ledger):
 
     def close(self) -> None:
         """Let another process have it; where nothing was finished that takes time, nothing is left."""
-        assert self.folder is not None
-        if self.folder.exists() and set(self._pieces) <= {"text"}:
+        if not self._removed and set(self._files()) <= {self._path("text")}:
             self.remove()
             for parent in self._made:
                 with suppress(OSError):
@@ -222,65 +202,76 @@ class JobDirectory(Ledger):
         with suppress(OSError):
             os.close(self._lock)
 
-    def _append(self, entry: dict[str, Any]) -> None:
-        assert self.folder is not None
-        with (self.folder / NAME).open("ab") as stream:
-            before = stream.tell()
-            try:
-                stream.write(_line(entry))
-                stream.flush()
-                os.fsync(stream.fileno())
-            except OSError:
-                with suppress(OSError):
-                    stream.truncate(before)
-                raise
+    def _path(self, key: str) -> Path:
+        return self.folder / PIECES / f"{quote(key, safe='')}.safetensors"
 
-    def _read(self) -> None:
-        assert self.folder is not None
-        path = self.folder / NAME
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            self._clear()
-            return
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}. Pass --no-resume to begin anew") from None
-        lines = content.split(b"\n")
-        torn = lines.pop()  # what a write that was cut short has left; whole lines end in a line feed
-        head = _parse(lines[0]) if lines else None
-        if head is None or head.get("cospadi_job") != VERSION or not isinstance(head.get("identity"), dict):
-            raise UserError(
-                f"{path} is not a ledger that this version of cospadi wrote, or it is damaged. "
-                "Pass --no-resume to begin anew"
-            )
-        self._identity = head["identity"]
-        self._notes = head["notes"] if isinstance(head.get("notes"), dict) else {}
-        damaged = 0
-        for line in lines[1:]:
-            entry = _parse(line)
-            if entry is None:
-                damaged += 1
-            elif isinstance(entry.get("dropped"), str):
-                for key in [key for key in self._pieces if key.startswith(entry["dropped"])]:
-                    del self._pieces[key]
-            elif isinstance(entry.get("piece"), str) and isinstance(entry.get("record"), dict):
-                name = entry.get("file")
-                inside = isinstance(name, str) and Path(name).name == name
-                self._pieces[entry["piece"]] = Piece(
-                    entry["record"], None, self.folder / PIECES / name if isinstance(name, str) and inside else None
-                )
-        if damaged:
-            log.warning("%s has %d damaged lines: what they stood for is computed again", path, damaged)
-        if torn:
-            with path.open("r+b") as stream:
-                stream.truncate(len(content) - len(torn))
+    def _files(self) -> list[Path]:
+        return list((self.folder / PIECES).glob("*.safetensors"))
 
     def _clear(self) -> None:
         """Remove everything but the lock."""
-        assert self.folder is not None
         for path in self.folder.iterdir():
             if path.name != LOCK:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _stored(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file, by name, one at a time; they are gone when the file is."""
+    with safe_open(path, framework="pt") as file:
+        for name in sorted(file.keys()):
+            yield name, file.get_tensor(name)
+
+
+def _digest(key: str, record: str, tensors: Iterator[tuple[str, Tensor]], job: dict[str, Any] | None) -> str:
+    """Of all that a piece is, and of the job that it belongs to. Tensors in the order of their names."""
+    digest = hashlib.sha256(json.dumps([key, record, job], sort_keys=True).encode())
+    for name, tensor in tensors:
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _write(
+    path: Path, key: str, record: dict[str, Any], tensors: Mapping[str, Tensor], job: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Write a piece, wholly or not at all; its record as JSON has it."""
+    tensors = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    text = json.dumps(record, sort_keys=True)
+    metadata = {"key": key, "record": text, "sha256": _digest(key, text, iter(tensors.items()), job)}
+    staging = path.with_name(f"{path.name}.tmp")
+    try:
+        save_file(tensors, staging, metadata)
+        with staging.open("rb") as stream:
+            os.fsync(stream.fileno())
+        staging.replace(path)
+        sync_folder(path.parent)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        staging.unlink(missing_ok=True)
+    return dict(json.loads(text))
+
+
+def _read(path: Path, key: str, job: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A piece's record, if its file is as it was written, for this key and this job."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        right = _digest(key, metadata["record"], _stored(path), job) == metadata["sha256"]
+        return dict(json.loads(metadata["record"])) if right else None
+    except Exception:  # there are many ways to be damaged
+        return None
+
+
+def _read_job(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An unfinished job's identity and notes."""
+    job = _read(path, JOB, None)
+    if job is None:
+        raise UserError(
+            f"{path} cannot be read, or is not as this version of cospadi wrote it. Pass --no-resume to begin anew"
+        )
+    return job["identity"], job["notes"]
 
 
 def read_tensors(piece: Piece, names: set[str]) -> dict[str, Tensor]:
@@ -322,35 +313,6 @@ def _lock(folder: Path) -> int:
         except FileNotFoundError:
             pass
         os.close(handle)
-
-
-def _line(entry: dict[str, Any]) -> bytes:
-    text = json.dumps(entry, sort_keys=True)
-    return f"{hashlib.sha256(text.encode()).hexdigest()[:16]} {text}\n".encode()
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    check, _, text = line.partition(b" ")
-    if hashlib.sha256(text).hexdigest()[:16].encode() != check:
-        return None
-    try:
-        entry = json.loads(text)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) else None
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    staging = path.with_name(path.name + ".tmp")
-    try:
-        with staging.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        staging.replace(path)
-    finally:
-        staging.unlink(missing_ok=True)
-    sync_folder(path.parent)
 
 
 def _difference(name: str, there: object, here: object) -> str:
