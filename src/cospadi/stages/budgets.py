@@ -14,8 +14,8 @@ from cospadi.budget.plan import Group, Plan, dense_group, fill_up, size_group
 from cospadi.calibration import walk as sequence
 from cospadi.calibration.fisher import output_fisher, output_fisher_by_blocks
 from cospadi.calibration.grams import Whitening
+from cospadi.calibration.loss import mean_loss
 from cospadi.calibration.walk import Flow, in_block
-from cospadi.commands import evaluate
 from cospadi.jobs.ledger import Piece
 from cospadi.jobs.pool import Task
 from cospadi.recipe import Recipe
@@ -191,7 +191,7 @@ def candidate_losses(job: Job, plans: Sequence[Plan], fisher: Mapping[str, Tenso
                 for _, found in _approximations(job, [plan], groups, metrics, fisher):
                     weights |= {name: weight.to(job.blocks.device) for name, weight in found.items()}
             with sequence.other_weights(job.blocks.model, weights):
-                losses.append(evaluate.mean_loss(job.blocks.model, text, size))
+                losses.append(mean_loss(job.blocks.model, text, size))
     else:
         flows = _flows_of_plans(job, plans, fisher)
         losses = [sequence.mean_loss(job.blocks, job.calls, flow, text) for flow in flows]
