@@ -33,11 +33,11 @@ from cospadi.budget.plan import make_plan, outlook, owner_without_weights
 from cospadi.commands import estimate as estimating
 from cospadi.commands.estimate import Flops
 from cospadi.commands.tables import duration
-from cospadi.stages.open import job_directory
 from cospadi.jobs.progress import Stages
 from cospadi.model import load
 from cospadi.model.projections import find_projections
 from cospadi.recipe import CACHE_BYTES, Recipe
+from cospadi.stages.open import job_directory
 
 RESULTS = Path(__file__).parent / "results" / "scaling"
 FIGURE = Path(__file__).parents[1] / "docs" / "images" / "scaling.svg"

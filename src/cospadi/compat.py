@@ -7,8 +7,148 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+# torch
+
+
+def is_traced() -> bool:
+    """Whether `torch.jit.trace` is running.
+
+    Waits for `torch.jit.is_tracing` to be among the names that torch.jit exports.
+    """
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
+def is_dispatch_intercepted() -> bool:
+    """Whether a mode, a functorch transform or forward-mode autograd wants to see every call of an op.
+
+    Modes are those of `torch.utils._python_dispatch` and what is built on them (make_fx, fake tensors); transforms
+    those of `torch.func`; forward mode is that of `torch.autograd.forward_ad`. Waits for a public way to ask torch
+    which of them are active.
+    """
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often a tensor was written to in place; None for an inference tensor, where torch does not count.
+
+    Waits for a public name of `Tensor._version`, which torch's notes on autograd describe.
+    """
+    return None if tensor.is_inference() else tensor._version
+
+
+def name_hooks(module: nn.Module, before: RemovableHandle, after: RemovableHandle, name: str) -> None:
+    """Give a forward pre-hook and an `always_call` forward hook of a module a name instead of their number.
+
+    torch numbers hooks through the whole process, and torch.compile would compile a module anew for its numbers. The
+    handles no longer remove them. Waits for hooks that torch.compile does not tell apart by their numbers.
+    """
+    tables: Any = module._forward_pre_hooks, module._forward_hooks, module._forward_hooks_always_called
+    for hooks, number in zip(tables, (before.id, after.id, after.id), strict=True):
+        hooks[name] = hooks.pop(number)
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products of bf16 numbers (AVX-512 BF16).
+
+    Waits for `torch.cpu.get_capabilities`, which is public in torch 2.13 and not there in the oldest that we take.
+    """
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def fake_tensors() -> AbstractContextManager[object]:
+    """Inside this block tensors have shapes and dtypes and no numbers, those of modules on the meta device, too.
+
+    Waits for a public name of `FakeTensorMode`, which torch documents by its private path.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+# transformers
+
+
+def tied_weights(model: nn.Module) -> dict[str, str]:
+    """Tensor name -> name of the tensor that it is tied to; empty for a model that has no such table.
+
+    Waits for a documented name of `PreTrainedModel.all_tied_weights_keys`.
+    """
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def tie_weights(model: nn.Module, tied: dict[str, str]) -> None:
+    """Add to `tied_weights`, so that loading does not miss a tied tensor and saving writes each once.
+
+    Waits for a way to tie weights of an instance; transformers documents one for classes alone.
+    """
+    model.all_tied_weights_keys = tied_weights(model) | tied  # type: ignore[assignment]
+
+
+def may_miss(model: nn.Module) -> set[str]:
+    """Patterns (re.search) of tensor names that a checkpoint may lack, by the model's class.
+
+    Waits for a public name of `PreTrainedModel._keys_to_ignore_on_load_missing`.
+    """
+    return set(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+
+
+def not_saved(model: nn.Module) -> set[str]:
+    """Names of tensors that `save_pretrained` leaves out, by the model's class.
+
+    Waits for a public name of `PreTrainedModel._keys_to_ignore_on_save`.
+    """
+    return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+
+
+def ignore_when_loading(model: nn.Module, patterns: Iterable[str]) -> None:
+    """Have `from_pretrained` say nothing of tensors that a checkpoint has beside the model's own.
+
+    Args:
+        patterns: for re.search in tensor names.
+
+    Waits for a public name of `PreTrainedModel._keys_to_ignore_on_load_unexpected`, or for a quantizer's say in it.
+    """
+    ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    model._keys_to_ignore_on_load_unexpected = ignored | set(patterns)  # type: ignore[assignment]
+
+
+# accelerate
+
+
+def take_from_accelerate(model: nn.Module) -> dict[str, dict[str, str]]:
+    """Undo what `device_map` does to a model, so that its offloaded parameters stay on the meta device.
+
+    Waits for a public way to ask transformers or accelerate where an offloaded weight lies.
+
+    Returns:
+        Parameter name -> where it lies: `safetensors_file`, `dtype` (a name in torch), and `weight_name`, its name in
+        the file, where that is another.
+    """
+    from accelerate.hooks import remove_hook_from_module
+
+    index: dict[str, dict[str, str]] = {}
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            index |= getattr(getattr(getattr(one, "weights_map", None), "dataset", None), "index", None) or {}
+    remove_hook_from_module(model, recurse=True)
+    del model.hf_device_map
+    return index
+
+
+# multiprocessing
 
 
 @contextmanager
@@ -23,6 +163,9 @@ def blank_main() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
+
+
+# ray
 
 
 @contextmanager

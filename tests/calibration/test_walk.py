@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from cospadi.calibration import walk as sequence
+from cospadi.calibration.loss import mean_loss
 from cospadi.calibration.spill import Shelf
-from cospadi.commands import evaluate
 from cospadi.model.blocks import Blocks
 
 
@@ -75,7 +75,7 @@ def test_grams_are_those_of_the_whole_dense_and_the_whole_compressed_model() -> 
                 other.get_submodule(f"model.layers.{index}.{local}").weight.data = replacement[local]
         sequence.advance(block, index, calls, flow, {})
         sequence.advance(block, index, calls, second, replacement)
-    assert sequence.mean_loss(blocks, calls, second, tokens) == pytest.approx(evaluate.mean_loss(other, tokens, 2))
+    assert sequence.mean_loss_of_flow(blocks, calls, second, tokens) == pytest.approx(mean_loss(other, tokens, 2))
     assert shelf.used == 0
     shelf.close()
     untouched = small_llama()
@@ -148,7 +148,6 @@ def test_compensation_lowers_the_loss_of_a_hard_compressed_model(shared_model: C
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import cospadi
-    from cospadi.commands import evaluate
 
     folder = shared_model("stories260k")
     data = folder.parent.parent / "data"
@@ -160,5 +159,5 @@ def test_compensation_lowers_the_loss_of_a_hard_compressed_model(shared_model: C
         quick = {"iterations": 10, "allocate": "uniform", "weight_columns": "none", "compensate": compensate}
         model = AutoModelForCausalLM.from_pretrained(folder)
         result = cospadi.compress(model, recipe | quick, tokenizer=tokenizer)
-        losses[compensate] = evaluate.mean_loss(result.model, windows)
+        losses[compensate] = mean_loss(result.model, windows)
     assert losses[True] < losses[False] - 0.1

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cospadi import compat
 from cospadi.budget import accounting
 from cospadi.budget.accounting import Parts
 from cospadi.errors import UserError
@@ -439,7 +439,7 @@ def outlook(model: str | Path, recipe: Recipe, plan: Plan | None = None) -> Outl
 def owner_without_weights(skeleton: nn.Module, selected: Sequence[Projection]) -> dict[str, str]:
     """`shared_inputs` of a model on the meta device; each reads its own where that fails."""
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with compat.fake_tensors():
             return shared_inputs(skeleton, selected)
     except Exception as error:  # a model that asks for a number may raise anything
         log.debug("no forward pass without weights: %s", error)

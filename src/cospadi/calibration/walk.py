@@ -3,7 +3,7 @@
 `learn_calls` finds out what each block is called with beside the hidden states. `walk` is the loop over the blocks: one
 at a time is in memory, and the hidden states of all batches, a `Flow`, go from block to block. It serves plain Gram
 matrices (`grams`), those of a model that is compressed so far (`paired_grams`), gradients (`fisher`), the loss of
-candidates (`mean_loss`) and solving.
+candidates (`mean_loss_of_flow`) and solving.
 
 Errors of the projections before it change a projection's input from X to X'. Asking for ||X W - X' D S|| small, where
 plain calibration asks for ||X W - X D S||, lets every projection make up for the errors before it (the idea of
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from cospadi.calibration.grams import adding_grams, gram_block, zero_gram
+from cospadi.calibration.loss import predicted_tokens, total_loss
 from cospadi.calibration.spill import Shelf, Shelved
 from cospadi.model.blocks import Blocks
 from cospadi.model.projections import read_by_linear
@@ -254,18 +255,15 @@ def _replaced_forward(modules: Sequence[nn.Module], calls: Calls, hidden: Tensor
 
 
 @torch.no_grad()
-def mean_loss(blocks: Blocks, calls: Calls, flow: Flow, sequences: Tensor) -> float:
-    """Mean next-token loss of a text whose hidden states have passed the last block; as `evaluate.mean_loss`."""
+def mean_loss_of_flow(blocks: Blocks, calls: Calls, flow: Flow, sequences: Tensor) -> float:
+    """Mean next-token loss of a text whose hidden states have passed the last block; as `loss.mean_loss`."""
     total, start = 0.0, 0
     for batch in range(len(flow)):
         hidden = flow[batch]
         tokens = sequences[start : start + len(hidden)].to(blocks.device)
         start += len(hidden)
-        predicted = logits(blocks, calls, hidden, tokens)[:, :-1].float()
-        losses = nn.functional.cross_entropy(predicted.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-        total += float(losses.double().sum())
-    count, length = sequences.shape
-    return total / (count * (length - 1))
+        total += total_loss(logits(blocks, calls, hidden, tokens), tokens)
+    return total / predicted_tokens(sequences)
 
 
 @torch.no_grad()

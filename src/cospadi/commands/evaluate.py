@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cospadi.calibration.loss import mean_loss, perplexity_of
 from cospadi.calibration.text import read_text, sequence_length, tokenize
 from cospadi.errors import UserError
 from cospadi.jobs.progress import Stages
@@ -51,36 +52,8 @@ def perplexity(
     batch_size: int = 4,
     on_batch: Callable[[int], None] | None = None,
 ) -> Perplexity:
-    """Perplexity over windows of tokens, int64 (windows, length).
-
-    Logits are taken in the model's dtype and their log-softmax in float32; losses are summed in float64.
-
-    Args:
-        on_batch: called with the number of windows just done.
-    """
-    mean = mean_loss(model, windows, batch_size, on_batch)
-    return Perplexity(math.inf if mean >= 700 else math.exp(mean), *windows.shape)
-
-
-@torch.inference_mode()
-def mean_loss(
-    model: nn.Module,
-    windows: Tensor,
-    batch_size: int = 4,
-    on_batch: Callable[[int], None] | None = None,
-) -> float:
-    """Mean negative log-likelihood of every token but the first of each window, int64 (windows, length)."""
-    device = next(model.parameters()).device
-    total = 0.0
-    for start in range(0, len(windows), batch_size):
-        batch = windows[start : start + batch_size].to(device)
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-        losses = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
-        total += float(losses.double().sum())
-        if on_batch:
-            on_batch(len(batch))
-    count, length = windows.shape
-    return total / (count * (length - 1))
+    """Perplexity over windows of tokens, int64 (windows, length); arguments as for `mean_loss`."""
+    return Perplexity(perplexity_of(mean_loss(model, windows, batch_size, on_batch)), *windows.shape)
 
 
 def evaluate_models(

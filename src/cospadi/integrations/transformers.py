@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from cospadi import compat
 from cospadi.errors import CheckpointError, UserError
 from cospadi.format import manifest, schema, verify
 from cospadi.format.schema import DICTIONARY, LEFT, SENTINEL, StoredProjection
@@ -80,13 +81,11 @@ class CospadiQuantizer(HfQuantizer):
                 raise CheckpointError(f"the checkpoint's index names {file}, a path that leaves its folder")
         recorded = manifest.read_manifest(folder, projections)
         present = verify.check_files(files, projections)
-        tied = getattr(model, "all_tied_weights_keys", {})
+        tied, may_miss = compat.tied_weights(model), compat.may_miss(model)
         missing = [
             name
             for name in model.state_dict()
-            if name not in present
-            and name not in tied
-            and not any(re.search(p, name) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+            if name not in present and name not in tied and not any(re.search(p, name) for p in may_miss)
         ]
         if missing:
             raise CheckpointError(f"{folder}: tensor {missing[0]} is in none of the checkpoint's files")
@@ -161,19 +160,16 @@ def swap_in_layers(
             )
         layers[name] = build_layer(entry, dtype, device)
         model.set_submodule(name, layers[name])
-    tied = dict(getattr(model, "all_tied_weights_keys", {}))
+    tied: dict[str, str] = {}
     for name, entry in projections.items():
         if entry.dictionary != name:
             shared = LEFT if entry.layout == "low-rank" else DICTIONARY
             setattr(layers[name], shared, getattr(layers[entry.dictionary], shared))
             tied[f"{name}.{shared}"] = f"{entry.dictionary}.{shared}"
-    model.all_tied_weights_keys = tied
+    compat.tie_weights(model, tied)
     for members in _siblings(projections):
         reuse_products(_parent(model, members), [layers[name] for name in members], _in_block(members[0])[1])
-    ignored = {rf"^{re.escape(name)}\.{SENTINEL}$" for name in projections}
-    model._keys_to_ignore_on_load_unexpected = (
-        set(getattr(model, "_keys_to_ignore_on_load_unexpected", ()) or ()) | ignored
-    )
+    compat.ignore_when_loading(model, (rf"^{re.escape(name)}\.{SENTINEL}$" for name in projections))
     return layers
 
 

@@ -153,14 +153,13 @@ class Blocks:
         places = self._parameters(name, module)
         for full, tensor in self._read(list(places)).items():
             owner, leaf = places[full]
-            parameter = owner._parameters[leaf]
-            assert parameter is not None
-            self._away[full] = parameter
-            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+            self._away[full] = owner.get_parameter(leaf)
+            owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
 
     def _release(self, name: str, module: nn.Module) -> None:
         for full, (owner, leaf) in self._parameters(name, module).items():
-            owner._parameters[leaf] = self._away.pop(full, owner._parameters[leaf])
+            if full in self._away:
+                owner.register_parameter(leaf, self._away.pop(full))
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         assert self.stored is not None

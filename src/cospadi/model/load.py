@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cospadi import files
+from cospadi import compat, files
 from cospadi.errors import CheckpointError, UserError, first_line
 from cospadi.format import safetensors
 from cospadi.format.safetensors import WrittenTensor
@@ -209,8 +209,6 @@ def open_blocks(folder: Path, device: torch.device, converted: Path) -> Blocks:
     Raises:
         UserError: no safetensors files, a model that is no causal LM. CheckpointError: damaged files.
     """
-    from accelerate.hooks import remove_hook_from_module
-
     _check_files(folder)
     skeleton = load_skeleton(folder).model
     prefix, _ = decoder_blocks(skeleton)
@@ -229,18 +227,11 @@ def open_blocks(folder: Path, device: torch.device, converted: Path) -> Blocks:
         places[prefix] = here  # accelerate wants something that stays; the list itself has no weights
     with _quiet():
         model = _from_pretrained(folder, device_map=places, offload_folder=converted)
-    index: dict[str, dict[str, str]] = {}
-    for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for one in getattr(hook, "hooks", [hook]):
-            index |= getattr(getattr(getattr(one, "weights_map", None), "dataset", None), "index", None) or {}
-    remove_hook_from_module(model, recurse=True)
-    del model.hf_device_map
     stored = {
         name: StoredWeight(
             Path(entry["safetensors_file"]), entry.get("weight_name", name), getattr(torch, entry["dtype"])
         )
-        for name, entry in index.items()
+        for name, entry in compat.take_from_accelerate(model).items()
     }
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta and name not in stored]
     if missing:
@@ -282,8 +273,7 @@ def tensors_to_write(
         state: tensors to save, on the meta device but for buffers and sentinels.
         held: names of factors -> the safetensors files that hold them under these names.
     """
-    tied = getattr(model, "all_tied_weights_keys", {})
-    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    tied, ignored = compat.tied_weights(model), compat.not_saved(model)
     indices: dict[Path, dict[str, dict[str, Any]]] = {}
 
     def in_file(path: Path, name: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cospadi import compat
 from cospadi.errors import UserError
 
 ROUTERS = {"gate", "router", "shared_expert_gate"}
@@ -157,8 +158,8 @@ def shared_inputs(
         def before(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             x = read_by_linear(args, kwargs)
             alive.append(x)
-            version = None if x.is_inference() else x._version  # one that changed in place is another
-            owner_of[name] = first_reader.setdefault((id(x), version), name)
+            state = id(x), compat.version_of(x)  # one that changed in place is another
+            owner_of[name] = first_reader.setdefault(state, name)
 
         return before
 

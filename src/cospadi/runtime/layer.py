@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cospadi import compat
 from cospadi.budget import accounting
 from cospadi.format import packing
 from cospadi.runtime import op
@@ -53,10 +54,7 @@ def reuse_products(parent: nn.Module, layers: Sequence[SparseDictionaryLinear | 
     # State of these hooks is the group's name alone, which a copied or unpickled model keeps.
     before = parent.register_forward_pre_hook(partial(_open_group, group))
     after = parent.register_forward_hook(partial(_close_group, group), always_call=True)
-    # torch numbers hooks through the whole process, and torch.compile would compile each block anew for its numbers.
-    tables: Any = parent._forward_pre_hooks, parent._forward_hooks, parent._forward_hooks_always_called
-    for hooks, number in zip(tables, (before.id, after.id, after.id), strict=True):
-        hooks[f"cospadi {group}"] = hooks.pop(number)
+    compat.name_hooks(parent, before, after, f"cospadi {group}")  # torch.compile compiles anew for each number
 
 
 def _open_group(group: str, *_: object) -> None:
@@ -81,7 +79,7 @@ def _multiply(x: Tensor, dictionary: Tensor, group: str | None, product: Callabl
 
 def _version(tensor: Tensor) -> Hashable:
     """What changes when a tensor is replaced or written to (where torch counts that)."""
-    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), compat.version_of(tensor)
 
 
 def _linear(x: Tensor, matrix: Tensor) -> Tensor:
@@ -96,9 +94,8 @@ def _state(x: Tensor) -> Hashable:
     state = (x.requires_grad, torch.is_grad_enabled(), autocast)
     if torch.compiler.is_compiling():
         return state
-    version = None if x.is_inference() else x._version
     stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
-    return *state, torch.is_inference_mode_enabled(), version, stream
+    return *state, torch.is_inference_mode_enabled(), compat.version_of(x), stream
 
 
 class SparseDictionaryLinear(nn.Module):
@@ -199,7 +196,7 @@ class SparseDictionaryLinear(nn.Module):
 
     def column_offsets(self) -> Tensor | None:
         """Number of nonzeros before each column and in all, int32 (d2 + 1,), counted once; None on the meta device."""
-        if torch.compiler.is_compiling() or torch._C._is_tracing():
+        if torch.compiler.is_compiling() or compat.is_traced():
             return None if self._offsets is None else self._offsets[1]
         if self.support.device.type == "meta":
             return None
@@ -240,6 +237,8 @@ class SparseDictionaryLinear(nn.Module):
         if isinstance(self.values, nn.Parameter):
             return packing.pack_values(self.values.detach(), self.value_bits)
         return self.values.to(torch.bfloat16) if self.value_bits == 16 else self.values
+
+    # nn.Module documents these three as what a module with a state of its own overrides.
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cospadi import compat
 from cospadi.budget import accounting
 from cospadi.format import packing
 from cospadi.runtime import cpu, reference
@@ -52,10 +53,8 @@ def _is_watched(x: Tensor, weights: Tensor) -> bool:
         or type(x) is not Tensor
         or x.device.type == "meta"
         or torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
+        or compat.is_traced()
+        or compat.is_dispatch_intercepted()
     )
 
 

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from cospadi import compat
+
 HALVED = 512
 """Columns from which the halves of a symmetric product are worth the calls."""
 
@@ -34,7 +36,7 @@ def self_product_flops(rows: float, k: int) -> float:
 
 def bf16_is_fast(device: torch.device) -> bool:
     """Whether the hardware multiplies bf16 matrices faster than float32 ones."""
-    return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return device.type == "cuda" or compat.cpu_multiplies_bf16()
 
 
 _PRECISION = threading.RLock()

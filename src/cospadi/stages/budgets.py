@@ -12,8 +12,8 @@ from torch import Tensor
 from cospadi.budget.accounting import byte_budget
 from cospadi.budget.knapsack import Option, interpolate, knapsack
 from cospadi.budget.plan import Group, Plan, dense_group, fill_up, size_group
-from cospadi.calibration.walk import Flow, Stream, embed, mean_loss, replaced_weights
-from cospadi.commands import evaluate
+from cospadi.calibration.loss import mean_loss
+from cospadi.calibration.walk import Flow, Stream, embed, mean_loss_of_flow, replaced_weights
 from cospadi.recipe import Recipe
 from cospadi.solvers import find_solver
 from cospadi.stages.measure import Measured, whitenings
@@ -133,10 +133,10 @@ def candidate_losses(job: Job, plans: Sequence[Plan], fisher: Mapping[str, Tenso
                 for _, some in _approximations(job, [plan], found, fisher):
                     weights |= some
             with replaced_weights(job.blocks.model, weights):
-                losses.append(evaluate.mean_loss(job.blocks.model, text, size))
+                losses.append(mean_loss(job.blocks.model, text, size))
     else:
         streams = _through_candidates(job, plans, fisher)
-        losses = [mean_loss(job.blocks, job.calls, stream.flow, text) for stream in streams]
+        losses = [mean_loss_of_flow(job.blocks, job.calls, stream.flow, text) for stream in streams]
         for stream in streams:
             stream.flow.close()
     job.ledger.put("losses", {"losses": losses})
