@@ -30,13 +30,15 @@ import typer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cospadi.budget.plan import make_plan, outlook, owner_without_weights
+from cospadi.commands import agenda as agendas
 from cospadi.commands import estimate as estimating
-from cospadi.commands.estimate import Flops
 from cospadi.commands.tables import duration
+from cospadi.compress import compress
 from cospadi.jobs.progress import Stages
 from cospadi.model import load
 from cospadi.model.projections import find_projections
 from cospadi.recipe import CACHE_BYTES, Recipe
+from cospadi.solvers import Flops
 from cospadi.stages.open import job_directory
 
 RESULTS = Path(__file__).parent / "results" / "scaling"
@@ -271,21 +273,19 @@ def _large(
     projections = find_projections(model)
     owner = owner_without_weights(model, projections)
     plan = make_plan(projections, recipe, owner)
-    shape, text = estimating.shape_of(model, owner), estimating.text_of(recipe, 8192)
-    agenda = estimating.agenda_of(recipe, plan, shape, text, False, CACHE_BYTES, False)
-    flops = estimating.flops_of(shape, recipe, text, agenda)
-    runs = Flops()
-    for one in agenda.runs:
-        if one.stage != "solve":
-            runs += estimating.run_flops(one, recipe, True, agenda.compensated)
-    losses = Flops(flops["budgets"].products - runs.products)
+    shape, text = agendas.shape_of(model, owner), agendas.text_of(recipe, 8192)
+    agenda = agendas.agenda_of(recipe, plan, shape, text, False, CACHE_BYTES, False)
     stored = sum(parameter.nbytes for parameter in model.parameters())
     output = stored + sum(group.parts.total - group.dense_bytes for group in plan.compressed)
+    costs = estimating.costs_of(shape, recipe, text, agenda, CACHE_BYTES, stored, output)
+    flops = dict.fromkeys([*estimating.STAGES, "short runs"], Flops())
+    for cost in costs:
+        short = cost.stage == "budgets" and cost.kind != "passes"
+        flops["short runs" if short else cost.stage] += cost.flops * cost.count
     memory = estimating.memory_of(shape, recipe, plan, text, agenda, CACHE_BYTES)
     disk = estimating.disk_of(shape, plan, text, agenda, CACHE_BYTES, False, output)
-    traffic = estimating.weight_reads(agenda) * stored
-    traffic += sum(estimating.spilled_bytes(shape, text, agenda, CACHE_BYTES))
-    flops = {stage: spent for stage, spent in (flops | {"budgets": losses, "short runs": runs}).items() if spent.total}
+    traffic = sum(cost.nbytes * cost.count for cost in costs)
+    flops = {stage: spent for stage, spent in flops.items() if spent.total}
     seconds = {
         stage: spent.products / tflops / 1e12 + spent.others / factor_tflops / 1e12 for stage, spent in flops.items()
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,12 +15,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cospadi.budget.plan import outlook
-from cospadi.commands import estimate as estimating
-from cospadi.commands.estimate import Estimate, Flops, estimate, iteration_flops
+from cospadi.commands import speed
+from cospadi.commands.estimate import STAGES, Estimate, estimate
 from cospadi.commands.tables import duration
 from cospadi.compress import compress
 from cospadi.jobs.ledger import JobDirectory
 from cospadi.recipe import Recipe
+from cospadi.solvers import SOLVERS, Flops, SolverOptions
 
 
 def foreseen(folder: Path, recipe: Recipe, **options: Any) -> Estimate:
@@ -136,47 +138,52 @@ def test_peak_memory_is_within_30_percent(make_llama: Callable[..., Path], text_
     """Of a model whose logits are most of it."""
     folder = make_llama(vocab_size=24000, max_position_embeddings=512)
     words = [str(folder), "--calibration", str(text_file), "--sequences", "8", "--length", "512", "--batch-size", "8"]
-    words += ["--iterations", "4", "--rho", "2", "--json"]
-    planned = subprocess.run(
-        [sys.executable, "-m", "cospadi", "plan", *words, "--no-timing"], capture_output=True, check=True
-    )
+    words += ["--iterations", "4", "--rho", "2"]
     program = (
         "import cospadi_cli, resource, sys\n"
-        "try: cospadi_cli.main()\n"
-        "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+        f"cospadi_cli.app(['plan', *{words}, '--no-timing', '--json'], standalone_mode=False)\n"
+        f"cospadi_cli.app(['compress', *{words}, '-o', {str(tmp_path / 'out')!r}], standalone_mode=False)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", program, "compress", *words, "-o", str(tmp_path / "out")],
-        capture_output=True,
-        check=True,
-        text=True,
-    )
-    expected = json.loads(planned.stdout)["estimate"]["memory_bytes"]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    ran = subprocess.run([sys.executable, "-c", program], env=one_thread, capture_output=True, check=True, text=True)
+    expected = json.JSONDecoder().raw_decode(ran.stdout)[0]["estimate"]["memory_bytes"]
     assert expected == pytest.approx(1024 * int(ran.stderr.split()[-1]), rel=0.3)
 
 
 def test_iterations_cost_what_the_solver_benchmark_counts() -> None:
     d1, d2, k = 2048, 8192, 1911
     products = 4 * d1 * k * d2 + 8 * d2 * k * k + 2 * (d1 + d2) * k * k * 5 // 8
-    assert iteration_flops("mod-htp", d1, d2, k, 955).products == products
-    assert iteration_flops("mod-htp", 8192, 2048, k, 955) == iteration_flops("mod-htp", 2048, 2048, k, 955)
+    assert iteration(d1, d2, k).products == products
+    assert iteration(8192, 2048, k) == iteration(2048, 2048, k)
 
 
-@pytest.mark.parametrize("solver", ["mod-htp", "ksvd", "procrustes", "eigen", "svd-llm", "svd"])
-def test_pieces_of_every_solver_can_be_timed(
+def iteration(d1: int, d2: int, k: int) -> Flops:
+    flops = SOLVERS["mod-htp"].flops
+    one, two = (flops(d1, d2, k, 955, SolverOptions(iterations=count), True) for count in (1, 2))
+    return two + one * -1
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_can_be_timed(
     make_llama: Callable[..., Path], text_file: Path, monkeypatch: pytest.MonkeyPatch, solver: str
 ) -> None:
     folder = make_llama()
     recipe = recipe_for(text_file, solver=solver)
     full = estimate(folder, recipe, outlook(folder, recipe).plan)
-    monkeypatch.setitem(estimating.PROBE_FLOPS, "cpu", 1e5)  # all pieces are shrunk, and the block is a stand-in
-    monkeypatch.setitem(estimating.STAND_IN, "cpu", 128)
+    monkeypatch.setitem(speed.TIMED_FLOPS, "cpu", 1e5)  # all pieces are shrunk
+    monkeypatch.setitem(speed.TIMED_WIDTH, "cpu", 24)
     shrunk = estimate(folder, recipe, outlook(folder, recipe).plan)
     for found in (full, shrunk):
         assert found.seconds is not None
-        assert set(found.seconds) == set(found.flops) == set(estimating.STAGES)
+        assert set(found.seconds) == set(found.flops) == set(STAGES)
         assert min(found.seconds.values()) >= 0
         assert found.seconds["solve"] > 0
+
+
+def test_seconds_of_a_solve_lie_between_two_that_were_timed_and_grow_with_flops_beyond() -> None:
+    known = speed.Speed(0.0, 0.0, ((1e6, 0.2), (3e6, 0.4)))
+    assert [known.solving(flops) for flops in (1e5, 1e6, 2e6, 3e6, 6e6)] == pytest.approx([0.2, 0.2, 0.3, 0.4, 0.8])
 
 
 def test_the_command_tells_costs_and_leaves_timing_out(

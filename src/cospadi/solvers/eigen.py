@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from cospadi.solvers.least_squares import refit_dictionary
+from cospadi.solvers.flops import Flops, triangular
+from cospadi.solvers.least_squares import refit_dictionary, refit_flops
 from cospadi.solvers.orthogonal import keep_largest
-from cospadi.solvers.problem import Factorization, Problem, SolverOptions, relative_error
+from cospadi.solvers.problem import Factorization, Problem, SolverOptions, leading_flops, relative_error
 
 
 def eigen(problem: Problem, k: int, s: int, options: SolverOptions) -> Factorization:
@@ -32,3 +33,9 @@ def eigen(problem: Problem, k: int, s: int, options: SolverOptions) -> Factoriza
     if options.on_iteration:
         options.on_iteration(1, error)
     return Factorization(dictionary, coefficients, support, [error])
+
+
+def flops(d1: int, d2: int, k: int, s: float, options: SolverOptions, again: bool) -> Flops:
+    """Of `eigen`: the eigenvectors, L^-1 of them, D^T A, the refit, D S."""
+    solved = Flops(4.0 * d1 * k * d2, triangular(d1, k)) + refit_flops(d1, d2, k)
+    return leading_flops(d1, d2, k, again) + solved

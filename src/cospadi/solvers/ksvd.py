@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cospadi.solvers.least_squares import refit_dictionary
-from cospadi.solvers.omp import omp, scatter_codes
+from cospadi.solvers.flops import Flops, eigh
+from cospadi.solvers.least_squares import refit_dictionary, refit_flops
+from cospadi.solvers.omp import omp, omp_flops, scatter_codes
 from cospadi.solvers.problem import Factorization, Problem, SolverOptions
 
 POWER_ITERATIONS = 8
@@ -141,3 +142,21 @@ def _normalise(columns: Tensor) -> Tensor:
     """Unit columns; zero columns stay zero."""
     norms = torch.linalg.vector_norm(columns, dim=0, keepdim=True)
     return torch.where(norms > 0, columns / norms.clamp(min=torch.finfo(columns.dtype).tiny), columns)
+
+
+def flops(d1: int, d2: int, k: int, s: float, options: SolverOptions, again: bool) -> Flops:
+    """Of `ksvd`, in each iteration: D^T D and D^T A, OMP, the dictionary update, D S.
+
+    An update atom by atom begins with D S, and passes over its n = s d2 / k columns twice a power iteration and three
+    times more, or takes their Gram and its eigenvectors; the number of columns is taken as the same for all atoms.
+    """
+    coding = Flops(2.0 * d1 * k**2 + 4.0 * d1 * k * d2) + omp_flops(d2, k, round(s))
+    columns, apart = s * d2 / k, Flops(2.0 * d1 * k * d2)
+    if options.update == "mod":
+        update = refit_flops(d1, d2, k) + apart
+    elif options.update == "power":
+        update = apart + Flops(2.0 * d1 * columns * (2 * POWER_ITERATIONS + 3)) * k
+    else:
+        small, large = min(columns, d1), max(columns, d1)
+        update = apart + Flops(2.0 * small**2 * large + 6.0 * d1 * columns, eigh(round(small))) * k
+    return (coding + update) * options.iterations

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cospadi.solvers.flops import Flops
+
 MAX_BATCH = 8192
 """Columns coded together at most (the paper's batch)."""
 
@@ -38,6 +40,11 @@ def omp(gram: Tensor, correlations: Tensor, s: int, memory_bytes: int = 256 * 2*
         rows = slice(start, start + batch)
         support[rows], coefficients[rows] = _omp_batch(gram, correlations[:, rows].T.contiguous(), s)
     return support, coefficients
+
+
+def omp_flops(d2: int, k: int, s: int) -> Flops:
+    """Of `omp`: a column's product with the Gram and one with T an atom, and once more of each to refine."""
+    return Flops(2.0 * (s + 1) * k**2 * d2 + 2.0 / 3.0 * s**3 * d2 + 6.0 * s**2 * d2)
 
 
 def scatter_codes(support: Tensor, coefficients: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cospadi.solvers.flops import Flops, eigh, qr
+
 
 def leading_directions(target: Tensor, k: int) -> Tensor:
     """The k leading left singular vectors of A (d1, d2): the leading eigenvectors of A A^T, float (d1, k).
@@ -21,6 +23,13 @@ def leading_directions(target: Tensor, k: int) -> Tensor:
     dictionary = torch.zeros(d1, k, dtype=target.dtype, device=target.device)
     dictionary[:, :d1] = left[:, :k].to(target)
     return dictionary
+
+
+def directions_flops(d1: int, d2: int, k: int) -> Flops:
+    """Of `leading_directions`."""
+    if k <= d2 < d1:
+        return Flops(2.0 * d2**3 + 2.0 * d1 * d2**2, qr(d1, d2) + eigh(d2))
+    return Flops(2.0 * d1**2 * d2, eigh(d1))
 
 
 def keep_largest(scores: Tensor, s: int) -> Tensor:

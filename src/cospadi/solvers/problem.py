@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cospadi.solvers.orthogonal import leading_directions
+from cospadi.solvers.flops import Flops
+from cospadi.solvers.orthogonal import directions_flops, leading_directions
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,14 @@ class Problem:
     def leading(self, k: int) -> Tensor:
         """The k leading left singular vectors of A (d1, k), any basis of the rest beyond its rank, zeros beyond d1."""
         return self.directions[:, :k] if k <= min(self.target.shape) else leading_directions(self.target, k)
+
+
+def leading_flops(d1: int, d2: int, k: int, again: bool) -> Flops:
+    """Of `Problem.leading`; nothing `again`, where the problem has kept them."""
+    count = min(d1, d2)
+    if k > count:
+        return directions_flops(d1, d2, k)
+    return Flops() if again else directions_flops(d1, d2, count)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cospadi.solvers.flops import Flops, svd
 from cospadi.solvers.orthogonal import keep_largest
-from cospadi.solvers.problem import Factorization, Problem, SolverOptions, relative_error
+from cospadi.solvers.problem import Factorization, Problem, SolverOptions, leading_flops, relative_error
 
 
 def procrustes(problem: Problem, k: int, s: int, options: SolverOptions) -> Factorization:
@@ -62,3 +63,10 @@ def update_orthonormal(target: Tensor, coefficients: Tensor) -> Tensor:
     dictionary = torch.zeros(d1, coefficients.shape[0], dtype=target.dtype, device=target.device)
     dictionary[:, :atoms] = (left @ right).to(target)
     return dictionary
+
+
+def flops(d1: int, d2: int, k: int, s: float, options: SolverOptions, again: bool) -> Flops:
+    """Of `procrustes`: D^T A; then in each iteration A S^T, its SVD and U V^T of k' = min(k, d1) atoms, D^T A, D S."""
+    atoms = min(k, d1)
+    iteration = Flops(2.0 * d1 * atoms * d2 + 2.0 * d1 * atoms**2 + 4.0 * d1 * k * d2, svd(d1, atoms))
+    return leading_flops(d1, d2, k, again) + Flops(2.0 * d1 * k * d2) + iteration * options.iterations

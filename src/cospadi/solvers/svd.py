@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from cospadi.solvers.flops import Flops
+from cospadi.solvers.flops import svd as svd_flops
 from cospadi.solvers.problem import Factorization, Problem, SolverOptions, relative_error
 
 
@@ -24,3 +26,8 @@ def truncated_svd(problem: Problem, k: int, s: int, options: SolverOptions) -> F
         options.on_iteration(1, error)
     dtype = problem.target.dtype
     return Factorization(dictionary.to(dtype), coefficients.to(dtype), errors=[error])
+
+
+def flops(d1: int, d2: int, k: int, s: float, options: SolverOptions, again: bool) -> Flops:
+    """Of `truncated_svd`: the decomposition, and D S for its error."""
+    return Flops(2.0 * d1 * k * d2, svd_flops(d1, d2))
