@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cospadi.calibration import walk as sequence
 from cospadi.calibration.loss import mean_loss
 from cospadi.calibration.spill import Shelf
+from cospadi.commands import evaluate
 from cospadi.model.blocks import Blocks
 
 
