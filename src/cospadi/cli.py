@@ -74,7 +74,7 @@ def _how(
         bool | None,
         typer.Option(
             "--resume/--no-resume",
-            help="go on with an unfinished job in DIR.work, or begin anew  [default: go on if it is the same job]",
+            help="resume an unfinished job in DIR.work, or restart  [default: resume if it is the same job]",
         ),
     ] = None,
     engine: Annotated[str, typer.Option(help="who solves: local (this machine) or ray (a cluster)")] = "local",
@@ -388,7 +388,7 @@ def main() -> None:
             raise
         if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):
             _fail(
-                "the disk is full. Free some space and run the same command again: it goes on from what is finished", 1
+                "the disk is full. Free some space and run the same command again: it resumes from what is finished", 1
             )
         if isinstance(error, MemoryError) or "not enough memory" in str(error) or "out of memory" in str(error):
             _fail("out of memory. Use a smaller --batch-size, or a machine with more memory", 1)
@@ -451,7 +451,7 @@ def _what_is_left(output: Path) -> str:
 
     if not job_directory(output).exists():
         return f"Nothing was written to {output}. The same command starts over."
-    return f"What is finished is kept in {job_directory(output)}: the same command goes on from there."
+    return f"What is finished is kept in {job_directory(output)}: the same command resumes from there."
 
 
 def _talk(progress: str, loads_models: bool = True) -> Stages:

@@ -29,7 +29,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    ratio: float = Field(0.2, gt=0, lt=1, description="share of the selected projections' bytes to remove")
+    ratio: float = Field(0.2, gt=0, lt=1, description="fraction of the selected projections' bytes to remove")
     solver: str = Field(
         "mod-htp",
         description="mod-htp (ours), ksvd (the paper's), procrustes (COMPOT), eigen (ROCKET); svd-llm, svd (low-rank)",

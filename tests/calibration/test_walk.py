@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cospadi.calibration import walk as sequence
 from cospadi.calibration.loss import mean_loss
-from cospadi.calibration.spill import Shelf
+from cospadi.calibration.spill import Spill
 from cospadi.commands import evaluate
 from cospadi.model.blocks import Blocks
 
@@ -45,10 +45,10 @@ def test_grams_are_those_of_the_whole_dense_and_the_whole_compressed_model() -> 
         for name, module in other.named_modules()
         if isinstance(module, nn.Linear) and name.startswith("model.layers")
     }
-    blocks, shelf = Blocks(model, torch.device("cpu")), Shelf(0)  # nothing stays in memory
+    blocks, spill = Blocks(model, torch.device("cpu")), Spill(0)  # nothing stays in memory
     calls = sequence.learn_calls(blocks, [(tokens, 2)])  # batches of 2, 2 and 1
     assert calls is not None
-    flow = sequence.embed(blocks, tokens, 2, shelf)
+    flow = sequence.embed(blocks, tokens, 2, spill)
     second = flow.copy()
     plain = flow.copy()
     for index, block in enumerate(blocks.modules):
@@ -77,8 +77,8 @@ def test_grams_are_those_of_the_whole_dense_and_the_whole_compressed_model() -> 
         sequence.advance(block, index, calls, flow, {})
         sequence.advance(block, index, calls, second, replacement)
     assert sequence.mean_loss_of_flow(blocks, calls, second, tokens) == pytest.approx(mean_loss(other, tokens, 2))
-    assert shelf.used == 0
-    shelf.close()
+    assert spill.used == 0
+    spill.close()
     untouched = small_llama()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), untouched.parameters(), strict=True))
 

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from tasks import wait_for
 
 from cospadi import UserError
-from cospadi.calibration.spill import Shelf
+from cospadi.calibration.spill import Spill
 from cospadi.jobs import ledger
 from cospadi.jobs.ledger import JobDirectory
 
@@ -279,17 +279,17 @@ def test_records_are_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [0, 30, 1000])
-def test_shelf_gives_back_what_it_was_given(limit: int, tmp_path: Path) -> None:
-    shelf, device = Shelf(limit, tmp_path / "shelf"), torch.device("cpu")
-    items = [shelf.put(torch.full((2, 3), float(n)).to(torch.bfloat16)) for n in range(5)]
-    assert shelf.used == min(limit // 12, 5) * 12
+def test_spill_gives_back_what_it_was_given(limit: int, tmp_path: Path) -> None:
+    spill, device = Spill(limit, tmp_path / "spill"), torch.device("cpu")
+    items = [spill.put(torch.full((2, 3), float(n)).to(torch.bfloat16)) for n in range(5)]
+    assert spill.used == min(limit // 12, 5) * 12
     assert len(list(tmp_path.rglob("*.safetensors"))) == 5 - min(limit // 12, 5)
     for n, item in enumerate(items):
-        tensor = shelf.get(item, device)
+        tensor = spill.get(item, device)
         assert tensor.dtype == torch.bfloat16
         assert (tensor == n).all()
-        shelf.drop(item)
-    assert shelf.used == 0
+        spill.drop(item)
+    assert spill.used == 0
     assert not list(tmp_path.rglob("*.safetensors"))
-    shelf.close()
+    spill.close()
     assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from transformers.models.gemma3n.configuration_gemma3n import Gemma3nTextConfig
 import cospadi
 from cospadi.calibration import walk as sequence
 from cospadi.calibration.fisher import output_fisher, output_fisher_by_blocks
-from cospadi.calibration.spill import Shelf
+from cospadi.calibration.spill import Spill
 from cospadi.format import verify
 from cospadi.model import load
 from cospadi.model.blocks import Blocks
@@ -82,18 +82,18 @@ def test_fisher_by_blocks_is_that_of_the_whole_model(make_model: Callable[..., P
     }
     calls = sequence.learn_calls(blocks, [(TOKENS, 1)])
     assert calls is not None
-    shelf = Shelf(1000, tmp_path / "shelf")  # some in memory, some not
+    spill = Spill(1000, tmp_path / "spill")  # some in memory, some not
     for replacement in ({}, changed):
         with sequence.replaced_weights(dense, replacement):
             expected = output_fisher(dense, find_projections(dense), TOKENS)
         found = output_fisher_by_blocks(
-            blocks, calls, find_projections(dense), TOKENS, shelf,
+            blocks, calls, find_projections(dense), TOKENS, spill,
             lambda index, weights=replacement: sequence.in_block(blocks.name_of(index), weights.items()),
         )  # fmt: skip
         assert found.keys() == expected.keys()
         for name, values in expected.items():
             torch.testing.assert_close(found[name], values, rtol=1e-5, atol=0.0)
-    assert shelf.used == 0
+    assert spill.used == 0
     assert present(blocks) == set()
 
 

@@ -23,7 +23,7 @@ class Option:
     Attributes:
         nbytes: bytes on disk at most.
         cost: what it costs the model, in any unit that is the same for all groups.
-        ratio: share of the group's dense bytes that it saves; 0 leaves the group dense.
+        ratio: fraction of the group's dense bytes that it saves; 0 leaves the group dense.
         rho: atoms for each nonzero of a column; 0 where the group stays dense.
     """
 
@@ -88,8 +88,8 @@ def interpolate(measured: Sequence[Option], ratios: Sequence[float], dense_bytes
         for ratio in ratios:
             for low, high in zip(points, points[1:] or points, strict=False):
                 if low.ratio <= ratio <= high.ratio:
-                    share = (ratio - low.ratio) / (high.ratio - low.ratio) if high is not low else 0.0
-                    cost = math.exp((1 - share) * _log(low.cost) + share * _log(high.cost))
+                    t = (ratio - low.ratio) / (high.ratio - low.ratio) if high is not low else 0.0
+                    cost = math.exp((1 - t) * _log(low.cost) + t * _log(high.cost))
                     option = Option(math.floor((1 - ratio) * dense_bytes), cost, ratio, rho)
                     if ratio not in cheapest or cost < cheapest[ratio].cost:
                         cheapest[ratio] = option

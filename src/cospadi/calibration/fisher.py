@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cospadi.calibration.spill import Shelf
+from cospadi.calibration.spill import Spill
 from cospadi.calibration.walk import Calls, advance, call, embed, logits, replaced_weights, walk
 from cospadi.errors import UserError
 from cospadi.model.blocks import Blocks
@@ -65,7 +65,7 @@ def output_fisher_by_blocks(
     calls: Calls,
     projections: Sequence[Projection],
     sequences: Tensor,
-    shelf: Shelf,
+    spill: Spill,
     replacement: Callable[[int], Mapping[str, Tensor]] = lambda _index: {},
     on_sequence: Callable[[float], None] | None = None,
 ) -> dict[str, Tensor]:
@@ -73,13 +73,13 @@ def output_fisher_by_blocks(
 
     Args:
         calls: how blocks are called with one sequence.
-        shelf: keeps the inputs of all blocks.
+        spill: keeps the inputs of all blocks.
         replacement: block index -> names in the block -> replacement weights (d2, d1).
         on_sequence: called with shares of 1 that add up to the number of sequences.
     """
     fisher: dict[str, Tensor] = {}
     share = len(sequences) / (2 * len(blocks))
-    inputs = [embed(blocks, sequences, 1, shelf)]
+    inputs = [embed(blocks, sequences, 1, spill)]
     for index, block in walk(blocks, calls, range(len(blocks))):
         inputs.append(inputs[-1].copy())
         advance(block, index, calls, inputs[-1], replacement(index))

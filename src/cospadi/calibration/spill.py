@@ -14,16 +14,16 @@ from torch import Tensor
 
 
 @dataclass
-class Shelved:
-    """A tensor on the shelf: itself, or the file that holds it."""
+class Spilled:
+    """A tensor in a spill: itself, or the file that holds it."""
 
     nbytes: int
     tensor: Tensor | None
     path: Path | None
 
 
-class Shelf:
-    """Keeps tensors until they are taken down.
+class Spill:
+    """Keeps tensors until they are dropped, in memory as long as there is room.
 
     Args:
         limit: bytes kept in memory; what comes after them goes to files.
@@ -35,21 +35,21 @@ class Shelf:
         self._folder = folder
         self._files = 0
 
-    def put(self, tensor: Tensor) -> Shelved:
+    def put(self, tensor: Tensor) -> Spilled:
         """Keep a tensor, on the CPU."""
         nbytes = tensor.numel() * tensor.element_size()
         if self.used + nbytes <= self.limit:
             self.used += nbytes
-            return Shelved(nbytes, tensor.detach().cpu(), None)
+            return Spilled(nbytes, tensor.detach().cpu(), None)
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="cospadi-"))
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"{self._files}.safetensors"
         self._files += 1
         save_file({"tensor": tensor.detach().cpu().contiguous()}, path)
-        return Shelved(nbytes, None, path)
+        return Spilled(nbytes, None, path)
 
-    def get(self, item: Shelved, device: torch.device) -> Tensor:
+    def get(self, item: Spilled, device: torch.device) -> Tensor:
         """The tensor, on a device."""
         if item.tensor is not None:
             return item.tensor.to(device)
@@ -58,8 +58,8 @@ class Shelf:
             tensor: Tensor = file.get_tensor("tensor").to(device, copy=True)
         return tensor
 
-    def drop(self, item: Shelved) -> None:
-        """Take a tensor off the shelf for good."""
+    def drop(self, item: Spilled) -> None:
+        """Keep a tensor no longer."""
         if item.path is not None:
             item.path.unlink(missing_ok=True)
         elif item.tensor is not None:

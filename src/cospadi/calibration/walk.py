@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from cospadi.calibration.grams import adding_grams, gram_block, zero_gram
 from cospadi.calibration.loss import predicted_tokens, total_loss
-from cospadi.calibration.spill import Shelf, Shelved
+from cospadi.calibration.spill import Spill, Spilled
 from cospadi.model.blocks import Blocks
 from cospadi.model.projections import read_by_linear
 
@@ -53,30 +53,30 @@ class Calls:
 
 @dataclass
 class Flow:
-    """Hidden states before a block, a tensor (sequences, tokens, width) a batch, kept on a shelf."""
+    """Hidden states before a block, a tensor (sequences, tokens, width) a batch, kept in a spill."""
 
-    shelf: Shelf
+    spill: Spill
     device: torch.device
-    items: list[Shelved]
+    items: list[Spilled]
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, batch: int) -> Tensor:
-        return self.shelf.get(self.items[batch], self.device)
+        return self.spill.get(self.items[batch], self.device)
 
     def __setitem__(self, batch: int, hidden: Tensor) -> None:
-        self.shelf.drop(self.items[batch])
-        self.items[batch] = self.shelf.put(hidden)
+        self.spill.drop(self.items[batch])
+        self.items[batch] = self.spill.put(hidden)
 
     def copy(self) -> Flow:
         """The same hidden states again."""
-        return Flow(self.shelf, self.device, [self.shelf.put(self[batch]) for batch in range(len(self))])
+        return Flow(self.spill, self.device, [self.spill.put(self[batch]) for batch in range(len(self))])
 
     def close(self) -> None:
         """Forget them."""
         for item in self.items:
-            self.shelf.drop(item)
+            self.spill.drop(item)
 
 
 @dataclass
@@ -200,14 +200,14 @@ def _run(
 
 
 @torch.no_grad()
-def embed(blocks: Blocks, sequences: Tensor, batch_size: int, shelf: Shelf) -> Flow:
+def embed(blocks: Blocks, sequences: Tensor, batch_size: int, spill: Spill) -> Flow:
     """The hidden states of a text before the first block."""
     items = []
     with blocks.passed_by():
         for batch in torch.split(sequences, batch_size):
             seen, _ = _run(blocks.model, blocks.modules[:1], batch.to(blocks.device), stop=True)
-            items.append(shelf.put(seen[0][0]))
-    return Flow(shelf, blocks.device, items)
+            items.append(spill.put(seen[0][0]))
+    return Flow(spill, blocks.device, items)
 
 
 def call(block: nn.Module, index: int, calls: Calls, hidden: Tensor) -> Tensor:

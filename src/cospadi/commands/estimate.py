@@ -237,9 +237,9 @@ def disk_traffic(
 def memory_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text, agenda: Agenda, cache_bytes: int) -> int:
     """The largest of what the stages hold, in bytes, beyond what the process has without a model.
 
-    Each holds one block, its text on a shelf that keeps half of the cache in memory, and its own working set.
+    Each holds one block, its text in a spill that keeps half of the cache in memory, and its own working set.
     """
-    block, shelf = max(shape.block_bytes), cache_bytes // 2
+    block, spill = max(shape.block_bytes), cache_bytes // 2
     batch, length = min(text.batch, text.sequences) * text.length, text.length
     flow, checked = text.tokens * shape.hidden * shape.item, text.checked_tokens * shape.hidden * shape.item
     widest = max(reader.d1 for reader in shape.readers)
@@ -263,19 +263,19 @@ def memory_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text, agenda: Agen
     if text.sequences:
         seen = 2 * len(shape.parameters) * batch * shape.hidden * shape.item
         stages.append(seen + shape.edge_bytes + batch * shape.vocabulary * shape.item)
-        stages.append(min(flow, shelf) + block + grams + metrics * agenda.kept + activations(batch))
-        stages.append(min(flow, shelf) + metrics + solving)
+        stages.append(min(flow, spill) + block + grams + metrics * agenda.kept + activations(batch))
+        stages.append(min(flow, spill) + metrics + solving)
     if agenda.rounds:
-        inputs = min((len(shape.parameters) + 2) * checked, shelf)
+        inputs = min((len(shape.parameters) + 2) * checked, spill)
         tape = 2 * activations(length) + length * shape.vocabulary * (2 * shape.item + 12) + shape.edge_bytes
         stages.append(inputs + metrics * agenda.kept + max(block + 2 * activations(length), tape))
     if agenda.candidates:
         weights = shape.item * sum(group.dense_bytes // 2 for group in plan.compressed)
         some = weights if agenda.kept else max(shape.block_bytes)
-        flows = min(agenda.candidates * checked, shelf)
+        flows = min(agenda.candidates * checked, spill)
         stages.append(flows + agenda.candidates * some + metrics + max(solving, losses(batch)))
     if agenda.compensated:
-        flows, square = min(2 * flow, shelf), 8 * widest**2
+        flows, square = min(2 * flow, spill), 8 * widest**2
         stages.append(flows + 2 * block + 2 * square + 2 * activations(batch))
         stages.append(flows + 2 * block + 7 * square + solving)
     return base_bytes() + prepared_bytes(recipe, agenda) + max(stages)

@@ -147,7 +147,7 @@ def candidate_losses(job: Job, plans: Sequence[Plan], fisher: Mapping[str, Tenso
 def _through_candidates(job: Job, plans: Sequence[Plan], fisher: Mapping[str, Tensor] | None) -> list[Stream]:
     """For each plan the text behind the last block of its model. Blocks are solved for all plans in one walk."""
     streams = _resumed(job, len(plans)) or [
-        Stream(embed(job.blocks, check_text(job), job.recipe.batch_size, job.shelf)) for _ in plans
+        Stream(embed(job.blocks, check_text(job), job.recipe.batch_size, job.spill)) for _ in plans
     ]
     kept = streams[0].block
     chosen = {group.members: group for plan in plans for group in plan.compressed}
@@ -190,6 +190,6 @@ def _resumed(job: Job, plans: int) -> list[Stream]:
         if piece is not None and piece.record.get("plans") == plans:
             tensors = piece.tensors()
             batches = range(len(tensors) // plans)
-            flows = [[job.shelf.put(tensors[f"{plan}.{batch}"]) for batch in batches] for plan in range(plans)]
-            return [Stream(Flow(job.shelf, job.blocks.device, items), block=passed) for items in flows]
+            flows = [[job.spill.put(tensors[f"{plan}.{batch}"]) for batch in batches] for plan in range(plans)]
+            return [Stream(Flow(job.spill, job.blocks.device, items), block=passed) for items in flows]
     return []

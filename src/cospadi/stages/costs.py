@@ -63,6 +63,6 @@ def _fisher(job: Job, quick: Mapping[Group, Piece]) -> dict[str, Tensor]:
                 fisher = output_fisher(blocks.model, projections, text, progress.advance)
         else:
             fisher = output_fisher_by_blocks(
-                blocks, job.calls, projections, text, job.shelf, replacement, progress.advance
+                blocks, job.calls, projections, text, job.spill, replacement, progress.advance
             )
     return {name: values.cpu() for name, values in fisher.items()}

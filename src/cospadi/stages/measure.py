@@ -121,7 +121,7 @@ def blocks_to_solve(job: Job, groups: Sequence[Group], missing: Sequence[Group])
     assert job.sequences is not None
     assert job.calls is not None
     job.whitenings.clear()
-    dense = Stream(walk.embed(job.blocks, job.sequences, job.recipe.batch_size, job.shelf))
+    dense = Stream(walk.embed(job.blocks, job.sequences, job.recipe.batch_size, job.spill))
     compressed = Stream(dense.flow.copy())
     count = max(group.members[0].block for group in missing) + 1
     log.info("calibrating block by block on %d sequences of %d tokens", *job.sequences.shape)
@@ -223,7 +223,7 @@ def _by_block(job: Job, by_end: Mapping[int, Sequence[Group]]) -> Iterator[Grams
     """Groups and the Grams of what they read, when their last block has been passed; one block in memory at a time."""
     assert job.sequences is not None
     assert job.calls is not None
-    flow = walk.embed(job.blocks, job.sequences, job.recipe.batch_size, job.shelf)
+    flow = walk.embed(job.blocks, job.sequences, job.recipe.batch_size, job.spill)
     last, count = max(by_end), len(job.sequences)
     members = [member for groups in by_end.values() for group in groups for member in group.members]
     grams: dict[str, Tensor] = {}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cospadi import __about__, files
 from cospadi.budget.plan import Group, Plan, make_plan
 from cospadi.calibration.grams import Whitening
-from cospadi.calibration.spill import Shelf
+from cospadi.calibration.spill import Spill
 from cospadi.calibration.walk import Calls
 from cospadi.errors import UserError
 from cospadi.format import safetensors
@@ -48,7 +48,7 @@ class Job:
         tokenizer: the model's, or None.
         owner: projection -> the first reader of its input.
         uniform: the plan that gives every group the recipe's ratio.
-        ledger: finished pieces. shelf: hidden states. pool: who solves.
+        ledger: finished pieces. spill: hidden states. pool: who solves.
         cache_bytes: what is kept in memory, half of it hidden states and half of it whitenings.
         keep_grams: write whitenings that do not fit in memory to the ledger, where they are computed again otherwise.
         sequences: calibration tokens, int64 (sequences, tokens); None without calibration.
@@ -67,7 +67,7 @@ class Job:
     uniform: Plan
     stages: Stages
     ledger: Ledger
-    shelf: Shelf
+    spill: Spill
     pool: Pool
     cache_bytes: int
     keep_grams: bool
@@ -154,11 +154,11 @@ def opened(
         blocks.finite = {projection.name for projection in selected}
         owner = shared_inputs(blocks.model, selected, blocks.device)
         uniform = make_plan(selected, settled, owner)
-        shelf = Shelf(cache_bytes // 2, ledger.scratch and ledger.scratch / "hidden")
-        stack.callback(shelf.close)
+        spill = Spill(cache_bytes // 2, ledger.scratch and ledger.scratch / "hidden")
+        stack.callback(spill.close)
         pool = stack.enter_context(engine.open(blocks.device))
         yield Job(
-            recipe, settled, blocks, folder, hub_name, tokenizer, owner, uniform, stages, ledger, shelf, pool,
+            recipe, settled, blocks, folder, hub_name, tokenizer, owner, uniform, stages, ledger, spill, pool,
             cache_bytes, keep_grams,
         )  # fmt: skip
 
