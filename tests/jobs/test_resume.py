@@ -26,7 +26,7 @@ from cospadi.stages import budgets, costs, measure
 def test_killed_at_thirty_random_moments_gives_the_same_bytes(
     make_llama: Callable[..., Path], recipe: dict[str, Any], tmp_path: Path
 ) -> None:
-    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe | {"include": ["*q_proj", "*down_proj"]}))
     script = Path(__file__).parents[1] / "helpers" / "killed.py"
     words = [sys.executable, script, make_llama(), tmp_path / "recipe.json", tmp_path, "30"]
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=500)

@@ -36,7 +36,7 @@ AHEAD = 2
 """Tasks that a Ray cluster holds beyond those that it can run, so that none of its processors waits for the next."""
 
 CONNECT_SECONDS = 10.0
-"""How long a Ray cluster may take to accept a connection, and to answer."""
+"""How long a Ray cluster may take to accept a connection. `ray status`, a process of its own, gets three times that."""
 
 PATIENCE_SECONDS = 60.0
 """How long tasks wait for a node that could run them after the last such node is lost."""
@@ -94,7 +94,7 @@ def _knock(address: str) -> None:
         return
     status = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", f"{host}:{port}"]  # `ray status`
     try:
-        subprocess.run(status, stdin=subprocess.DEVNULL, capture_output=True, timeout=CONNECT_SECONDS)
+        subprocess.run(status, stdin=subprocess.DEVNULL, capture_output=True, timeout=3 * CONNECT_SECONDS)
     except subprocess.TimeoutExpired:
         raise TimeoutError("timed out: what listens there does not answer as Ray does") from None
 
