@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,12 @@ from cospadi.calibration.grams import accumulate_grams, gram_block, whiten
 from cospadi.calibration.text import token_sequences
 from cospadi.errors import UserError
 from cospadi.recipe import Recipe
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """datasets waits five seconds for its threads after each Parquet file."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
 
 
 class Block(nn.Module):
