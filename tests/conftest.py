@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import typer
+from killed import hashes
 
 # Before anything imports Triton, whose kernels then run in its interpreter.
 if not torch.cuda.is_available():
@@ -24,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 import cospadi
 from cospadi import cli
+from cospadi.jobs.pool import Engine
 
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)
@@ -185,3 +187,21 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     yield call
     signal.signal(signal.SIGTERM, before)
+
+
+# A job that is done on several engines
+
+
+@pytest.fixture(scope="session")
+def short_recipe(text_file: Path) -> dict[str, Any]:
+    """All stages of the default recipe with few short solves; every group's last one is independent of the others'."""
+    fields: dict[str, Any] = {"ratio": 0.3, "iterations": 3, "rho": 2.2, "fisher_sequences": 1, "compensate": False}
+    return fields | {"calibration": str(text_file), "sequences": 4, "length": 32}
+
+
+@pytest.fixture(scope="session")
+def alone(dense_folder: Path, short_recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Hashes of what one process makes."""
+    output = tmp_path_factory.mktemp("alone") / "out"
+    cospadi.compress(dense_folder, short_recipe, output, engine=Engine(threads_per_task=1))
+    return hashes(output)

@@ -14,6 +14,7 @@ from killed import hashes
 import cospadi
 from cospadi.jobs.ledger import JobDirectory, Piece
 from cospadi.jobs.pool import Engine
+from cospadi.stages import open as opening
 
 
 def test_two_processes_make_the_same_bytes(
@@ -59,10 +60,9 @@ def test_another_device_model_is_refused_unless_mixing_is_allowed(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    module = sys.modules["cospadi.compress"]  # the name in the package is the function
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write", stop)
-        patch.setattr(module, "device_model", lambda device: f"abacus of {device}")
+        patch.setattr(sys.modules["cospadi.compress"], "finish", stop)  # the name in the package is the function
+        patch.setattr(opening, "device_model", lambda device: f"abacus of {device}")
         with pytest.raises(KeyboardInterrupt):
             cospadi.compress(dense_folder, short_recipe, tmp_path / "out", engine=Engine(threads_per_task=1))
     with pytest.raises(cospadi.UserError, match="unfinished job with device abacus of cpu, not "):
