@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import typer
-from killed import hashes
 
 # Before anything imports Triton, whose kernels then run in its interpreter.
 if not torch.cuda.is_available():
@@ -25,7 +24,6 @@ from transformers.utils import logging as transformers_logging
 
 import cospadi
 from cospadi import cli
-from cospadi.jobs.pool import Engine
 
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)
@@ -202,6 +200,10 @@ def short_recipe(text_file: Path) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def alone(dense_folder: Path, short_recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Hashes of what one process makes."""
+    from killed import hashes
+
+    from cospadi.jobs.pool import Engine
+
     output = tmp_path_factory.mktemp("alone") / "out"
     cospadi.compress(dense_folder, short_recipe, output, engine=Engine(threads_per_task=1))
     return hashes(output)

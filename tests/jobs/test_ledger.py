@@ -218,7 +218,7 @@ def test_a_damaged_ledger_never_makes_up_a_piece(
     try:
         job = JobDirectory(folder)
     except UserError:
-        with pytest.raises(UserError, match="Pass --no-resume to begin anew"):
+        with pytest.raises(UserError, match="Pass --no-resume to restart"):
             JobDirectory(folder)
         return
     try:

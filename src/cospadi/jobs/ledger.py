@@ -148,7 +148,7 @@ class JobDirectory(Ledger):
                 if there != here:
                     raise UserError(
                         f"{self.folder} holds an unfinished job with {_difference(name, there, here)}. Ask for the "
-                        "same again to resume it, or pass --no-resume to begin anew"
+                        "same again to resume it, or pass --no-resume to restart"
                     )
             return True
         if self._resume:
@@ -185,8 +185,13 @@ class JobDirectory(Ledger):
                 path.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Delete the folder: the job is done."""
+        """Delete the folder: the job is done. What says that it is (the piece "written") goes last."""
         self._removed = True
+        for path in self._files():
+            if path != self._path("written"):
+                path.unlink()
+        for name in (SCRATCH, OUTPUT, REPLACED):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
         self._clear()
         with suppress(OSError):  # somebody put something there meanwhile
             (self.folder / LOCK).unlink()
@@ -269,7 +274,7 @@ def _read_job(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     job = _read(path, JOB, None)
     if job is None:
         raise UserError(
-            f"{path} cannot be read, or is not as this version of cospadi wrote it. Pass --no-resume to begin anew"
+            f"{path} cannot be read, or is not as this version of cospadi wrote it. Pass --no-resume to restart"
         )
     return job["identity"], job["notes"]
 
@@ -283,9 +288,9 @@ def read_tensors(piece: Piece, names: set[str]) -> dict[str, Tensor]:
     try:
         tensors = piece.tensors()
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{piece.path} cannot be read: {error}. Pass --no-resume to begin anew") from None
+        raise UserError(f"{piece.path} cannot be read: {error}. Pass --no-resume to restart") from None
     if set(tensors) != names:
-        raise UserError(f"{piece.path} does not hold what its ledger says. Pass --no-resume to begin anew")
+        raise UserError(f"{piece.path} does not hold what its ledger says. Pass --no-resume to restart")
     return tensors
 
 
