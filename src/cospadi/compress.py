@@ -20,7 +20,6 @@ import transformers
 from torch import Tensor, nn
 
 from cospadi import __about__, files
-from cospadi.budget.accounting import dense_bytes
 from cospadi.budget.plan import Group, Plan, check_plan, make_plan, read_plan, read_plan_recipe
 from cospadi.calibration import walk as sequence
 from cospadi.calibration.grams import whiten
@@ -28,9 +27,9 @@ from cospadi.calibration.spill import Shelf
 from cospadi.calibration.text import DEFAULT_DATASET
 from cospadi.errors import UserError
 from cospadi.format import safetensors
+from cospadi.format.form import dense_bytes
 from cospadi.format.manifest import MANIFEST, weights_digest, write_manifest
 from cospadi.format.schema import StoredProjection
-from cospadi.integrations.transformers import mark_compressed, quantizer_of, swap_in_layers
 from cospadi.jobs.ledger import OUTPUT, REPLACED, JobDirectory, Ledger, Piece
 from cospadi.jobs.pool import Engine, Task, device_model
 from cospadi.jobs.progress import Stage, Stages
@@ -38,6 +37,7 @@ from cospadi.model import companions, load
 from cospadi.model.blocks import Blocks, check_finite
 from cospadi.model.projections import dense_experts, find_projections, kinds_of, select, shared_inputs
 from cospadi.recipe import Recipe
+from cospadi.runtime.swap import mark_compressed, quantizer_of, swap_in_layers
 from cospadi.stages.budgets import allocate, estimate_fisher
 from cospadi.stages.card import model_card
 from cospadi.stages.open import (
@@ -386,7 +386,7 @@ def describe(
     for piece in pieces:
         for name, entry in entries_of(piece).items():
             manifest["projections"][name] = {
-                "layout": entry.layout,
+                "layout": entry.form.layout,
                 "bytes": {
                     tensor.rpartition(".")[2]: safetensors.tensor_nbytes(*what)
                     for tensor, what in entry.tensors(name).items()

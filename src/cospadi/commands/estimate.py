@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from cospadi.budget import accounting
-from cospadi.budget.plan import Group, Plan, owner_without_weights, size_group
+from cospadi.budget.plan import Group, Plan, even_group, free_group, owner_without_weights, size_group
 from cospadi.calibration import walk as sequence
 from cospadi.calibration.fisher import output_fisher_by_blocks, summed_loss
 from cospadi.calibration.grams import IDENTITY, whiten
@@ -848,16 +848,14 @@ def _shrunk(group: Group, factor: float, recipe: Recipe) -> Group:
         replace(member, d1=max(8, round(member.d1 / factor)), d2=max(4, round(member.d2 / factor)))
         for member in group.members
     )
-    d1, d2s, k = members[0].d1, [member.d2 for member in members], max(2, round(group.k / factor))
-    if group.layout == "low-rank":
-        return replace(group, members=members, k=k, parts=accounting.low_rank_bytes(d1, d2s, k))
+    form, k = group.stored, max(2, round(group.k / factor))
+    if not form.support_kind.chosen:
+        return even_group(members, form, k, k)
     s = max(1, round(group.s / factor))
-    nonzeros = s * sum(d2s)
-    parts = accounting.sparse_bytes(d1, d2s, k, s, group.value_bits)
-    if find_solver(recipe.solver).free_support:
-        nonzeros = nonzeros // accounting.VALUE_UNIT * accounting.VALUE_UNIT
-        parts = accounting.free_bytes(d1, d2s, k, nonzeros, group.value_bits)
-    return replace(group, members=members, k=k, nonzeros=nonzeros, parts=parts)
+    if not find_solver(recipe.solver).free_support:
+        return even_group(members, form, k, s)
+    nonzeros = s * sum(member.d2 for member in members)
+    return free_group(members, form, k, nonzeros // accounting.VALUE_UNIT * accounting.VALUE_UNIT)
 
 
 def _time_disk() -> tuple[float, float, float, float]:

@@ -9,7 +9,6 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from cospadi.budget.accounting import dense_bytes
 from cospadi.budget.plan import Group, Plan
 from cospadi.commands.bench import Benched
 from cospadi.commands.demo import Row
@@ -17,6 +16,7 @@ from cospadi.commands.doctor import Examination
 from cospadi.commands.estimate import Estimate
 from cospadi.commands.evaluate import Perplexity
 from cospadi.compress import Compressed
+from cospadi.format.form import dense_bytes
 from cospadi.format.safetensors import StoredTensor
 from cospadi.format.schema import StoredProjection
 from cospadi.recipe import Recipe
@@ -195,13 +195,13 @@ def inspect_json(
     recorded = (manifest or {}).get("projections", {})
     projections: dict[str, dict[str, Any]] = {
         name: {
-            "layout": entry.layout,
+            "layout": entry.form.layout,
             "d1": entry.d1,
             "d2": entry.d2,
             "k": entry.k,
             "nnz": entry.nnz,
-            "value_bits": entry.value_bits,
-            "dictionary": entry.dictionary,
+            "value_bits": entry.form.codec.bits,
+            "dictionary": entry.owner,
             "dense_bytes": dense_bytes(entry.d1, entry.d2),
             "bytes": sum(tensors[tensor].nbytes for tensor in entry.tensors(name)),
             "relative_error": recorded.get(name, {}).get("relative_error"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from cospadi.errors import UserError
 from cospadi.solvers.eigen import eigen
@@ -22,25 +22,28 @@ class Solver:
     """What the rest of the package must know of a solver.
 
     Attributes:
-        solve: the function; k is the rank and s is ignored for the low-rank layout.
-        layout: how its result is stored.
+        solve: the function; where its support is full, k is the rank and s is ignored.
+        support: how the support of S is stored, and dictionary: how D is, by the names of the kinds in `format`.
+        codec: of its values, where it is always the same; None leaves it to the recipe.
         whitened: whether it minimises the calibrated error; False means L = I whatever the recipe says.
         free_support: whether it spreads s d2 nonzeros over the whole matrix, s any number; else a column gets s.
     """
 
     solve: Callable[[Problem, int, Any, SolverOptions], Factorization]
-    layout: Literal["sparse-dictionary", "low-rank"]
+    support: str
+    dictionary: str = "stored"
+    codec: str | None = None
     whitened: bool = True
     free_support: bool = False
 
 
 SOLVERS: dict[str, Solver] = {
-    "mod-htp": Solver(mod_htp, "sparse-dictionary", free_support=True),
-    "ksvd": Solver(ksvd, "sparse-dictionary"),
-    "procrustes": Solver(procrustes, "sparse-dictionary"),
-    "eigen": Solver(eigen, "sparse-dictionary"),
-    "svd-llm": Solver(truncated_svd, "low-rank"),
-    "svd": Solver(truncated_svd, "low-rank", whitened=False),
+    "mod-htp": Solver(mod_htp, "mask", free_support=True),
+    "ksvd": Solver(ksvd, "mask"),
+    "procrustes": Solver(procrustes, "mask"),
+    "eigen": Solver(eigen, "mask"),
+    "svd-llm": Solver(truncated_svd, "full", codec="bf16"),
+    "svd": Solver(truncated_svd, "full", codec="bf16", whitened=False),
 }
 
 
