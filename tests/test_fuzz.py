@@ -32,10 +32,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import cospadi
 from cospadi import Recipe, UserError
-from cospadi.budget import accounting
 from cospadi.budget.plan import check_plan, outlook, read_plan, read_plan_recipe, write_plan
 from cospadi.calibration.text import token_sequences
 from cospadi.format import verify
+from cospadi.format.codecs import codec_of_bits
+from cospadi.format.form import Form
 from cospadi.solvers import SOLVERS
 
 PACKAGE = str(Path(cospadi.__file__).parent)
@@ -347,11 +348,11 @@ def plausible_plan(draw: st.DrawFn, plan: dict[str, Any]) -> dict[str, Any]:
     d1, d2s = 48, [{"q_proj": 48, "k_proj": 24, "up_proj": 80}[name.rpartition(".")[2]] for name in group["members"]]
     k, nonzeros, bits = group["k"], group["nonzeros"], group["value_bits"]
     if group["layout"] == "low-rank":
-        parts = accounting.low_rank_bytes(d1, d2s, k)
-    elif draw(st.booleans()):
-        parts = accounting.free_bytes(d1, d2s, k, nonzeros, bits)
+        parts = Form("stored", "full", "bf16").nbytes(d1, d2s, k, [k * d2 for d2 in d2s])
     else:
-        parts = accounting.sparse_bytes(d1, d2s, k, nonzeros // sum(d2s), bits)
+        even = [nonzeros // sum(d2s) * d2 for d2 in d2s]
+        counts = [nonzeros] if draw(st.booleans()) else even
+        parts = Form("stored", "mask", codec_of_bits(bits)).nbytes(d1, d2s, k, counts)
     group["bytes"] = parts.total
     return changed
 

@@ -16,14 +16,13 @@ if TYPE_CHECKING:
     from cospadi.compress import Compressed, compress, measure_plan
     from cospadi.model.load import load
     from cospadi.recipe import Recipe
-    from cospadi.runtime.layer import LowRankLinear, SparseDictionaryLinear
+    from cospadi.runtime.layer import CompressedLinear
 
 __all__ = [
     "CheckpointError",
     "Compressed",
-    "LowRankLinear",
+    "CompressedLinear",
     "Recipe",
-    "SparseDictionaryLinear",
     "UserError",
     "__version__",
     "compress",
@@ -33,9 +32,8 @@ __all__ = [
 
 _WHERE = {
     "Compressed": "cospadi.compress",
-    "LowRankLinear": "cospadi.runtime.layer",
+    "CompressedLinear": "cospadi.runtime.layer",
     "Recipe": "cospadi.recipe",
-    "SparseDictionaryLinear": "cospadi.runtime.layer",
     "compress": "cospadi.compress",
     "load": "cospadi.model.load",
     "measure_plan": "cospadi.compress",

@@ -146,9 +146,9 @@ class Recipe(BaseModel):
             raise ValueError(
                 "data_free leaves no text to allocate or weigh by. Use allocate uniform, weight_columns none"
             )
-        if self.accounting == "eq11" and self.value_bits == 16:
+        if self.accounting == "eq11" and self.value_bits not in (None, 14):
             raise ValueError("accounting eq11 means 14-bit values. Leave value_bits out, or use accounting eq10")
-        if self.accounting == "eq10" and self.value_bits == 14:
+        if self.accounting == "eq10" and self.value_bits not in (None, 16):
             raise ValueError("accounting eq10 means bf16 values. Leave value_bits out, or use accounting eq11 or exact")
         return self
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cospadi.budget import accounting
-from cospadi.budget.accounting import Parts
+from cospadi.format.codecs import codec_of_bits
+from cospadi.format.form import Form, Parts, dense_bytes
 
 MB = 2**20
 
@@ -40,7 +41,7 @@ def test_one_matrix_of_the_paper() -> None:
 
 
 def test_dense_size_of_llama_1b() -> None:
-    assert sum(accounting.dense_bytes(*shape) for shape in llama_3_2_1b()) == 1856 * MB
+    assert sum(dense_bytes(*shape) for shape in llama_3_2_1b()) == 1856 * MB
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_table_10_totals_of_qwen3_8b(ratio: float, table: int) -> None:
 
 
 def test_dense_size_of_qwen3_8b() -> None:
-    assert sum(accounting.dense_bytes(*shape) for shape in qwen3_8b()) == 13248 * MB
+    assert sum(dense_bytes(*shape) for shape in qwen3_8b()) == 13248 * MB
 
 
 def test_paper_split_needs_the_other_orientation() -> None:
@@ -98,11 +99,11 @@ shapes = st.tuples(
 @given(shapes, st.sampled_from([14, 16]))
 def test_exact_size_fits_and_nothing_larger_does(shape: tuple[int, list[int], float, float], bits: int) -> None:
     d1, d2s, ratio, rho = shape
-    allowed = accounting.byte_budget(ratio, d1, d2s)
-    k, s = accounting.exact_size(allowed, d1, d2s, rho, bits)
+    form, allowed = Form("stored", "mask", codec_of_bits(bits)), accounting.byte_budget(ratio, d1, d2s)
+    k, s = accounting.exact_size(allowed, form, d1, d2s, rho)
 
     def cost(k: int, s: int) -> int:
-        return accounting.sparse_bytes(d1, d2s, k, s, bits).total
+        return form.nbytes(d1, d2s, k, [s * d2 for d2 in d2s]).total
 
     def s_of(k: int) -> int:
         return max(1, math.floor(k / Fraction(str(rho))))
@@ -112,7 +113,7 @@ def test_exact_size_fits_and_nothing_larger_does(shape: tuple[int, list[int], fl
         return
     assert 1 <= s <= k
     assert cost(k, s) <= allowed
-    assert 1 - Fraction(cost(k, s), accounting.dense_bytes(d1, sum(d2s))) >= Fraction(str(ratio))
+    assert 1 - Fraction(cost(k, s), dense_bytes(d1, sum(d2s))) >= Fraction(str(ratio))
     assert cost(k + 1, s_of(k + 1)) > allowed
     assert s == k or cost(k, s + 1) > allowed
 
@@ -122,15 +123,15 @@ def test_free_size_fills_the_budget_and_every_member_can_hold_its_share(
     shape: tuple[int, list[int], float, float], bits: int
 ) -> None:
     d1, d2s, ratio, rho = shape
-    allowed = accounting.byte_budget(ratio, d1, d2s)
-    k, nonzeros = accounting.free_size(allowed, d1, d2s, rho, bits)
+    form, allowed = Form("stored", "mask", codec_of_bits(bits)), accounting.byte_budget(ratio, d1, d2s)
+    k, nonzeros = accounting.free_size(allowed, form, d1, d2s, rho)
     if k == 0:
         return
     room = sum(k * d2 // 4 * 4 for d2 in d2s)
     assert 0 < nonzeros <= room
     assert nonzeros % 4 == 0
-    assert accounting.free_bytes(d1, d2s, k, nonzeros, bits).total <= allowed
-    assert nonzeros == room or accounting.free_bytes(d1, d2s, k, nonzeros + 4, bits).total > allowed
+    assert form.nbytes(d1, d2s, k, [nonzeros]).total <= allowed
+    assert nonzeros == room or form.nbytes(d1, d2s, k, [nonzeros + 4]).total > allowed
     assert nonzeros >= min(k * sum(d2s) / Fraction(str(rho)) - 4, room)
 
 
@@ -138,8 +139,8 @@ def test_free_size_fills_the_budget_and_every_member_can_hold_its_share(
 def test_exact_rank_fits_and_nothing_larger_does(shape: tuple[int, list[int], float, float]) -> None:
     d1, d2s, ratio, _ = shape
     allowed = accounting.byte_budget(ratio, d1, d2s)
-    r = accounting.exact_rank(allowed, d1, d2s)
-    assert accounting.low_rank_bytes(d1, d2s, r).total <= allowed < accounting.low_rank_bytes(d1, d2s, r + 1).total
+    r = accounting.exact_rank(allowed, Form("stored", "full", "bf16"), d1, d2s)
+    assert 2 * r * (d1 + sum(d2s)) <= allowed < 2 * (r + 1) * (d1 + sum(d2s))
 
 
 @given(st.integers(1, 10**6), st.integers(1, 10**6), st.integers(1, 99))
@@ -148,6 +149,8 @@ def test_budget_loses_nothing_to_floating_point(d1: int, d2: int, percent: int) 
 
 
 def test_a_group_pays_for_its_dictionary_once() -> None:
-    alone, pair = (accounting.sparse_bytes(64, d2s, 32, 16, 14) for d2s in ([48], [48, 48]))
+    alone, pair = (
+        Form("stored", "mask", "f14").nbytes(64, d2s, 32, [16 * d2 for d2 in d2s]) for d2s in ([48], [48, 48])
+    )
     assert pair.dictionary == alone.dictionary
     assert (pair.support, pair.values) == (2 * alone.support, 2 * alone.values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import product
 
 import numpy as np
@@ -14,6 +15,9 @@ from hypothesis import strategies as st
 from cospadi.budget import accounting
 from cospadi.budget.knapsack import CELLS, Option, interpolate, knapsack
 from cospadi.format import packing
+from cospadi.format.codecs import CODECS, codec_of_bits
+from cospadi.format.codecs.stream import stream
+from cospadi.format.form import Form
 
 
 def option(nbytes: int, cost: float) -> Option:
@@ -104,6 +108,16 @@ def test_interpolation_of_one_point_and_of_costs_of_zero() -> None:
     assert 0 <= found[0].cost < 1e-200
 
 
+@pytest.fixture(autouse=True, scope="module")
+def every_width() -> Iterator[None]:
+    """Codecs of all the widths that kernels read, whether they are in the table or not."""
+    with pytest.MonkeyPatch.context() as patch:
+        for bits in (10, 12, 14, 16):
+            if all(codec.bits != bits for codec in CODECS.values()):
+                patch.setitem(CODECS, f"f{bits}", stream(f"f{bits}", bits))
+        yield
+
+
 groups = st.tuples(
     st.integers(8, 512), st.lists(st.integers(4, 512), min_size=1, max_size=3), st.floats(0.05, 0.9), st.floats(1, 5)
 )
@@ -112,8 +126,9 @@ groups = st.tuples(
 @given(groups, st.sampled_from([10, 12, 14, 16]))
 def test_free_size_is_the_largest_that_fits(group: tuple[int, list[int], float, float], bits: int) -> None:
     d1, d2s, ratio, rho = group
+    form = Form("stored", "mask", codec_of_bits(bits))
     d2, allowed = sum(d2s), accounting.byte_budget(ratio, d1, d2s)
-    k, nonzeros = accounting.free_size(allowed, d1, d2s, rho, bits)
+    k, nonzeros = accounting.free_size(allowed, form, d1, d2s, rho)
 
     def cost(k: int, nonzeros: int) -> int:
         masks = sum(-(-k // 8) * width for width in d2s)
@@ -125,7 +140,7 @@ def test_free_size_is_the_largest_that_fits(group: tuple[int, list[int], float, 
         return
     assert nonzeros % 4 == 0
     assert 0 < nonzeros <= k * d2
-    assert cost(k, nonzeros) == accounting.free_bytes(d1, d2s, k, nonzeros, bits).total <= allowed
+    assert cost(k, nonzeros) == form.nbytes(d1, d2s, k, [nonzeros]).total <= allowed
     room = sum(k * width // 4 * 4 for width in d2s)
     assert nonzeros + 4 > room or cost(k, nonzeros + 4) > allowed  # no more nonzeros for this k
     assert nonzeros > min(k * d2 / rho - 4, room) - 0.001  # rho is kept, up to the unit
@@ -135,8 +150,9 @@ def test_free_size_is_the_largest_that_fits(group: tuple[int, list[int], float, 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=3), st.integers(1, 100), st.sampled_from([10, 12, 14, 16]))
 def test_free_bytes_are_those_of_members_that_hold_multiples_of_four(fours: list[int], k: int, bits: int) -> None:
     """A sum of whole bytes: padding each member's values on its own costs nothing."""
+    form = Form("stored", "mask", codec_of_bits(bits))
     apart = sum(len(packing.pack_values(torch.ones(4 * n), bits).view(torch.uint8)) for n in fours)
-    assert accounting.free_bytes(8, [40] * len(fours), k, 4 * sum(fours), bits).values == apart
+    assert form.nbytes(8, [40] * len(fours), k, [4 * sum(fours)]).values == apart
 
 
 @pytest.mark.parametrize("bits", [10, 12, 14, 16])

@@ -20,9 +20,11 @@ from test_families import FAMILIES, check_bytes, load, logits
 from transformers import PreTrainedTokenizerFast
 
 import cospadi
-from cospadi.budget.accounting import free_bytes, low_rank_bytes, most_nonzeros, sparse_bytes
+from cospadi.budget.accounting import most_nonzeros
 from cospadi.budget.plan import Plan, dense_group, fill_up, outlook, size_group, write_plan
 from cospadi.format import safetensors, schema, verify
+from cospadi.format.codecs import codec_of_bits
+from cospadi.format.form import Form, Parts
 from cospadi.model.projections import Projection
 
 DENSE = "model.layers.0.self_attn.o_proj"
@@ -54,8 +56,9 @@ def saved(direct: tuple[cospadi.Compressed, Path], default: dict[str, Any], tmp_
 def resize(group: dict[str, Any], **fields: Any) -> None:
     """Other sizes for the group of q, k and v, and the bytes that follow from them."""
     group.update(fields)
+    form = Form("stored", "mask", codec_of_bits(group["value_bits"]))
     d2s = [48, 24, 24] * (len(group["members"]) // 3)
-    group["bytes"] = free_bytes(48, d2s, group["k"], group["nonzeros"], group["value_bits"]).total
+    group["bytes"] = form.nbytes(48, d2s, group["k"], [group["nonzeros"]]).total
 
 
 def with_dense_projection(plan: Plan) -> Plan:
@@ -341,17 +344,22 @@ def test_bytes_that_are_left_are_filled_up(shapes: list[tuple[int, int, int]], s
     assert filled[-1] == groups[-1]
     for before, after in zip(sized, filled, strict=False):
         d1, d2s, unit = before.d1, before.d2s, sum(before.d2s)
+        form = after.stored
         if solver == "svd-llm":
-            assert after.parts == low_rank_bytes(d1, d2s, after.k)
-            assert after.k == min(d1, unit) or low_rank_bytes(d1, d2s, after.k + 1).total - after.parts.total > left
+            assert form == Form("stored", "full", "bf16")
+            assert after.parts == Parts(2 * d1 * after.k, 0, 2 * after.k * unit)
+            assert after.k == min(d1, unit) or 2 * (d1 + unit) > left
             continue
         assert after.k == before.k
         if solver == "ksvd":
             s = after.nonzeros // unit
-            assert after.parts == sparse_bytes(d1, d2s, after.k, s, 14)
-            assert s == after.k or sparse_bytes(d1, d2s, after.k, s + 1, 14).total - after.parts.total > left
+            assert after.parts == form.nbytes(d1, d2s, after.k, [s * d2 for d2 in d2s])
+            assert (
+                s == after.k
+                or form.nbytes(d1, d2s, after.k, [(s + 1) * d2 for d2 in d2s]).total - after.parts.total > left
+            )
         else:
-            assert after.parts == free_bytes(d1, d2s, after.k, after.nonzeros, 14)
+            assert after.parts == form.nbytes(d1, d2s, after.k, [after.nonzeros])
             assert after.nonzeros == most_nonzeros(d2s, after.k) or left < 7  # four values of 14 bits
 
 

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from cospadi.commands import bench
 from cospadi.format import packing, safetensors
 from cospadi.format.schema import StoredProjection
-from cospadi.integrations.transformers import mark_compressed, swap_in_layers
 from cospadi.model import load
 from cospadi.model.projections import find_projections
 from cospadi.runtime import op
-from cospadi.runtime.layer import SparseDictionaryLinear, set_runtime
+from cospadi.runtime.layer import CompressedLinear, set_runtime
+from cospadi.runtime.swap import mark_compressed, swap_in_layers
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from Linux's /proc")
 
@@ -39,8 +39,8 @@ def write_random(folder: Path, hidden: int, blocks: int, k: int) -> Path:
     for projection in find_projections(model):
         masks[projection.name] = torch.randint(256, (projection.d2, k // 8), dtype=torch.uint8, generator=generator)
         entries[projection.name] = StoredProjection(
-            layout="sparse-dictionary", d1=projection.d1, d2=projection.d2, k=k, value_bits=14,
-            nnz=packing.popcount(masks[projection.name]) // 4 * 4, dictionary=projection.name,
+            dictionary="stored", support="mask", values="f14", d1=projection.d1, d2=projection.d2, k=k,
+            nnz=packing.popcount(masks[projection.name]) // 4 * 4, owner=projection.name,
         )  # fmt: skip
         surplus = packing.popcount(masks[projection.name]) % 4
         for bit in range(8):  # a stream of whole bytes: the last atoms of the first column go
@@ -53,7 +53,7 @@ def write_random(folder: Path, hidden: int, blocks: int, k: int) -> Path:
         for parameter in model.parameters():
             parameter.fill_(0.01)
     for name, module in model.named_modules():
-        if isinstance(module, SparseDictionaryLinear):
+        if isinstance(module, CompressedLinear):
             module.support.copy_(masks[name])
             module.values.copy_(packing.pack_values(torch.full((module.nnz,), 0.01), 14))
     mark_compressed(model, entries)
@@ -76,8 +76,8 @@ def test_decoding_keeps_nothing_unpacked(tmp_path: Path) -> None:
     before = bench.tensor_bytes(model)
     bench._decode(model, 2, 2, torch.device("cpu"))
     bench._prefill(model, 40, torch.device("cpu"))
-    layers = [module for module in model.modules() if isinstance(module, SparseDictionaryLinear)]
-    if op.has_kernel(torch.empty(1, 1), layers[0].support, layers[0].values, 14):
+    layers = [module for module in model.modules() if isinstance(module, CompressedLinear)]
+    if op.has_kernel(torch.empty(1, 1), layers[0].support, layers[0].values, "mask", "f14"):
         assert bench.tensor_bytes(model) == before
     model_dense = sum(layer.in_features * layer.out_features * 2 for layer in layers)
     for layer in layers:

@@ -358,7 +358,7 @@ def test_tensor_of_another_dtype_is_refused(tensor: str, damaged: Path) -> None:
     refused(damaged, "model.safetensors", tensor, "F32")
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", None, True, 1.0])
+@pytest.mark.parametrize("version", [3, 0, "1", None, True, 1.0])
 @pytest.mark.parametrize("file", ["config.json", "cospadi.json"])
 def test_other_format_version_is_refused(file: str, version: object, damaged: Path) -> None:
     def change(content: dict[str, Any]) -> None:
@@ -703,7 +703,7 @@ def test_frozen_trained_values_are_still_saved_packed(whole: Path, prompt: Tenso
     model = load(whole)
     expected = logits(model, prompt)
     for layer in model.modules():
-        if isinstance(layer, cospadi.SparseDictionaryLinear):
+        if isinstance(layer, cospadi.CompressedLinear):
             layer.unpack_values()
     model.requires_grad_(False)
     torch.testing.assert_close(logits(model, prompt), expected)

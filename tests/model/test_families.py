@@ -30,7 +30,7 @@ from transformers import (
 import cospadi
 from cospadi.budget.plan import outlook
 from cospadi.format import schema
-from cospadi.runtime.layer import LowRankLinear, SparseDictionaryLinear
+from cospadi.runtime.layer import CompressedLinear
 from cospadi.solvers import SOLVERS, Factorization, Problem, Solver, SolverOptions
 
 SIZES: dict[str, Any] = {
@@ -65,8 +65,8 @@ def logits(model: nn.Module, tokens: Tensor) -> Tensor:
         return model(input_ids=tokens).logits
 
 
-def compressed_layers(model: nn.Module) -> dict[str, SparseDictionaryLinear | LowRankLinear]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, SparseDictionaryLinear | LowRankLinear)}
+def compressed_layers(model: nn.Module) -> dict[str, CompressedLinear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, CompressedLinear)}
 
 
 def kind(name: str) -> str:
@@ -129,7 +129,7 @@ def test_every_family_round_trips_through_disk(
 
     layers = compressed_layers(loaded)
     assert len(layers) + len(result.plan.left_dense) == 2 * PROJECTIONS_A_BLOCK.get(family, 7)
-    assert all(isinstance(layer, SparseDictionaryLinear) for layer in layers.values())
+    assert all(layer.form.layout == "sparse-dictionary" for layer in layers.values())
     assert torch.equal(logits(loaded, prompt), logits(result.model, prompt))
     check_equals_dense_stand_in(dense, output, prompt)
     check_bytes(result, output)
@@ -216,7 +216,7 @@ def test_source_dtype_is_kept_and_factors_are_bf16(
     assert tensors["model.layers.0.self_attn.q_proj.bias"].dtype == dtype
 
 
-@pytest.mark.parametrize("solver", [name for name, found in SOLVERS.items() if found.layout == "sparse-dictionary"])
+@pytest.mark.parametrize("solver", [name for name, found in SOLVERS.items() if found.support == "mask"])
 def test_a_wide_projection_may_get_more_atoms_than_inputs(
     solver: str, make_llama: Callable[..., Path], quick: dict[str, Any], prompt: Tensor, tmp_path: Path
 ) -> None:
@@ -330,7 +330,7 @@ def test_projections_of_a_group_share_one_stored_dictionary(
     assert torch.equal(logits(loaded, prompt), logits(result.model, prompt))
     check_equals_dense_stand_in(dense, output, prompt)
     check_bytes(result, output)
-    shared = "left" if SOLVERS[solver].layout == "low-rank" else "dictionary"
+    shared = "left" if SOLVERS[solver].support == "full" else "dictionary"
     check_foretold(dense, result)
     tensors, layers = stored(output), compressed_layers(loaded)
     for names in groups:
@@ -484,7 +484,7 @@ def test_whole_model_compiles_exports_and_trains(
 
     model(input_ids=prompt, labels=prompt).loss.backward()
     layer = model.get_submodule("model.layers.0.mlp.up_proj")
-    factor = layer.left if SOLVERS[solver].layout == "low-rank" else layer.dictionary
+    factor = layer.left if SOLVERS[solver].support == "full" else layer.dictionary
     assert factor.grad.abs().max() > 0
 
 

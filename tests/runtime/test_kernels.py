@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cospadi.errors import UserError
 from cospadi.format import packing
-from cospadi.runtime import cpu, op, reference
+from cospadi.runtime import cpu, op
 
 SOURCES = Path(cpu.__file__).parent / "cpp"
 
@@ -30,7 +30,7 @@ def stored(support: Tensor, bits: int, seed: int = 0) -> tuple[Tensor, Tensor, T
     """Mask, values and offsets of random coefficients on a support (d2, k), and S (k, d2) in float64."""
     values = torch.randn(int(support.sum()), generator=torch.Generator().manual_seed(seed))
     mask, packed = packing.pack_support(support), packing.pack_values(values, bits)
-    dense = reference.coefficients(mask, packed, support.shape[1], bits, torch.float32)
+    dense = packing.unpack_coefficients(mask, packing.unpack_values(packed, len(values), bits), support.shape[1])
     return mask, packed, packing.column_offsets(mask), dense.double().T
 
 
@@ -66,14 +66,14 @@ def test_products_and_unpacking(level: str, dtype: torch.dtype, bits: int, k: in
 def test_leading_shapes(shape: tuple[int, ...]) -> None:
     mask, values, offsets, coefficients = stored(random_support(9, 20, 0.5), 14)
     z = torch.randn(shape)
-    assert_product(op.sparse_matmul(z, mask, values, offsets, 20, 14), z, coefficients)
+    assert_product(op.sparse_matmul(z, mask, values, offsets, mask.shape[0], 20, "mask", "f14"), z, coefficients)
 
 
 def test_rows_that_are_not_contiguous() -> None:
     mask, values, offsets, coefficients = stored(random_support(9, 20, 0.5), 14)
     for z in (torch.randn(20, 3).T, torch.randn(3, 40)[:, ::2], torch.randn(1, 20).expand(30, 20)):
         assert not z.is_contiguous()
-        assert_product(op.sparse_matmul(z, mask, values, offsets, 20, 14), z, coefficients)
+        assert_product(op.sparse_matmul(z, mask, values, offsets, mask.shape[0], 20, "mask", "f14"), z, coefficients)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
@@ -128,7 +128,7 @@ def test_infinities_and_nans_stay_what_they_are(dtype: torch.dtype) -> None:
     mask, values, offsets, _ = stored(torch.ones(3, 2, dtype=torch.bool), 16)
     values.fill_(1)
     z = torch.tensor([[float("inf"), 1], [float("nan"), 1], [float("-inf"), 1]]).to(dtype)
-    y = op.sparse_matmul(z, mask, values, offsets, 2, 16)
+    y = op.sparse_matmul(z, mask, values, offsets, mask.shape[0], 2, "mask", "bf16")
     assert torch.equal(y.isnan(), z.isnan().any(1, keepdim=True).expand(3, 3))
     assert (y[0] == float("inf")).all()
     assert (y[2] == float("-inf")).all()
@@ -151,7 +151,7 @@ def test_threads_do_not_change_a_bit(rows: int) -> None:
 def test_values_that_do_not_match_the_mask_are_refused() -> None:
     mask, values, offsets, _ = stored(random_support(9, 20, 0.5), 14)
     with pytest.raises(ValueError, match="fewer than the support mask"):
-        cpu.sparse_matmul(torch.randn(1, 20), mask, values[:-8].clone(), offsets, 20, 14)
+        cpu.sparse_matmul(torch.randn(1, 20), mask, values[:-8].clone(), offsets, mask.shape[0], 20, "mask", "f14")
 
 
 def test_an_unknown_level_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +178,7 @@ def test_threads_are_those_of_torch() -> None:
         "before = count()\n"
         "support = torch.rand(500, 300) < 0.5\n"
         "mask = packing.pack_support(support); values = packing.pack_values(torch.randn(int(support.sum())), 14)\n"
-        "op.sparse_matmul(torch.randn(2, 300), mask, values, None, 300, 14)\n"
+        "op.sparse_matmul(torch.randn(2, 300), mask, values, None, 500, 300, 'mask', 'f14')\n"
         "print(before, count())\n"
     )
     if not Path("/proc/self/task").exists():

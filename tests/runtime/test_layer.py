@@ -6,21 +6,25 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from cospadi import SparseDictionaryLinear
+from cospadi import CompressedLinear
 from cospadi.format import packing
+from cospadi.format.codecs import CODECS, codec_of_bits
+from cospadi.format.form import Form
 from cospadi.runtime import op
-from cospadi.runtime.layer import LowRankLinear, Runtime
+from cospadi.runtime.layer import Runtime
+
+LOW_RANK = Form("stored", "full", "bf16")
 
 
 def make_layer(
     d1: int = 24, d2: int = 19, k: int = 13, bits: int = 14, bias: bool = True, dtype: torch.dtype = torch.float32
-) -> tuple[SparseDictionaryLinear, torch.Tensor, torch.Tensor]:
+) -> tuple[CompressedLinear, torch.Tensor, torch.Tensor]:
     """A layer with random factors, and its D (d1, k) and S (k, d2) in float64."""
     generator = torch.Generator().manual_seed(d1 + d2 + k)
     support = torch.rand(d2, k, generator=generator) < 0.4
     support[0], support[1] = False, True
     values = torch.randn(int(support.sum()), generator=generator)
-    layer = SparseDictionaryLinear(d1, d2, k, len(values), bits, bias, dtype)
+    layer = CompressedLinear(d1, d2, k, len(values), Form("stored", "mask", codec_of_bits(bits)), bias, dtype)
     with torch.no_grad():
         layer.dictionary.copy_(torch.randn(k, d1, generator=generator))
         if layer.bias is not None:
@@ -115,10 +119,15 @@ def test_op_passes_torch_checks() -> None:
     layer, _, _ = make_layer()
     z = torch.randn(4, 13, requires_grad=True)
     values = torch.randn(layer.nnz, requires_grad=True)
-    torch.library.opcheck(torch.ops.cospadi.sparse_matmul.default, (z, layer.support, values, None, 13, 0, None))
     torch.library.opcheck(
-        torch.ops.cospadi.sparse_matmul.default, (z, layer.support, layer.values, layer.column_offsets(), 13, 14, None)
+        torch.ops.cospadi.sparse_matmul.default, (z, layer.support, values, None, 19, 13, "mask", None, None)
     )
+    packed = (layer.support, layer.values, layer.column_offsets(), 19, 13, "mask", "f14", None)
+    torch.library.opcheck(torch.ops.cospadi.sparse_matmul.default, (z, *packed))
+    full = torch.randn(19, 13, requires_grad=True)
+    torch.library.opcheck(torch.ops.cospadi.sparse_matmul.default, (z, None, full, None, 19, 13, "full", None, None))
+    stream = CODECS["f14"].encode(full.detach())
+    torch.library.opcheck(torch.ops.cospadi.sparse_matmul.default, (z, None, stream, None, 19, 13, "full", "f14", None))
 
 
 def test_gradients_reach_dictionary_values_and_input() -> None:
@@ -167,7 +176,7 @@ def test_dense_weight() -> None:
 
 
 def test_low_rank_layer() -> None:
-    layer = LowRankLinear(12, 9, 4, bias=True)
+    layer = CompressedLinear(12, 9, 4, 0, LOW_RANK, bias=True)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_()
@@ -190,7 +199,7 @@ def test_a_wrong_width_is_refused_by_every_path() -> None:
                 layer(torch.randn(1, width).bfloat16())
     for width in (1, 12, 26, 130):
         with pytest.raises(ValueError, match="do not belong to 13 atoms"):
-            op.sparse_matmul(torch.randn(1, width), layer.support, layer.values, None, 13, 14)
+            op.sparse_matmul(torch.randn(1, width), layer.support, layer.values, None, 19, 13, "mask", "f14")
 
 
 def test_what_is_written_to_a_layer_counts() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_layer import make_layer
+from test_layer import LOW_RANK, make_layer
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
@@ -23,11 +23,11 @@ from torch.utils.checkpoint import checkpoint
 import cospadi
 from cospadi.model.projections import Projection, shared_inputs
 from cospadi.runtime import layer as linear
-from cospadi.runtime.layer import LowRankLinear, reuse_products
+from cospadi.runtime.layer import CompressedLinear, reuse_products
 
 LAYERS = {
     "sparse": lambda d2: make_layer(d2=d2)[0],
-    "low-rank": lambda d2: LowRankLinear(24, d2, 13, bias=True),
+    "low-rank": lambda d2: CompressedLinear(24, d2, 13, 0, LOW_RANK, bias=True),
 }
 
 

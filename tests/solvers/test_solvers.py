@@ -13,6 +13,7 @@ from scipy.linalg import orthogonal_procrustes
 from sklearn.linear_model import orthogonal_mp_gram
 
 from cospadi.budget import accounting
+from cospadi.format.form import Form
 from cospadi.solvers import SOLVERS, Factorization, Problem, SolverOptions
 from cospadi.solvers.eigen import eigen
 from cospadi.solvers.ksvd import (
@@ -42,7 +43,8 @@ from cospadi.solvers.orthogonal import keep_largest, leading_directions
 from cospadi.solvers.procrustes import code, procrustes, update_orthonormal
 from cospadi.solvers.products import self_product
 
-SPARSE = [name for name, solver in SOLVERS.items() if solver.layout == "sparse-dictionary"]
+FORM = Form("stored", "mask", "f14")
+SPARSE = [name for name, solver in SOLVERS.items() if solver.support == "mask"]
 
 
 def exact_errors(errors: list[float]) -> list[float]:
@@ -560,7 +562,7 @@ def test_mod_htp_takes_any_layout_and_precision(case: str) -> None:
 @pytest.mark.parametrize("rho", [1.3, 2.0, 4.0])
 def test_mod_htp_members_fill_their_bytes(widths: tuple[int, ...], rho: float) -> None:
     target = structured(40, sum(widths), seed=29)
-    k, nonzeros = accounting.free_size(accounting.byte_budget(0.3, 40, widths), 40, widths, rho, 14)
+    k, nonzeros = accounting.free_size(accounting.byte_budget(0.3, 40, widths), FORM, 40, widths, rho)
     assert nonzeros % 4 == 0
     problem = Problem(target, members=widths)
     solution = mod_htp(problem, k, nonzeros / sum(widths), SolverOptions(iterations=6))
@@ -569,7 +571,7 @@ def test_mod_htp_members_fill_their_bytes(widths: tuple[int, ...], rho: float) -
     counts = [int(part.sum()) for part in torch.split(solution.support, widths, dim=1)]
     assert all(count % 4 == 0 for count in counts)
     stored = 2 * 40 * k + sum(w * -(-k // 8) + -(-count * 14 // 8) for w, count in zip(widths, counts, strict=True))
-    assert stored == accounting.free_bytes(40, widths, k, nonzeros, 14).total
+    assert stored == FORM.nbytes(40, widths, k, [nonzeros]).total
 
 
 def test_mod_htp_members_differ_as_their_sizes_do() -> None:

@@ -6,23 +6,27 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from cospadi import compat
 from cospadi.budget import accounting
-from cospadi.budget.accounting import Parts
 from cospadi.errors import UserError
 from cospadi.files import check_name
+from cospadi.format.codecs import codec_of_bits
+from cospadi.format.form import DENSE_BITS, Form, Parts, dense_bytes, find_form
 from cospadi.model import load
 from cospadi.model.projections import Projection, dense_experts, find_projections, kinds_of, select, shared_inputs
 from cospadi.recipe import Recipe
 from cospadi.solvers import find_solver
 
 log = logging.getLogger("cospadi")
+
+DENSE = "dense"
+"""The layout of what is not compressed."""
 
 
 @dataclass(frozen=True)
@@ -31,19 +35,33 @@ class Group:
 
     Attributes:
         members: in model order; the first owns the dictionary.
-        layout: "sparse-dictionary", "low-rank" or "dense".
-        k: atoms, or the rank (0 for dense).
-        nonzeros: of all columns together (0 for low rank and dense).
-        value_bits: bits a stored coefficient (16 for low rank and dense).
+        form: how it is stored; None where it stays dense.
+        k: atoms (0 for dense).
+        nonzeros: of all columns together (0 for dense and where all of S is stored).
         parts: bytes on disk; for dense, where 16 bits a weight are counted whatever is stored, all in `values`.
     """
 
     members: tuple[Projection, ...]
-    layout: Literal["sparse-dictionary", "low-rank", "dense"]
+    form: Form | None
     k: int
     nonzeros: int
-    value_bits: int
     parts: Parts
+
+    @property
+    def layout(self) -> str:
+        """What the form is called, for reading."""
+        return DENSE if self.form is None else self.form.layout
+
+    @property
+    def value_bits(self) -> int:
+        """Bits a stored value."""
+        return DENSE_BITS if self.form is None else self.form.codec.bits
+
+    @property
+    def stored(self) -> Form:
+        """The form, of a group that does not stay dense."""
+        assert self.form is not None
+        return self.form
 
     @property
     def s(self) -> float:
@@ -60,7 +78,7 @@ class Group:
 
     @property
     def dense_bytes(self) -> int:
-        return accounting.dense_bytes(self.d1, sum(self.d2s))
+        return dense_bytes(self.d1, sum(self.d2s))
 
 
 @dataclass(frozen=True)
@@ -90,12 +108,12 @@ class Plan:
     @property
     def compressed(self) -> list[Group]:
         """The groups that do not stay dense."""
-        return [group for group in self.groups if group.layout != "dense"]
+        return [group for group in self.groups if group.form is not None]
 
     @property
     def left_dense(self) -> list[Projection]:
         """The selected projections that stay dense."""
-        return [member for group in self.groups if group.layout == "dense" for member in group.members]
+        return [member for group in self.groups if group.form is None for member in group.members]
 
 
 def make_plan(projections: Sequence[Projection], recipe: Recipe, owner: Mapping[str, str]) -> Plan:
@@ -142,51 +160,63 @@ def _uniform_group(members: tuple[Projection, ...], recipe: Recipe) -> Group:
     return group
 
 
+def form_of(recipe: Recipe) -> Form:
+    """How a recipe's solver stores what it finds."""
+    solver = find_solver(recipe.solver)
+    return Form(solver.dictionary, solver.support, solver.codec or codec_of_bits(recipe.stored_value_bits))
+
+
 def size_group(members: tuple[Projection, ...], ratio: float, rho: float, recipe: Recipe) -> Group | None:
-    """The largest group of the recipe's layout and accounting at a ratio; None where not even one atom fits."""
+    """The largest group of the recipe's form and accounting at a ratio; None where not even one atom fits."""
     d1, d2s = members[0].d1, [member.d2 for member in members]
     d2, allowed = sum(d2s), accounting.byte_budget(ratio, d1, d2s)
-    solver, bits = find_solver(recipe.solver), recipe.stored_value_bits
-    if solver.layout == "low-rank":
-        r = accounting.exact_rank(allowed, d1, d2s)
-        return (
-            Group(members, "low-rank", r, 0, accounting.DENSE_BITS, accounting.low_rank_bytes(d1, d2s, r))
-            if r
-            else None
-        )
-    if recipe.accounting == "exact" and solver.free_support:
-        k, nonzeros = accounting.free_size(allowed, d1, d2s, rho, bits)
-        parts = accounting.free_bytes(d1, d2s, k, nonzeros, bits)
-        return Group(members, "sparse-dictionary", k, nonzeros, bits, parts) if k else None
-    if recipe.accounting == "eq10":
+    form, free = form_of(recipe), find_solver(recipe.solver).free_support
+    if not form.support_kind.chosen:
+        k = s = accounting.exact_rank(allowed, form, d1, d2s)
+    elif recipe.accounting == "exact" and free:
+        k, nonzeros = accounting.free_size(allowed, form, d1, d2s, rho)
+        return free_group(members, form, k, nonzeros) if k else None
+    elif recipe.accounting == "eq10":
         k, s = accounting.eq10_size(ratio, d1, d2, rho)
     elif recipe.accounting == "eq11":
         k, s = accounting.eq11_size(ratio, d1, d2, rho)
     else:
-        k, s = accounting.exact_size(allowed, d1, d2s, rho, bits)
+        k, s = accounting.exact_size(allowed, form, d1, d2s, rho)
     if min(k, s) < 1:
         return None
-    if solver.free_support:
+    if free:
         nonzeros = min(s * d2 // accounting.VALUE_UNIT * accounting.VALUE_UNIT, accounting.most_nonzeros(d2s, k))
-        parts = accounting.free_bytes(d1, d2s, k, nonzeros, bits)
-        return Group(members, "sparse-dictionary", k, nonzeros, bits, parts) if nonzeros else None
-    return Group(members, "sparse-dictionary", k, s * d2, bits, accounting.sparse_bytes(d1, d2s, k, s, bits))
+        return free_group(members, form, k, nonzeros) if nonzeros else None
+    return even_group(members, form, k, s)
+
+
+def even_group(members: tuple[Projection, ...], form: Form, k: int, s: int) -> Group:
+    """A group that stores s values in every column: all k where the support is not chosen."""
+    counts = [s * member.d2 for member in members]
+    parts = form.nbytes(members[0].d1, [member.d2 for member in members], k, counts)
+    return Group(members, form, k, sum(counts) if form.support_kind.chosen else 0, parts)
+
+
+def free_group(members: tuple[Projection, ...], form: Form, k: int, nonzeros: int) -> Group:
+    """A group whose nonzeros lie anywhere, each member holding a multiple of VALUE_UNIT of them."""
+    parts = form.nbytes(members[0].d1, [member.d2 for member in members], k, [nonzeros])
+    return Group(members, form, k, nonzeros, parts)
 
 
 def dense_group(members: tuple[Projection, ...]) -> Group:
     """A group that stays as it is."""
-    nbytes = accounting.dense_bytes(members[0].d1, sum(member.d2 for member in members))
-    return Group(members, "dense", 0, 0, accounting.DENSE_BITS, Parts(0, 0, nbytes))
+    nbytes = dense_bytes(members[0].d1, sum(member.d2 for member in members))
+    return Group(members, None, 0, 0, Parts(0, 0, nbytes))
 
 
 def fill_up(groups: Sequence[Group], nbytes: int, free_support: bool) -> list[Group]:
     """The same groups with what `nbytes` more bytes hold; the largest group comes first, dense ones stay.
 
     Nonzeros that may lie anywhere all go where there is room for them. Else each group in turn gets a nonzero for every
-    column, or a rank, until none fits.
+    column, or where all of S is stored an atom, until none fits.
     """
     filled = list(groups)
-    order = [index for index, group in enumerate(groups) if group.layout != "dense"]
+    order = [index for index, group in enumerate(groups) if group.form is not None]
     order.sort(key=lambda index: -groups[index].parts.total)
     while True:
         before = nbytes
@@ -204,18 +234,15 @@ def _with_nonzeros(group: Group, nbytes: int) -> Group:
     """The same group with as many more nonzeros as up to `nbytes` more bytes allow, for a free support."""
     most = (group.parts.values + nbytes) * 8 // group.value_bits // accounting.VALUE_UNIT * accounting.VALUE_UNIT
     nonzeros = max(group.nonzeros, min(most, accounting.most_nonzeros(group.d2s, group.k)))
-    parts = accounting.free_bytes(group.d1, group.d2s, group.k, nonzeros, group.value_bits)
-    return replace(group, nonzeros=nonzeros, parts=parts)
+    return free_group(group.members, group.stored, group.k, nonzeros)
 
 
 def _one_larger(group: Group) -> Group:
-    """The same group with one more rank, or one more nonzero in every column; itself where there is no room."""
-    d1, d2s, k = group.d1, group.d2s, group.k
-    if group.layout == "low-rank":
-        r = min(k + 1, d1, sum(d2s))
-        return replace(group, k=r, parts=accounting.low_rank_bytes(d1, d2s, r))
-    s = min(round(group.s) + 1, k)
-    return replace(group, nonzeros=s * sum(d2s), parts=accounting.sparse_bytes(d1, d2s, k, s, group.value_bits))
+    """The same group with one more nonzero in every column, or atom; itself where there is no room."""
+    if group.stored.support_kind.chosen:
+        return even_group(group.members, group.stored, group.k, min(round(group.s) + 1, group.k))
+    k = min(group.k + 1, group.d1, sum(group.d2s))
+    return even_group(group.members, group.stored, k, k)
 
 
 PLAN_FIELDS = ("members", "layout", "k", "nonzeros", "value_bits", "bytes")
@@ -331,42 +358,39 @@ def check_plan(plan: Plan, uniform: Plan, recipe: Recipe) -> None:
         raise UserError(f"the plan is for another model, selection or --share: the group {names} is not in both")
     if plan.bytes > max(uniform.bytes, accounting.byte_budget(recipe.ratio, 1, [plan.dense_bytes // 2])):
         raise UserError(f"the plan takes {plan.bytes:,} bytes, more than ratio {recipe.ratio:g} leaves")
-    solver = find_solver(recipe.solver)
+    form, free = form_of(recipe), find_solver(recipe.solver).free_support
     for group in plan.compressed:
-        if solver.free_support:
+        if free:
             most = accounting.most_nonzeros(group.d2s, group.k)
             fits = group.nonzeros <= most and group.nonzeros % accounting.VALUE_UNIT == 0
         else:
-            fits = group.layout == "low-rank" or group.nonzeros % sum(group.d2s) == 0
-        if group.layout != solver.layout or not fits:
+            fits = not form.support_kind.chosen or group.nonzeros % sum(group.d2s) == 0
+        if group.layout != form.layout or not fits:
             raise UserError(f"the plan is not for solver {recipe.solver}: {group.members[0].name} does not fit it")
-        if group.layout != "low-rank" and group.value_bits != recipe.stored_value_bits:
+        if group.form != form:
             raise UserError(
                 f"the plan gives {group.members[0].name} values of {group.value_bits} bits; the recipe asks for "
-                f"{recipe.stored_value_bits}"
+                f"{form.codec.bits}"
             )
 
 
 def _stored_group(members: tuple[Projection, ...], entry: dict[str, Any]) -> Group | None:
     """A group from its entry; None where the sizes are impossible."""
-    d1, d2s = members[0].d1, [member.d2 for member in members]
-    layout, k, nonzeros, bits = entry["layout"], entry["k"], entry["nonzeros"], entry["value_bits"]
-    if layout == "dense":
-        return dense_group(members) if (k, nonzeros, bits) == (0, 0, accounting.DENSE_BITS) else None
-    if any(member.d1 != d1 for member in members) or k < 1:
+    d2s, k, nonzeros = [member.d2 for member in members], entry["k"], entry["nonzeros"]
+    form = find_form(entry["layout"], entry["value_bits"])
+    if form is None:
+        return dense_group(members) if (k, nonzeros) == (0, 0) else None
+    if any(member.d1 != members[0].d1 for member in members) or k < 1:
         return None
-    if layout == "low-rank":
-        rank = Group(members, layout, k, 0, bits, accounting.low_rank_bytes(d1, d2s, k))
-        return rank if (nonzeros, bits) == (0, accounting.DENSE_BITS) else None
+    if not form.support_kind.chosen:
+        return even_group(members, form, k, k) if nonzeros == 0 else None
     if not 1 <= nonzeros <= k * sum(d2s):
         return None
     s, rest = divmod(nonzeros, sum(d2s))
-    exact = accounting.sparse_bytes(d1, d2s, k, s, bits) if rest == 0 else None
-    if exact is None or exact.total != entry["bytes"]:  # else every column has s, and each member pads its own bytes
-        if nonzeros % accounting.VALUE_UNIT:
-            return None
-        exact = accounting.free_bytes(d1, d2s, k, nonzeros, bits)
-    return Group(members, "sparse-dictionary", k, nonzeros, bits, exact)
+    even = even_group(members, form, k, s)
+    if rest == 0 and even.parts.total == entry["bytes"]:  # every column has s, and each member pads its own bytes
+        return even
+    return None if nonzeros % accounting.VALUE_UNIT else free_group(members, form, k, nonzeros)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -391,10 +415,16 @@ def _complete(entry: object) -> bool:
         and isinstance(entry["members"], list)
         and len(entry["members"]) > 0
         and all(isinstance(name, str) for name in entry["members"])
-        and entry["layout"] in ("sparse-dictionary", "low-rank", "dense")
         and all(type(entry[name]) is int for name in ("k", "nonzeros", "value_bits", "bytes"))
-        and entry["value_bits"] in (14, 16)
+        and _is_known(entry["layout"], entry["value_bits"])
     )
+
+
+def _is_known(layout: object, value_bits: int) -> bool:
+    """Whether anything is stored so."""
+    if layout == DENSE:
+        return value_bits == DENSE_BITS
+    return isinstance(layout, str) and find_form(layout, value_bits) is not None
 
 
 @dataclass(frozen=True)

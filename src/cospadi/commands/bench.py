@@ -26,7 +26,7 @@ from cospadi.commands import tables
 from cospadi.errors import UserError
 from cospadi.jobs.progress import Stages
 from cospadi.model import load
-from cospadi.runtime.layer import Runtime, SparseDictionaryLinear, set_runtime
+from cospadi.runtime.layer import CompressedLinear, Runtime, set_runtime
 
 PREFILL_TOKENS = (128, 512)
 DECODE_BATCHES = (1, 4, 16)
@@ -232,7 +232,7 @@ def tensor_bytes(model: nn.Module) -> int:
     """Bytes of a model's parameters, buffers, and what its layers keep beside them, each storage once."""
     tensors = [*model.parameters(), *model.buffers()]
     for module in model.modules():
-        if isinstance(module, SparseDictionaryLinear):
+        if isinstance(module, CompressedLinear):
             tensors += [kept[1] for kept in (module._kept, module._offsets) if kept is not None]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 

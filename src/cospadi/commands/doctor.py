@@ -15,7 +15,8 @@ from torch import Tensor
 
 from cospadi.__about__ import __version__
 from cospadi.commands import tables
-from cospadi.format import packing
+from cospadi.format.codecs import CODECS
+from cospadi.format.supports.mask import MASK
 from cospadi.runtime import cpu, op, reference
 
 PACKAGES = ("torch", "transformers", "safetensors", "triton")
@@ -105,21 +106,25 @@ def _on_cpu(z: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, k: int, va
 
 def _on_gpu(z: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, k: int, value_bits: int, _level: int) -> Tensor:
     z, mask, values, offsets = (tensor.cuda() for tensor in (z, mask, values, offsets))
-    return op.sparse_matmul(z, mask, values, offsets, k, value_bits).cpu()
+    assert op.gpu is not None
+    y: Tensor = op.gpu.sparse_matmul(z, mask, values, offsets, k, value_bits)
+    return y.cpu()
 
 
 def _is_right(product: Product, level: int) -> bool:
-    """Products of few and of many rows in every dtype, at 14 and at 16 bits, with columns that end inside a byte."""
+    """Products of few and of many rows in every dtype, of every codec, with columns that end inside a byte."""
     generator = torch.Generator().manual_seed(0)
     support = torch.rand(70, 203, generator=generator) < 0.4
-    mask = packing.pack_support(support)
-    for bits in (14, 16):
-        values = packing.pack_values(torch.randn(int(support.sum()), generator=generator), bits)
-        dense = reference.coefficients(mask, values, 203, bits, torch.float32).double().T
+    mask = MASK.pack(support)
+    for codec in CODECS.values():
+        if not codec.kernel_bits:
+            continue
+        values = codec.encode(torch.randn(int(support.sum()), generator=generator))
+        dense = reference.coefficients(mask, values, 70, 203, MASK.name, codec.name, torch.float32).double().T
         for dtype, tolerance in TOLERANCES.items():
             for rows in (1, 3, 40):
                 z = torch.randn(rows, 203, generator=generator).to(dtype)
-                y = product(z, mask, values, packing.column_offsets(mask), 203, bits, level)
+                y = product(z, mask, values, MASK.offsets(mask), 203, codec.kernel_bits, level)
                 if not _is_close(y, z, dense, tolerance):
                     return False
     return True

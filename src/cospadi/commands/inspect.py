@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
-from cospadi.budget.accounting import dense_bytes
 from cospadi.commands import tables
 from cospadi.format import safetensors, verify
+from cospadi.format.form import dense_bytes
 from cospadi.format.safetensors import StoredTensor
 from cospadi.format.schema import StoredProjection
 
@@ -33,13 +33,13 @@ def inspect_json(
     recorded = (manifest or {}).get("projections", {})
     projections: dict[str, dict[str, Any]] = {
         name: {
-            "layout": entry.layout,
+            "layout": entry.form.layout,
             "d1": entry.d1,
             "d2": entry.d2,
             "k": entry.k,
             "nnz": entry.nnz,
-            "value_bits": entry.value_bits,
-            "dictionary": entry.dictionary,
+            "value_bits": entry.form.codec.bits,
+            "dictionary": entry.owner,
             "dense_bytes": dense_bytes(entry.d1, entry.d2),
             "bytes": sum(tensors[tensor].nbytes for tensor in entry.tensors(name)),
             "relative_error": recorded.get(name, {}).get("relative_error"),

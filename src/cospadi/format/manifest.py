@@ -10,19 +10,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, StrictInt, ValidationError
 
-from cospadi.budget import accounting
 from cospadi.errors import CheckpointError
 from cospadi.files import read_json
+from cospadi.format.form import dense_bytes
 from cospadi.format.safetensors import all_safetensors, hash_tensors, stored_tensors, weight_files
-from cospadi.format.schema import (
-    DICTIONARY,
-    FORMAT_VERSION,
-    LEFT,
-    StoredProjection,
-    check_version,
-    first_problem,
-    read_config,
-)
+from cospadi.format.schema import StoredProjection, check_version, first_problem, read_config, spell
 
 MANIFEST = "cospadi.json"
 
@@ -91,7 +83,7 @@ def read_manifest(folder: Path, projections: Mapping[str, StoredProjection]) -> 
         tensors = stored_tensors(folder)
         for name, nbytes in manifest.dense.items():
             weight = tensors.get(f"{name}.weight")
-            if weight is None or len(weight.shape) != 2 or nbytes != accounting.dense_bytes(*weight.shape):
+            if weight is None or len(weight.shape) != 2 or nbytes != dense_bytes(*weight.shape):
                 raise CheckpointError(
                     f"{path} counts {nbytes} bytes for the dense projection {name}, which the checkpoint does not hold"
                 )
@@ -117,14 +109,15 @@ def new_manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     now = {tensor: digest for entry in files.values() for tensor, digest in entry["tensors"].items()}
     differing = {tensor for tensor, digest in before.items() if now.get(tensor) != digest}
     changed = {tensor.rpartition(".")[0] for tensor in differing}
-    for name, entry in read_config(folder).items():
-        if f"{entry.dictionary}.{LEFT if entry.layout == 'low-rank' else DICTIONARY}" in differing:
+    stored = read_config(folder)
+    for name, entry in stored.items():
+        if entry.dictionary_tensor in differing:
             changed.add(name)
     projections = {
         name: {key: value for key, value in entry.items() if key != "relative_error" or name not in changed}
         for name, entry in content.get("projections", {}).items()
     }
-    return content | {"format_version": FORMAT_VERSION, "projections": projections, "files": files}
+    return content | {"format_version": spell(stored)[0], "projections": projections, "files": files}
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:

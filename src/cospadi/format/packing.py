@@ -12,10 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cospadi.budget import accounting
-
 COUNTED_BYTES = 1 << 18
 """Mask bytes whose bits are counted together: memory that is taken and given back in small pieces stays small."""
+
+
+def support_row_bytes(k: int) -> int:
+    """Bytes of one column's support mask: k bits, padded to whole bytes."""
+    return (k + 7) // 8
+
+
+def value_stream_bytes(nnz: int, value_bits: int) -> int:
+    """Bytes of a projection's packed values: nnz * value_bits bits, padded to whole bytes."""
+    return (nnz * value_bits + 7) // 8
 
 
 def pack_support(support: Tensor) -> Tensor:
@@ -109,7 +117,7 @@ def pack_values(values: Tensor, value_bits: int) -> Tensor:
         word |= columns[:, i] << (value_bits * i)
     # The lowest byte comes first in memory on every machine that torch runs on.
     stream = word.view(torch.uint8).view(-1, 8)[:, :size]
-    return stream.flatten()[: accounting.value_stream_bytes(nnz, value_bits)].clone()
+    return stream.flatten()[: value_stream_bytes(nnz, value_bits)].clone()
 
 
 def unpack_values(stream: Tensor, nnz: int, value_bits: int) -> Tensor:

@@ -124,6 +124,12 @@ SAFETENSORS_TYPES: dict[str, torch.dtype] = {
 }
 """Names of dtypes in safetensors headers, in the order in which its own writer sorts them (backwards)."""
 
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What safetensors calls a dtype."""
+    return next(name for name, known in SAFETENSORS_TYPES.items() if known == dtype)
+
+
 COPIED_BYTES = 2**22
 """Bytes read at a time where files are copied or hashed."""
 
@@ -160,12 +166,11 @@ def tensor_in_file(path: Path, entry: dict[str, Any]) -> WrittenTensor:
 
 def tensor_in_memory(shape: Sequence[int], dtype: torch.dtype, read: Callable[[], torch.Tensor]) -> WrittenTensor:
     """A tensor that is in memory once it is asked for."""
-    name = next(name for name, known in SAFETENSORS_TYPES.items() if known == dtype)
 
     def parts() -> Iterator[bytes]:
         yield read().detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
-    return WrittenTensor(name, list(shape), parts)
+    return WrittenTensor(dtype_name(dtype), list(shape), parts)
 
 
 def file_parts(path: Path, start: int, end: int) -> Iterator[bytes]:

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from cospadi.budget import accounting
 from cospadi.errors import CheckpointError, UserError
 from cospadi.files import read_json
+from cospadi.format import version1
+from cospadi.format.codecs import CODECS
+from cospadi.format.dictionaries import DICTIONARIES
+from cospadi.format.form import Form
+from cospadi.format.safetensors import dtype_name
+from cospadi.format.supports import SUPPORTS
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
+"""All that are read. Version 1 is written where it can tell every projection of a model, else version 2."""
 
 QUANT_METHOD = "cospadi"
 
 CONFIG_FIELDS = ("quant_method", "format_version", "projections")
 """What our `quantization_config` holds."""
 
-DICTIONARY, SUPPORT, VALUES, LEFT, RIGHT, SENTINEL = "dictionary", "support", "values", "left", "right", "weight"
-
-BIAS = "bias"
+BIAS, SENTINEL = "bias", "weight"
 
 LARGEST = 2**28
 """Most features or atoms that are believed: products of two such sizes, in bytes, still are numbers to torch."""
@@ -31,49 +36,78 @@ class StoredProjection(BaseModel):
     """What `config.json` says of one compressed projection; enough to build its layer.
 
     Attributes:
-        layout: which tensors it has.
-        d1, d2: in and out features. k: atoms, or the rank.
-        nnz: nonzeros of S, and value_bits: bits each takes (both only in the sparse layout).
-        dictionary: the projection under whose name the dictionary (or left factor) is stored.
+        dictionary, support, values: its form: kinds and codec by name.
+        d1, d2: in and out features. k: atoms.
+        nnz: nonzeros of S; 0 where its support takes every entry.
+        owner: the projection under whose name the dictionary is stored.
         bias: whether the layer has one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    layout: Literal["sparse-dictionary", "low-rank"]
+    dictionary: str
+    support: str
+    values: str
     d1: int = Field(gt=0, le=LARGEST)
     d2: int = Field(gt=0, le=LARGEST)
     k: int = Field(gt=0, le=LARGEST)
     nnz: int = Field(0, ge=0)
-    value_bits: Literal[14, 16] = 16
-    dictionary: str
+    owner: str
     bias: bool = False
+
+    @field_validator("dictionary", "support", "values")
+    @classmethod
+    def _known(cls, name: str, info: ValidationInfo) -> str:
+        table: Iterable[str] = {"dictionary": DICTIONARIES, "support": SUPPORTS, "values": CODECS}[
+            info.field_name or ""
+        ]
+        if name not in table:
+            raise ValueError(f"{name:.40} is not known to this cospadi. It knows {', '.join(table)}")
+        return name
 
     @model_validator(mode="after")
     def _possible(self) -> StoredProjection:
         if self.nnz > self.k * self.d2:
             raise ValueError(f"nnz {self.nnz} is more than k * d2 = {self.k * self.d2}")
+        if self.nnz and not self.form.support_kind.chosen:
+            raise ValueError(f"nnz is {self.nnz}, and support {self.support} has all of S, for which nnz is 0")
         return self
+
+    @property
+    def form(self) -> Form:
+        return Form(self.dictionary, self.support, self.values)
+
+    @property
+    def values_shape(self) -> list[int]:
+        """Of its values, before they are encoded."""
+        return self.form.support_kind.values_shape(self.d2, self.k, self.nnz)
+
+    @property
+    def count(self) -> int:
+        """Values that are stored."""
+        return self.form.support_kind.count(self.d2, self.k, self.nnz)
 
     def tensors(self, name: str) -> dict[str, tuple[str, list[int]]]:
         """Tensors stored under this projection's name: full name -> (safetensors dtype, shape); bias and sentinel
         are not among them."""
-        shared = [self.k, self.d1]
-        if self.layout == "low-rank":
-            own = {RIGHT: ("BF16", [self.d2, self.k])}
-            first = {LEFT: ("BF16", shared)}
-        else:
-            nbytes = accounting.value_stream_bytes(self.nnz, self.value_bits)
-            own = {
-                SUPPORT: ("U8", [self.d2, accounting.support_row_bytes(self.k)]),
-                VALUES: ("BF16", [self.nnz]) if self.value_bits == 16 else ("U8", [nbytes]),
-            }
-            first = {DICTIONARY: ("BF16", shared)}
-        return {f"{name}.{part}": what for part, what in ((first | own) if self.dictionary == name else own).items()}
+        form, names = self.form, self.form.names
+        parts = {
+            names.support: (torch.uint8, form.support_kind.shape(self.d2, self.k)),
+            names.values: (form.codec.dtype, form.codec.shape(self.values_shape)),
+        }
+        if self.owner == name:
+            kind = form.dictionary_kind
+            parts = {names.dictionary: (kind.dtype, kind.shape(self.d1, self.k))} | parts
+        return {f"{name}.{part}": (dtype_name(dtype), shape) for part, (dtype, shape) in parts.items() if shape}
+
+    @property
+    def dictionary_tensor(self) -> str:
+        """The full name of the dictionary that it multiplies with."""
+        return f"{self.owner}.{self.form.names.dictionary}"
 
 
-def parse_projections(raw: object) -> dict[str, StoredProjection]:
-    """The `projections` of `config.json`, checked on their own and against each other.
+def parse_projections(raw: object, version: int) -> dict[str, StoredProjection]:
+    """The `projections` of a `config.json` of this version, checked on their own and against each other.
 
     Raises:
         CheckpointError: a malformed entry, or an owner of a dictionary that does not fit.
@@ -83,18 +117,30 @@ def parse_projections(raw: object) -> dict[str, StoredProjection]:
     projections: dict[str, StoredProjection] = {}
     for name, fields in raw.items():
         try:
+            fields = version1.Entry.model_validate(fields).fields() if version == 1 else fields
             projections[name] = StoredProjection.model_validate(fields)
         except ValidationError as error:
             raise CheckpointError(f"config.json: projection {name}: {first_problem(error)}") from None
     for name, entry in projections.items():
-        owner = projections.get(entry.dictionary)
-        same = owner is not None and (owner.layout, owner.d1, owner.k) == (entry.layout, entry.d1, entry.k)
-        if owner is None or not same or owner.dictionary != entry.dictionary:
+        owner = projections.get(entry.owner)
+        if owner is None or _dictionary(owner) != _dictionary(entry):
             raise CheckpointError(
-                f"config.json: projection {name} names {entry.dictionary} as the owner of its dictionary, "
+                f"config.json: projection {name} names {entry.owner} as the owner of its dictionary, "
                 "which has none that fits"
             )
     return projections
+
+
+def _dictionary(entry: StoredProjection) -> tuple[str, str, int, int]:
+    """What projections that share a dictionary must agree on; of a projection that owns none, itself."""
+    return entry.dictionary_tensor, entry.dictionary, entry.d1, entry.k
+
+
+def spell(projections: Mapping[str, StoredProjection]) -> tuple[int, dict[str, dict[str, Any]]]:
+    """The format version that these are written as, and the `projections` of config.json."""
+    old = {name: version1.entry_of(entry) for name, entry in projections.items()}
+    told = {name: entry for name, entry in old.items() if entry is not None}
+    return (1, told) if len(told) == len(old) else (2, {name: e.model_dump() for name, e in projections.items()})
 
 
 def first_problem(error: ValidationError) -> str:
@@ -115,9 +161,9 @@ def read_config(folder: Path) -> dict[str, StoredProjection]:
     config = read_json(folder / "config.json").get("quantization_config")
     if not isinstance(config, dict) or config.get("quant_method") != QUANT_METHOD:
         raise UserError(f"{folder} is not a CoSpaDi checkpoint: its config.json has no quantization_config of ours")
-    check_version(config.get("format_version"), "config.json")
+    version = check_version(config.get("format_version"), "config.json")
     check_fields(config)
-    return parse_projections(config.get("projections", {}))
+    return parse_projections(config.get("projections", {}), version)
 
 
 def check_fields(names: Iterable[str]) -> None:
@@ -127,10 +173,11 @@ def check_fields(names: Iterable[str]) -> None:
         raise CheckpointError(f"config.json: quantization_config has unknown fields: {', '.join(unknown)}")
 
 
-def check_version(version: object, file: str) -> None:
-    """Refuse a format version that is not ours."""
-    if type(version) is not int or version != FORMAT_VERSION:
+def check_version(version: object, file: str) -> int:
+    """A format version that is ours; others are refused."""
+    if type(version) is not int or version not in FORMAT_VERSIONS:
         raise CheckpointError(
-            f"{file} says format version {version!s:.40}; this cospadi reads version {FORMAT_VERSION}. "
-            "Install a matching release"
+            f"{file} says format version {version!s:.40}; this cospadi reads versions "
+            f"{' and '.join(map(str, FORMAT_VERSIONS))}. Install a matching release"
         )
+    return version

@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 
-from cospadi.budget import accounting
 from cospadi.errors import CheckpointError
-from cospadi.format import packing
 from cospadi.format.manifest import MANIFEST, hash_files, read_manifest
 from cospadi.format.safetensors import open_file, weight_files
-from cospadi.format.schema import BIAS, SUPPORT, VALUES, StoredProjection, read_config
+from cospadi.format.schema import BIAS, StoredProjection, read_config
 
 
 def check_files(files: Sequence[Path], projections: Mapping[str, StoredProjection]) -> set[str]:
@@ -55,21 +53,15 @@ def check_files(files: Sequence[Path], projections: Mapping[str, StoredProjectio
 
 
 def _check_content(path: Path, tensor: str, view: Any, entry: StoredProjection) -> None:
-    """Check a mask whole and a value stream's last byte; nothing else is read."""
-    part = tensor.rpartition(".")[2]
-    if part == SUPPORT:
-        rows = max(1, packing.COUNTED_BYTES // accounting.support_row_bytes(entry.k))
-        count, spilled = 0, False
-        for first in range(0, entry.d2, rows):
-            read = view[first : first + rows]
-            count += packing.popcount(read)
-            spilled |= packing.has_padding_bits(read, entry.k)
-        if count != entry.nnz:
-            raise CheckpointError(f"{path}: mask {tensor} has {count} bits set, config.json says {entry.nnz} nonzeros")
-        if spilled:
-            raise CheckpointError(f"{path}: mask {tensor} has bits set past atom {entry.k - 1}")
-    if part == VALUES and packing.unused_value_bits_set(view[-1:], entry.nnz, entry.value_bits):
-        raise CheckpointError(f"{path}: tensor {tensor} has bits set past its last value")
+    """What the kinds check: a mask whole and a value stream's last byte; nothing else is read."""
+    form, part = entry.form, tensor.rpartition(".")[2]
+    problem = None
+    if part == form.names.support:
+        problem = form.support_kind.problem(view, entry.d2, entry.k, entry.nnz)
+    elif part == form.names.values:
+        problem = form.codec.problem(view, entry.count)
+    if problem is not None:
+        raise CheckpointError(f"{path}: tensor {tensor} {problem}")
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, StoredProjection], dict[str, Any] | None]:

@@ -1,7 +1,8 @@
-"""The compressed linear layers: y = (x D) S + b with packed S, and its low-rank sibling."""
+"""The compressed linear layer: y = (x D) S + b, for any form of D and S."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
@@ -11,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cospadi import compat
-from cospadi.budget import accounting
-from cospadi.format import packing
+from cospadi.format.form import Form
 from cospadi.runtime import op
 
 Runtime = Literal["auto", "packed", "unpacked", "dense"]
@@ -37,7 +37,7 @@ class _OpenGroups(threading.local):
 _open_groups = _OpenGroups()
 
 
-def reuse_products(parent: nn.Module, layers: Sequence[SparseDictionaryLinear | LowRankLinear], group: str) -> None:
+def reuse_products(parent: nn.Module, layers: Sequence[CompressedLinear], group: str) -> None:
     """Have layers that hold one dictionary multiply an input that they share once in each call of their parent.
 
     The product lives no longer than the call and belongs to its thread. torch.compile traces all this away: the graph
@@ -65,14 +65,14 @@ def _close_group(group: str, *_: object) -> None:
     _open_groups.product.pop(group, None)
 
 
-def _multiply(x: Tensor, dictionary: Tensor, group: str | None, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """z = x D in x's dtype, by `product`, or the one that another layer of the group has just made of the same x."""
+def _multiply(x: Tensor, dictionary: Tensor, group: str | None) -> Tensor:
+    """z = x D in x's dtype, or the product that another layer of the group has just made of the same x."""
     if group is None or group not in _open_groups.product:
-        return product(x, dictionary)
+        return op.dense_matmul(x, dictionary)
     last, state = _open_groups.product[group], _state(x)
     if last is not None and last.x is x and last.dictionary is dictionary and last.state == state:
         return last.z
-    z = product(x, dictionary)
+    z = op.dense_matmul(x, dictionary)
     _open_groups.product[group] = _Product(x, dictionary, state, z)
     return z
 
@@ -80,10 +80,6 @@ def _multiply(x: Tensor, dictionary: Tensor, group: str | None, product: Callabl
 def _version(tensor: Tensor) -> Hashable:
     """What changes when a tensor is replaced or written to (where torch counts that)."""
     return tensor.data_ptr(), compat.version_of(tensor)
-
-
-def _linear(x: Tensor, matrix: Tensor) -> Tensor:
-    return nn.functional.linear(x, matrix.to(x.dtype))
 
 
 def _state(x: Tensor) -> Hashable:
@@ -98,23 +94,26 @@ def _state(x: Tensor) -> Hashable:
     return *state, torch.is_inference_mode_enabled(), compat.version_of(x), stream
 
 
-class SparseDictionaryLinear(nn.Module):
+class CompressedLinear(nn.Module):
     """A projection W ~ D S in the form the checkpoint stores it.
 
-    Parameters and buffers (see docs/format.md):
-        dictionary: (k, d1), row i is atom i; the layers of a group hold the same `nn.Parameter`.
-        support: uint8 (d2, ceil(k / 8)). values: the packed nonzeros.
+    Parameters and buffers have the names that they are stored by (see docs/format.md); `atoms`, `support` and `codes`
+    are the same in every form:
+        atoms: D transposed, (k, d1), row i is atom i; the layers of a group hold the same `nn.Parameter`. None where
+            the form stores no dictionary.
+        support: uint8, or None where the form stores all of S.
+        codes: the stored values. Where they are S transposed as it is (`Form.trainable`), an `nn.Parameter`.
         bias: (d2,) or None.
 
-    z = x D is an ordinary linear product, y = z S the op `cospadi::sparse_matmul`. What is kept beside the packed form
-    `set_runtime` decides.
+    z = x D is an ordinary linear product, and so is y = z S where S is a parameter; else it is the op
+    `cospadi::sparse_matmul`. What is kept beside the packed form `set_runtime` decides.
 
     Args:
         in_features: d1. out_features: d2.
-        k: atoms. nnz: nonzeros of S in all.
-        value_bits: stored width of a nonzero.
+        k: atoms. nnz: nonzeros of S in all; 0 where all of S is stored.
+        form: how D and S are stored.
         bias: whether there is one.
-        dtype, device: of the dictionary and the bias.
+        dtype, device: of the parameters.
     """
 
     runtime: Runtime = "auto"
@@ -126,49 +125,71 @@ class SparseDictionaryLinear(nn.Module):
         out_features: int,
         k: int,
         nnz: int,
-        value_bits: int,
+        form: Form,
         bias: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.k, self.nnz, self.value_bits = k, nnz, value_bits
-        self.dictionary = nn.Parameter(torch.empty(k, in_features, dtype=dtype, device=device))
-        rows = accounting.support_row_bytes(k)
-        self.register_buffer("support", torch.zeros(out_features, rows, dtype=torch.uint8, device=device))
-        if value_bits == 16:
-            stored = torch.zeros(nnz, dtype=torch.bfloat16, device=device)
+        self.in_features, self.out_features, self.k, self.nnz = in_features, out_features, k, nnz
+        self.form, self.names = form, form.names
+
+        def parameter(shape: list[int] | None) -> nn.Parameter | None:
+            return None if shape is None else nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+
+        def buffer(shape: list[int] | None, of: torch.dtype) -> Tensor | None:
+            return None if shape is None else torch.zeros(shape, dtype=of, device=device)
+
+        values = form.codec.shape(self.values_shape)
+        self.register_parameter(self.names.dictionary, parameter(form.dictionary_kind.shape(in_features, k)))
+        self.register_buffer(self.names.support, buffer(form.support_kind.shape(out_features, k), torch.uint8))
+        if form.trainable:
+            self.register_parameter(self.names.values, parameter(values))
         else:
-            size = accounting.value_stream_bytes(nnz, value_bits)
-            stored = torch.zeros(size, dtype=torch.uint8, device=device)
-        self.register_buffer("values", stored)
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+            self.register_buffer(self.names.values, buffer(values, form.codec.dtype))
+        self.bias = parameter([out_features] if bias else None)
         self._offsets: tuple[Hashable, Tensor] | None = None
         self._kept: tuple[Hashable, Tensor] | None = None
 
-    support: Tensor
-    values: Tensor
+    support: Tensor | None
+
+    @property
+    def atoms(self) -> Tensor | None:
+        atoms: Tensor | None = getattr(self, self.names.dictionary)
+        return atoms
+
+    @property
+    def codes(self) -> Tensor:
+        codes: Tensor = getattr(self, self.names.values)
+        return codes
+
+    @property
+    def values_shape(self) -> list[int]:
+        """Of the values, before they are encoded."""
+        return self.form.support_kind.values_shape(self.out_features, self.k, self.nnz)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d1) -> (..., d2), in x's dtype."""
-        trainable = isinstance(self.values, nn.Parameter)
-        learns = torch.is_grad_enabled() and self.dictionary.requires_grad
+        atoms, support, values, bias = self.atoms, self.support, self.codes, self.bias
+        trainable = isinstance(values, nn.Parameter)
+        learns = torch.is_grad_enabled() and atoms is not None and atoms.requires_grad
         if self.runtime == "dense" and not trainable and not learns:
             weight = self._keep(x, self._weight)
             if weight is not None:
-                return nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
-        z = _multiply(x, self.dictionary, self.group, op.dense_matmul)
-        bits = 0 if trainable else self.value_bits
+                return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        z = x if atoms is None else _multiply(x, atoms, self.group)
+        if trainable and support is None:
+            return nn.functional.linear(z, values.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        kind, codec = self.form.support, None if trainable else self.form.values
         unpacked = None
         if not trainable and (
             self.runtime == "unpacked"
-            or (self.runtime == "auto" and not op.has_kernel(z, self.support, self.values, bits))
+            or (self.runtime == "auto" and not op.has_kernel(z, support, values, kind, codec))
         ):
             unpacked = self._keep(z, self.coefficients)
         offsets = None if trainable else self.column_offsets()
-        y = op.sparse_matmul(z, self.support, self.values, offsets, self.k, bits, unpacked)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        y = op.sparse_matmul(z, support, values, offsets, self.out_features, self.k, kind, codec, unpacked)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def _keep(self, like: Tensor, make: Callable[[torch.dtype], Tensor]) -> Tensor | None:
         """A matrix that `make` makes in the dtype of `like`, once for as long as the factors stay as they are.
@@ -178,7 +199,7 @@ class SparseDictionaryLinear(nn.Module):
         if torch.compiler.is_compiling():
             made = None if self._kept is None else self._kept[1]
             return made if made is not None and made.dtype == like.dtype and made.device == like.device else None
-        factors = (self.dictionary, self.support, self.values)
+        factors = [tensor for tensor in (self.atoms, self.support, self.codes) if tensor is not None]
         if any(tensor.device.type == "meta" for tensor in factors):
             return None
         state = (make.__name__, like.dtype, like.device, *map(_version, factors))
@@ -191,86 +212,105 @@ class SparseDictionaryLinear(nn.Module):
     def set_runtime(self, runtime: Runtime) -> None:
         """See `cospadi.runtime.layer.set_runtime`."""
         self.runtime, self._kept = runtime, None
-        if runtime in ("unpacked", "dense") and not isinstance(self.values, nn.Parameter):
-            self._keep(self.dictionary, self._weight if runtime == "dense" else self.coefficients)
+        atoms = self.atoms
+        if runtime in ("unpacked", "dense") and atoms is not None and not isinstance(self.codes, nn.Parameter):
+            self._keep(atoms, self._weight if runtime == "dense" else self.coefficients)
 
     def column_offsets(self) -> Tensor | None:
-        """Number of nonzeros before each column and in all, int32 (d2 + 1,), counted once; None on the meta device."""
+        """Number of nonzeros before each column and in all, int32 (d2 + 1,), counted once.
+
+        None on the meta device, and where the support is none that kernels read.
+        """
         if torch.compiler.is_compiling() or compat.is_traced():
             return None if self._offsets is None else self._offsets[1]
-        if self.support.device.type == "meta":
+        if self.support is None or self.support.device.type == "meta":
             return None
         state = _version(self.support)
         if self._offsets is None or self._offsets[0] != state:
             with torch.inference_mode(False), torch.no_grad():
-                self._offsets = state, packing.column_offsets(self.support)
+                offsets = self.form.support_kind.offsets(self.support)
+            if offsets is None:
+                return None
+            self._offsets = state, offsets
         return self._offsets[1]
 
     def coefficients(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """S transposed as a dense matrix (d2, k), exact in float32 and bf16."""
-        bits = 0 if isinstance(self.values, nn.Parameter) else self.value_bits
-        return op.coefficients(self.support, self.values.detach(), self.column_offsets(), self.k, bits, dtype)
+        values, form = self.codes, self.form
+        codec = None if isinstance(values, nn.Parameter) else form.values
+        offsets = self.column_offsets()
+        sizes = self.out_features, self.k
+        return op.coefficients(self.support, values.detach(), offsets, *sizes, form.support, codec, dtype)
 
     def _weight(self, dtype: torch.dtype) -> Tensor:
         """The weight (d2, d1) this layer stands for, as a product in `dtype`: sums in float32, rounded once."""
-        return self.coefficients(dtype) @ self.dictionary.detach().to(dtype)
+        coefficients, atoms = self.coefficients(dtype), self.atoms
+        return coefficients if atoms is None else coefficients @ atoms.detach().to(dtype)
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (d2, d1) this layer stands for, (D S)^T, computed in float64."""
-        return (self.coefficients(torch.float32).double() @ self.dictionary.detach().double()).to(dtype)
+        return self._weight(torch.float64).to(dtype)
 
     def unpack_values(self) -> nn.Parameter:
-        """Turn the packed nonzeros into a float32 `nn.Parameter` (nnz,), so that training reaches them.
+        """Turn packed values into a float32 `nn.Parameter` of their shape, so that training reaches them.
 
         The state dict still holds the packed form (rounded again) under the same name.
         """
-        if not isinstance(self.values, nn.Parameter):
-            values = packing.unpack_values(self.values, self.nnz, self.value_bits)
-            del self.values
-            self._kept = None
-            self.register_parameter("values", nn.Parameter(values))
-        assert isinstance(self.values, nn.Parameter)
-        return self.values
+        values = self.codes
+        if isinstance(values, nn.Parameter):
+            return values
+        parameter = nn.Parameter(self._decoded(values))
+        delattr(self, self.names.values)
+        self._kept = None
+        self.register_parameter(self.names.values, parameter)
+        return parameter
+
+    def _decoded(self, stored: Tensor) -> Tensor:
+        """Stored values as float32, in their shape."""
+        return self.form.codec.decode(stored, math.prod(self.values_shape)).view(self.values_shape)
 
     def packed_values(self) -> Tensor:
-        """The nonzeros as the checkpoint stores them."""
-        if isinstance(self.values, nn.Parameter):
-            return packing.pack_values(self.values.detach(), self.value_bits)
-        return self.values.to(torch.bfloat16) if self.value_bits == 16 else self.values
+        """The values as the checkpoint stores them."""
+        values, codec = self.codes, self.form.codec
+        if isinstance(values, nn.Parameter) and not self.form.trainable:
+            return codec.encode(values.detach())
+        return values.detach().to(codec.dtype)
 
     # nn.Module documents these three as what a module with a state of its own overrides.
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "values"] = self.packed_values()
+        if not self.form.trainable:
+            destination[prefix + self.names.values] = self.packed_values()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self._kept = self._offsets = None
-        if isinstance(self.values, nn.Parameter) and prefix + "values" in state_dict:
-            packed = state_dict[prefix + "values"]
-            state_dict = dict(state_dict)
-            state_dict[prefix + "values"] = packing.unpack_values(packed, self.nnz, self.value_bits)
+        name = prefix + self.names.values
+        if isinstance(self.codes, nn.Parameter) and not self.form.trainable and name in state_dict:
+            state_dict = state_dict | {name: self._decoded(state_dict[name])}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        stored, counted = self.values, self._offsets is not None
+        stored, counted = self.codes, self._offsets is not None
         self._kept = self._offsets = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if not isinstance(stored, nn.Parameter) and self.values.dtype != stored.dtype:
-            self.values = stored.to(self.values.device)  # a change of dtype is not for what is stored
+        if not isinstance(stored, nn.Parameter) and self.codes.dtype != stored.dtype:
+            # a change of dtype is not for what is stored
+            setattr(self, self.names.values, stored.to(self.codes.device))
         if counted:
             self.column_offsets()  # a compiler that meets the layer next could not keep them
         return self
 
     def extra_repr(self) -> str:
+        form = self.form
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, k={self.k}, nnz={self.nnz}, "
-            f"value_bits={self.value_bits}, bias={self.bias is not None}"
+            f"dictionary={form.dictionary}, support={form.support}, values={form.values}, bias={self.bias is not None}"
         )
 
 
 def set_runtime(model: nn.Module, runtime: Runtime) -> None:
-    """Choose what every sparse layer of a model keeps in memory, and so what it multiplies with.
+    """Choose what every layer of a model with packed values keeps in memory, and so what it multiplies with.
 
     Args:
         runtime: "packed" keeps nothing beside the packed form, which the kernels read as it is (where there is no
@@ -279,42 +319,5 @@ def set_runtime(model: nn.Module, runtime: Runtime) -> None:
             packed form's. "auto", as loaded: packed where there is a kernel, else unpacked, on first use.
     """
     for module in model.modules():
-        if isinstance(module, SparseDictionaryLinear):
+        if isinstance(module, CompressedLinear):
             module.set_runtime(runtime)
-
-
-class LowRankLinear(nn.Module):
-    """A projection W ~ left^T right^T of rank r: y = (x left^T) right^T + b.
-
-    Parameters: left (r, d1), right (d2, r), bias (d2,) or None. The layers of a group hold the same `left`.
-    """
-
-    group: str | None = None
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        r: int,
-        bias: bool = False,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.r = in_features, out_features, r
-        self.left = nn.Parameter(torch.empty(r, in_features, dtype=dtype, device=device))
-        self.right = nn.Parameter(torch.empty(out_features, r, dtype=dtype, device=device))
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., d1) -> (..., d2), in x's dtype."""
-        z = _multiply(x, self.left, self.group, _linear)
-        return nn.functional.linear(z, self.right.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight (d2, d1) this layer stands for, computed in float64."""
-        return (self.right.detach().double() @ self.left.detach().double()).to(dtype)
-
-    def extra_repr(self) -> str:
-        shape = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{shape}, r={self.r}, bias={self.bias is not None}"

@@ -1,4 +1,4 @@
-"""The one op, `cospadi::sparse_matmul`: z S for coefficients S stored as a support mask and packed values.
+"""The one op, `cospadi::sparse_matmul`: z S for coefficients S stored with any support and any codec.
 
 Registered with torch.library, so that torch.compile, torch.export and autograd see it whole. It runs the C++ kernels
 on CPU and the Triton kernels on GPU, which read the packed form as it is, and the reference in plain torch elsewhere.
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from cospadi import compat
-from cospadi.budget import accounting
-from cospadi.format import packing
+from cospadi.format.codecs import CODECS
+from cospadi.format.supports import SUPPORTS
 from cospadi.runtime import cpu, reference
 
 gpu: ModuleType | None = None
@@ -24,11 +24,19 @@ if torch.cuda.is_available():
     gpu = triton  # importing Triton takes a while: not where there is no GPU
 
 
-def has_kernel(z: Tensor, support: Tensor, values: Tensor, value_bits: int) -> bool:
+def kernel_bits(kind: str, codec: str | None) -> int:
+    """The width of the packed values for kernels; 0 where the support or the codec is none that they read."""
+    return CODECS[codec].kernel_bits if codec is not None and SUPPORTS[kind].kernel else 0
+
+
+def has_kernel(z: Tensor, support: Tensor | None, values: Tensor, kind: str, codec: str | None) -> bool:
     """Whether z S is multiplied from the packed form here, so that S need not be unpacked."""
+    bits = kernel_bits(kind, codec)
+    if support is None or not bits:
+        return False
     if gpu is not None and z.is_cuda:
-        return bool(gpu.can_multiply(z, support, values, value_bits))
-    return cpu.can_multiply(z, support, values, value_bits)
+        return bool(gpu.can_multiply(z, support, values, bits))
+    return cpu.can_multiply(z, support, values, bits)
 
 
 def dense_matmul(x: Tensor, matrix: Tensor) -> Tensor:
@@ -60,56 +68,60 @@ def _is_watched(x: Tensor, weights: Tensor) -> bool:
 
 def sparse_matmul(
     z: Tensor,
-    support: Tensor,
+    support: Tensor | None,
     values: Tensor,
     offsets: Tensor | None,
+    d2: int,
     k: int,
-    value_bits: int,
+    kind: str,
+    codec: str | None,
     dense: Tensor | None = None,
 ) -> Tensor:
     """y = z S.
 
     Args:
         z: (..., k), any float dtype.
-        support: uint8 (d2, ceil(k / 8)), row c is the support mask of column c of S.
-        values: the nonzeros in column order: a packed stream as `packing.pack_values` makes it, or float (nnz,) with
-            value_bits 0, in which case gradients reach them.
-        offsets: int32 (d2 + 1,), `packing.column_offsets(support)` where the caller keeps it.
-        k: atoms.
-        value_bits: width of the packed values; 0 for plain floats.
+        support: the support's tensor, uint8; None where the kind has none.
+        values: what the codec stores, or plain floats with codec None, in which case gradients reach them.
+        offsets: int32 (d2 + 1,), where each column's values begin, if the caller keeps it.
+        d2: columns of S. k: atoms.
+        kind: of the support, one of SUPPORTS. codec: one of CODECS, or None.
         dense: S transposed, (d2, k) in z's dtype, where the caller keeps it unpacked.
 
     Returns:
         (..., d2) in z's dtype.
     """
     if _is_watched(z, values):
-        y: Tensor = _sparse_matmul(z, support, values, offsets, k, value_bits, dense)
+        y: Tensor = _sparse_matmul(z, support, values, offsets, d2, k, kind, codec, dense)
         return y
     # Nobody needs to see the op: calling it through torch's dispatcher costs as much as a small product.
-    return _multiply(z, support, values, offsets, k, value_bits, dense)
+    return _multiply(z, support, values, offsets, d2, k, kind, codec, dense)
 
 
 def _multiply(
     z: Tensor,
-    support: Tensor,
+    support: Tensor | None,
     values: Tensor,
     offsets: Tensor | None,
+    d2: int,
     k: int,
-    value_bits: int,
+    kind: str,
+    codec: str | None,
     dense: Tensor | None,
 ) -> Tensor:
-    if z.dim() == 0 or z.shape[-1] != k or support.shape[1:] != (accounting.support_row_bytes(k),):
+    shape = None if support is None else list(support.shape)
+    if z.dim() == 0 or z.shape[-1] != k or shape != SUPPORTS[kind].shape(d2, k):
         raise ValueError(
-            f"z is {list(z.shape)} and the support mask {list(support.shape)}, which do not belong to {k} atoms"
+            f"z is {list(z.shape)} and the support's tensor {shape}, which do not belong to {k} atoms and {d2} columns"
         )
     if dense is not None:
         return torch.nn.functional.linear(z, dense)
-    if not has_kernel(z, support, values, value_bits):
-        return torch.nn.functional.linear(z, reference.coefficients(support, values, k, value_bits, z.dtype))
+    if support is None or not has_kernel(z, support, values, kind, codec):
+        return torch.nn.functional.linear(z, reference.coefficients(support, values, d2, k, kind, codec, z.dtype))
     if offsets is None:
-        offsets = packing.column_offsets(support)
+        offsets = SUPPORTS[kind].offsets(support)
     kernels = gpu if gpu is not None and z.is_cuda else cpu
-    y: Tensor = kernels.sparse_matmul(z, support, values, offsets, k, value_bits)
+    y: Tensor = kernels.sparse_matmul(z, support, values, offsets, k, kernel_bits(kind, codec))
     return y
 
 
@@ -119,39 +131,50 @@ _sparse_matmul = torch.library.custom_op("cospadi::sparse_matmul", _multiply, mu
 @_sparse_matmul.register_fake
 def _(
     z: Tensor,
-    support: Tensor,
+    support: Tensor | None,
     values: Tensor,
     offsets: Tensor | None,
+    d2: int,
     k: int,
-    value_bits: int,
+    kind: str,
+    codec: str | None,
     dense: Tensor | None,
 ) -> Tensor:
-    return z.new_empty((*z.shape[:-1], support.shape[0]))
+    return z.new_empty((*z.shape[:-1], d2))
 
 
 def coefficients(
-    support: Tensor, values: Tensor, offsets: Tensor | None, k: int, value_bits: int, dtype: torch.dtype
+    support: Tensor | None,
+    values: Tensor,
+    offsets: Tensor | None,
+    d2: int,
+    k: int,
+    kind: str,
+    codec: str | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """S transposed as a dense (d2, k) matrix, exact in float32 and bf16; arguments as for `sparse_matmul`."""
-    if cpu.can_multiply(support.new_empty(0, dtype=torch.float32), support, values, value_bits):
-        offsets = packing.column_offsets(support) if offsets is None else offsets
-        return cpu.unpack(support, values, offsets, k, value_bits, dtype)
-    return reference.coefficients(support, values, k, value_bits, dtype)
+    bits = kernel_bits(kind, codec)
+    if support is not None and cpu.can_multiply(support.new_empty(0, dtype=torch.float32), support, values, bits):
+        offsets = SUPPORTS[kind].offsets(support) if offsets is None else offsets
+        assert offsets is not None
+        return cpu.unpack(support, values, offsets, k, bits, dtype)
+    return reference.coefficients(support, values, d2, k, kind, codec, dtype)
 
 
 @torch.library.custom_op("cospadi::value_gradient", mutates_args=())
-def _value_gradient(z: Tensor, grad: Tensor, support: Tensor, values: Tensor, k: int) -> Tensor:
-    """Gradient of float values (nnz,), an op of its own because its work depends on data the compiler cannot see."""
-    return reference.value_gradient(z, grad, support, k).to(values.dtype)
+def _value_gradient(z: Tensor, grad: Tensor, support: Tensor | None, values: Tensor, k: int, kind: str) -> Tensor:
+    """Gradient of float values, an op of its own because its work depends on data the compiler cannot see."""
+    return reference.value_gradient(z, grad, support, k, kind).to(values.dtype)
 
 
 @_value_gradient.register_fake
-def _(z: Tensor, grad: Tensor, support: Tensor, values: Tensor, k: int) -> Tensor:
+def _(z: Tensor, grad: Tensor, support: Tensor | None, values: Tensor, k: int, kind: str) -> Tensor:
     return torch.empty_like(values)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    z, support, values, _, ctx.k, ctx.value_bits, dense = inputs
+    z, support, values, _, ctx.d2, ctx.k, ctx.kind, ctx.codec, dense = inputs
     ctx.save_for_backward(z, support, values, dense)
 
 
@@ -160,11 +183,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_z = grad_values = None
     if ctx.needs_input_grad[0]:
         if dense is None:
-            dense = reference.coefficients(support, values, ctx.k, ctx.value_bits, grad.dtype)
+            dense = reference.coefficients(support, values, ctx.d2, ctx.k, ctx.kind, ctx.codec, grad.dtype)
         grad_z = grad @ dense
     if ctx.needs_input_grad[2]:
-        grad_values = _value_gradient(z, grad, support, values, ctx.k)
-    return grad_z, None, grad_values, None, None, None, None
+        grad_values = _value_gradient(z, grad, support, values, ctx.k, ctx.kind)
+    return grad_z, None, grad_values, None, None, None, None, None, None
 
 
 _sparse_matmul.register_autograd(_backward, setup_context=_setup_context)

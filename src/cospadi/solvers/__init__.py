@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from cospadi.errors import UserError
 from cospadi.solvers import eigen, ksvd, mod_htp, procrustes, svd
@@ -19,28 +19,31 @@ class Solver:
     """What the rest of the package must know of a solver.
 
     Attributes:
-        solve: the function; k is the rank and s is ignored for the low-rank layout.
+        solve: the function; where its support is full, k is the rank and s is ignored.
         flops: (d1, d2, k, s, options, again) -> what a solve costs; `again` on a Problem that was solved before, at
             another size or this one, without what that has kept.
-        layout: how its result is stored.
+        support: how the support of S is stored, and dictionary: how D is, by the names of the kinds in `format`.
+        codec: of its values, where it is always the same; None leaves it to the recipe.
         whitened: whether it minimises the calibrated error; False means L = I whatever the recipe says.
         free_support: whether it spreads s d2 nonzeros over the whole matrix, s any number; else a column gets s.
     """
 
     solve: Callable[[Problem, int, Any, SolverOptions], Factorization]
     flops: Callable[[int, int, int, float, SolverOptions, bool], Flops]
-    layout: Literal["sparse-dictionary", "low-rank"]
+    support: str
+    dictionary: str = "stored"
+    codec: str | None = None
     whitened: bool = True
     free_support: bool = False
 
 
 SOLVERS: dict[str, Solver] = {
-    "mod-htp": Solver(mod_htp.mod_htp, mod_htp.flops, "sparse-dictionary", free_support=True),
-    "ksvd": Solver(ksvd.ksvd, ksvd.flops, "sparse-dictionary"),
-    "procrustes": Solver(procrustes.procrustes, procrustes.flops, "sparse-dictionary"),
-    "eigen": Solver(eigen.eigen, eigen.flops, "sparse-dictionary"),
-    "svd-llm": Solver(svd.truncated_svd, svd.flops, "low-rank"),
-    "svd": Solver(svd.truncated_svd, svd.flops, "low-rank", whitened=False),
+    "mod-htp": Solver(mod_htp.mod_htp, mod_htp.flops, "mask", free_support=True),
+    "ksvd": Solver(ksvd.ksvd, ksvd.flops, "mask"),
+    "procrustes": Solver(procrustes.procrustes, procrustes.flops, "mask"),
+    "eigen": Solver(eigen.eigen, eigen.flops, "mask"),
+    "svd-llm": Solver(svd.truncated_svd, svd.flops, "full", codec="bf16"),
+    "svd": Solver(svd.truncated_svd, svd.flops, "full", codec="bf16", whitened=False),
 }
 
 

@@ -54,8 +54,8 @@ class Factorization:
     Attributes:
         dictionary: D in the whitened metric, float (d1, k), unit columns.
         coefficients: S, float (k, d2), zero outside the support.
-        support: bool (k, d2), the stored entries of S: s in each column, or s d2 anywhere. None for a low-rank
-            factorization, where S is dense.
+        support: bool (k, d2), the stored entries of S: s in each column, or s d2 anywhere. None where all of S
+            is stored, which is dense.
         errors: ||A - D S||_F / ||A||_F after each iteration.
     """
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cospadi.budget.accounting import byte_budget
 from cospadi.budget.knapsack import Option, interpolate, knapsack
-from cospadi.budget.plan import Group, Plan, dense_group, fill_up, size_group
+from cospadi.budget.plan import Group, Plan, dense_group, fill_up, form_of, size_group
 from cospadi.calibration.loss import mean_loss
 from cospadi.calibration.walk import Flow, Stream, embed, mean_loss_of_flow, replaced_weights
 from cospadi.recipe import Recipe
@@ -87,7 +87,7 @@ def measured_ratios(recipe: Recipe) -> list[float]:
 
 def measured_rhos(recipe: Recipe) -> tuple[float, ...]:
     """k / s at which groups are measured."""
-    if find_solver(recipe.solver).layout == "low-rank":
+    if not form_of(recipe).support_kind.chosen:
         return (recipe.uniform_rho,)  # means nothing there
     return RHOS if recipe.rho is None else (recipe.rho,)
 

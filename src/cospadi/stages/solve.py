@@ -16,11 +16,9 @@ from torch import Tensor
 from cospadi.budget.knapsack import Option
 from cospadi.budget.plan import Group
 from cospadi.calibration.grams import Whitening
-from cospadi.format import packing, schema
 from cospadi.format.schema import StoredProjection
 from cospadi.jobs.ledger import Piece
 from cospadi.recipe import Recipe
-from cospadi.runtime import reference
 from cospadi.solvers import Factorization, Problem, SolverOptions, find_solver
 from cospadi.solvers.problem import relative_error
 
@@ -133,7 +131,7 @@ def cost_curve(given: GroupProblem, sizes: Sequence[tuple[Group, float, float]],
     else:
         parts = zip(torch.split(target, group.d2s, dim=1), group.members, strict=True)
         weight = torch.cat([(1 / part.square().sum().clamp(min=1e-300)).expand(member.d2) for part, member in parts])
-    floor = float((target.square().sum(0) * weight).sum()) * packing.rounding_error(group.value_bits) ** 2
+    floor = float((target.square().sum(0) * weight).sum()) * group.stored.codec.rounding_error() ** 2
     options = []
     for done, (sized, ratio, rho) in enumerate(sizes):
         report(done / len(sizes), f"{group.members[0].block}.{group.members[0].kind.rpartition('.')[2]}")
@@ -204,13 +202,12 @@ def dense_weights(packed: Packed) -> dict[str, Tensor]:
     """The weights (d2, d1) that a group's stored factors stand for, float32."""
     weights = {}
     for name, entry in packed.entries.items():
-        if entry.layout == "low-rank":
-            left = packed.tensors[f"{entry.dictionary}.{schema.LEFT}"]
-            weights[name] = packed.tensors[f"{name}.{schema.RIGHT}"].float() @ left.float()
-        else:
-            support, values = (packed.tensors[f"{name}.{part}"] for part in (schema.SUPPORT, schema.VALUES))
-            coefficients = reference.coefficients(support, values, entry.k, entry.value_bits, torch.float32)
-            weights[name] = coefficients @ packed.tensors[f"{entry.dictionary}.{schema.DICTIONARY}"].float()
+        form, tensors = entry.form, packed.tensors
+        values = form.codec.decode(tensors[f"{name}.{form.names.values}"], entry.count)
+        support = tensors.get(f"{name}.{form.names.support}")
+        coefficients = form.support_kind.scatter(support, values, entry.d2, entry.k)
+        atoms = form.dictionary_kind.decode(tensors.get(entry.dictionary_tensor), entry.d1)
+        weights[name] = coefficients @ atoms
     return weights
 
 
@@ -225,46 +222,38 @@ def pack(group: Group, solution: Factorization, metric: Whitening, target: Tenso
         raise RuntimeError(f"the solver returned numbers that are not finite for {group.members[0].name}")
     norms = torch.linalg.vector_norm(solution.dictionary.double(), dim=0)
     atom_scale = torch.where(norms > 0, metric.scale / norms, torch.ones_like(norms))
-    dictionary = _saturate(metric.undo(solution.dictionary.double() * atom_scale)).to(torch.bfloat16)  # D (d1, k)
     coefficients = _saturate(solution.coefficients.double() / atom_scale[:, None]).float()  # S (k, d2)
+    form, owner = group.stored, group.members[0]
+    kind, codec = form.support_kind, form.codec
+    dictionary = form.dictionary_kind.encode(metric.undo(solution.dictionary.double() * atom_scale))
+    atoms = form.dictionary_kind.decode(dictionary, owner.d1)  # (k, d1)
+    approximation = metric.apply(atoms.T.contiguous())  # L D
 
-    owner = group.members[0]
     entries: dict[str, StoredProjection] = {}
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor | None] = {f"{owner.name}.{form.names.dictionary}": dictionary}
     errors: dict[str, float] = {}
-    low_rank = group.layout == "low-rank"
-    tensors[f"{owner.name}.{schema.LEFT if low_rank else schema.DICTIONARY}"] = dictionary.T.contiguous()
-    approximation = metric.apply(dictionary)  # L D
     start = 0
     for member in group.members:
         columns = slice(start, start + member.d2)
         start += member.d2
-        part = coefficients[:, columns].T.contiguous()  # (d2, k)
-        if low_rank:
-            stored = part.to(torch.bfloat16)
-            tensors[f"{member.name}.{schema.RIGHT}"] = stored
-            rounded, nnz = stored.float(), 0
-        else:
-            assert solution.support is not None
-            support = solution.support[:, columns].T.contiguous()
-            values = packing.pack_values(part[support], group.value_bits)
-            nnz = int(support.sum())
-            tensors[f"{member.name}.{schema.SUPPORT}"] = packing.pack_support(support)
-            tensors[f"{member.name}.{schema.VALUES}"] = values
-            rounded = torch.zeros_like(part).masked_scatter(
-                support, packing.unpack_values(values, nnz, group.value_bits)
-            )
+        chosen = None if solution.support is None else solution.support[:, columns].T.contiguous()
+        values = kind.gather(chosen, coefficients[:, columns].T.contiguous())
+        support, stored = kind.pack(chosen), codec.encode(values)
+        tensors[f"{member.name}.{form.names.support}"] = support
+        tensors[f"{member.name}.{form.names.values}"] = stored
+        rounded = kind.scatter(support, codec.decode(stored, values.numel()), member.d2, group.k)
         errors[member.name] = relative_error(target[:, columns], approximation @ rounded.double().T)
         entries[member.name] = StoredProjection(
-            layout="low-rank" if low_rank else "sparse-dictionary",
+            dictionary=form.dictionary,
+            support=form.support,
+            values=form.values,
             d1=member.d1,
             d2=member.d2,
             k=group.k,
-            nnz=nnz,
-            value_bits=16 if group.value_bits == 16 else 14,
-            dictionary=owner.name,
+            nnz=values.numel() if kind.chosen else 0,
+            owner=owner.name,
         )
-    cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
+    cpu = {name: tensor.cpu() for name, tensor in tensors.items() if tensor is not None}
     assert sum(map(_nbytes, cpu.values())) == group.parts.total
     return Packed(entries, cpu, errors, metric.shift)
 

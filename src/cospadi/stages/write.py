@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from cospadi import __about__, files
-from cospadi.budget.accounting import dense_bytes
 from cospadi.budget.plan import Plan
 from cospadi.calibration.text import DEFAULT_DATASET
 from cospadi.format import safetensors
+from cospadi.format.form import dense_bytes
 from cospadi.format.manifest import MANIFEST, write_manifest
 from cospadi.format.schema import StoredProjection
-from cospadi.integrations.transformers import mark_compressed, quantizer_of, swap_in_layers
 from cospadi.jobs.ledger import OUTPUT, REPLACED, Piece
 from cospadi.jobs.progress import Stage
 from cospadi.model import companions, load
 from cospadi.recipe import Recipe
+from cospadi.runtime.swap import mark_compressed, quantizer_of, swap_in_layers
 from cospadi.stages.card import model_card
 from cospadi.stages.open import Job, was_written
 from cospadi.stages.solve import Packed, entries_of, packed_of
@@ -66,7 +66,7 @@ def describe(job: Job, plan: Plan, pieces: Sequence[Piece]) -> dict[str, Any]:
     for piece in pieces:
         for name, entry in entries_of(piece).items():
             manifest["projections"][name] = {
-                "layout": entry.layout,
+                "layout": entry.form.layout,
                 "bytes": {
                     tensor.rpartition(".")[2]: safetensors.tensor_nbytes(*what)
                     for tensor, what in entry.tensors(name).items()

@@ -1,0 +1,18 @@
+"""How values may be stored: a file each, and a line here."""
+
+from cospadi.format.codecs.bf16 import BF16
+from cospadi.format.codecs.f14 import F14
+from cospadi.format.kinds import Codec
+
+CODECS: dict[str, Codec] = {
+    codec.name: codec
+    for codec in (
+        BF16,
+        F14,
+    )
+}
+
+
+def codec_of_bits(bits: int) -> str:
+    """The name of the codec whose values take this many bits."""
+    return next(name for name, codec in CODECS.items() if codec.bits == bits)

@@ -1,0 +1,28 @@
+"""bf16: values as torch has them, in their own shape."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cospadi.format import packing
+from cospadi.format.kinds import Codec
+
+
+class Bf16(Codec):
+    """Sixteen bits a value."""
+
+    def shape(self, values: list[int]) -> list[int]:
+        return values
+
+    def encode(self, values: Tensor) -> Tensor:
+        return packing.pack_values(values, 16)
+
+    def decode(self, stored: Tensor, count: int) -> Tensor:
+        return stored.flatten()[:count].float()
+
+    def rounding_error(self) -> float:
+        return packing.rounding_error(16)
+
+
+BF16 = Bf16("bf16", 16, torch.bfloat16, plain=True, kernel_bits=16)

@@ -1,0 +1,149 @@
+"""What a stored projection chooses: a kind of dictionary, a kind of support, a codec; and what each has to tell.
+
+A kind is one file that makes one instance of these classes, and one line in its folder's table. Nothing else compares
+kinds by name: what differs between them is asked here.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Dictionary(ABC):
+    """How D (d1, k) is stored, once for the projections that share it.
+
+    Attributes:
+        name: in config.json.
+        dtype: of its tensor.
+    """
+
+    name: str
+    dtype: torch.dtype
+
+    @abstractmethod
+    def shape(self, d1: int, k: int) -> list[int] | None:
+        """Of its tensor; None where there is none, and z = x."""
+
+    @abstractmethod
+    def encode(self, dictionary: Tensor) -> Tensor | None:
+        """D, float (d1, k) -> what is stored."""
+
+    @abstractmethod
+    def decode(self, stored: Tensor | None, d1: int) -> Tensor:
+        """What is stored -> D transposed, float32 (k, d1): row i is atom i."""
+
+    def nbytes(self, d1: int, k: int) -> int:
+        shape = self.shape(d1, k)
+        return 0 if shape is None else math.prod(shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Support(ABC):
+    """Which entries of S (k, d2) are stored. Its tensor is uint8.
+
+    Attributes:
+        name: in config.json.
+        chosen: whether entries are chosen; else all are stored, the values are S transposed, (d2, k), and config.json
+            says nnz 0.
+        kernel: whether its tensor is the bit mask that the kernels read.
+    """
+
+    name: str
+    chosen: bool
+    kernel: bool = False
+
+    @abstractmethod
+    def shape(self, d2: int, k: int) -> list[int] | None:
+        """Of its tensor; None where there is none."""
+
+    @abstractmethod
+    def values_shape(self, d2: int, k: int, nnz: int) -> list[int]:
+        """Of the values, before they are encoded."""
+
+    @abstractmethod
+    def pack(self, chosen: Tensor | None) -> Tensor | None:
+        """bool (d2, k), row c is the support of column c (None where all entries are stored) -> its tensor."""
+
+    @abstractmethod
+    def unpack(self, stored: Tensor | None, k: int) -> Tensor | None:
+        """Inverse of `pack`."""
+
+    @abstractmethod
+    def gather(self, chosen: Tensor | None, dense: Tensor) -> Tensor:
+        """The stored entries of S transposed, (d2, k) -> the values in their shape."""
+
+    @abstractmethod
+    def scatter(self, stored: Tensor | None, values: Tensor, d2: int, k: int) -> Tensor:
+        """Its tensor and the values, of any shape, at least as many as are stored -> S transposed, dense (d2, k)."""
+
+    def offsets(self, stored: Tensor | None) -> Tensor | None:
+        """Where each column's values begin, int32 (d2 + 1,), for kernels; None where no kernel reads it."""
+        return None
+
+    def problem(self, tensor: Any, d2: int, k: int, nnz: int) -> str | None:
+        """What is wrong with a tensor of the right dtype and shape that can be read in slices; None where all is well.
+
+        Reads like "has 3 bits set, config.json says 4 nonzeros".
+        """
+        return None
+
+    def count(self, d2: int, k: int, nnz: int) -> int:
+        """Values of a projection."""
+        return math.prod(self.values_shape(d2, k, nnz))
+
+    def nbytes(self, d2: int, k: int) -> int:
+        shape = self.shape(d2, k)
+        return 0 if shape is None else math.prod(shape)
+
+
+@dataclass(frozen=True)
+class Codec(ABC):
+    """How values are stored.
+
+    Attributes:
+        name: in config.json.
+        bits: a value's width.
+        dtype: of its tensor.
+        plain: whether its tensor is the values themselves, as numbers that can be multiplied and trained.
+        kernel_bits: the width that kernels are told, if they read it; 0 if they do not.
+    """
+
+    name: str
+    bits: int
+    dtype: torch.dtype
+    plain: bool = False
+    kernel_bits: int = 0
+
+    @abstractmethod
+    def shape(self, values: list[int]) -> list[int]:
+        """Of its tensor, for values of this shape."""
+
+    @abstractmethod
+    def encode(self, values: Tensor) -> Tensor:
+        """float values, rounded once from float32, saturating -> what is stored."""
+
+    @abstractmethod
+    def decode(self, stored: Tensor, count: int) -> Tensor:
+        """What is stored -> float32 (count,), exact."""
+
+    @abstractmethod
+    def rounding_error(self) -> float:
+        """Root mean square of the relative error of `encode`, expected."""
+
+    def problem(self, tensor: Any, count: int) -> str | None:
+        """As `Support.problem`."""
+        return None
+
+    def room(self, stored: Tensor) -> int:
+        """Values that a stored tensor has room for: all there are, and what padding to whole bytes would hold."""
+        return stored.numel() * stored.element_size() * 8 // self.bits
+
+    def nbytes(self, count: int) -> int:
+        return math.prod(self.shape([count])) * self.dtype.itemsize
