@@ -26,6 +26,8 @@ from torch import Tensor
 
 from cospadi.budget import accounting
 from cospadi.format import packing
+from cospadi.format.codecs import codec_of_bits
+from cospadi.format.form import Form
 from cospadi.runtime import reference
 from cospadi.runtime import triton as kernels
 
@@ -130,9 +132,13 @@ def check(
     for shape, ratio in shapes:
         d1, d2 = map(int, shape.split("x"))
         for bits in (14, 16):
-            k, s = accounting.exact_size(accounting.byte_budget(ratio, d1, [d2]), d1, [d2], RHO, bits)
+            k, s = accounting.exact_size(
+                accounting.byte_budget(ratio, d1, [d2]), Form("stored", "mask", codec_of_bits(bits)), d1, [d2], RHO
+            )
             coefficients = random_coefficients(k, d2, s, bits, device)
-            dense = reference.coefficients(coefficients.support, coefficients.values, k, bits, torch.float64).T
+            dense = reference.coefficients(
+                coefficients.support, coefficients.values, d2, k, "mask", codec_of_bits(bits), torch.float64
+            ).T
             for dtype, allowed in TOLERANCE.items():
                 worst, repeatable = 0.0, True
                 for count in row_counts:
@@ -169,7 +175,9 @@ def time_shape(
     del weights
     for ratio in ratios:
         for bits in widths:
-            k, s = accounting.exact_size(accounting.byte_budget(ratio, d1, [d2]), d1, [d2], RHO, bits)
+            k, s = accounting.exact_size(
+                accounting.byte_budget(ratio, d1, [d2]), Form("stored", "mask", codec_of_bits(bits)), d1, [d2], RHO
+            )
             atoms = torch.randn(k, d1, device=device, dtype=torch.bfloat16) * d1**-0.5
             coefficients = random_coefficients(k, d2, s, bits, device)
             stored = 2 * d1 * k + coefficients.bytes

@@ -28,8 +28,10 @@ from torch import Tensor
 
 from cospadi.budget import accounting
 from cospadi.format import packing
+from cospadi.format.codecs import codec_of_bits
+from cospadi.format.form import Form
 from cospadi.runtime import cpu
-from cospadi.runtime.layer import SparseDictionaryLinear
+from cospadi.runtime.layer import CompressedLinear
 
 RESULTS = Path(__file__).parent / "results" / "linear"
 MODELS = {
@@ -85,11 +87,11 @@ def run(
 
 def measure(d1: int, d2: int, ratio: float, value_bits: int, rows: list[int], seconds: float) -> dict[str, Any]:
     """One shape at one ratio: milliseconds of dense, ours, its parts, and a plain read of the packed coefficients."""
-    k, s = accounting.exact_size(accounting.byte_budget(ratio, d1, [d2]), d1, [d2], RHO, value_bits)
+    k, s = accounting.exact_size(accounting.byte_budget(ratio, d1, [d2]), _form(value_bits), d1, [d2], RHO)
     wanted = 4 * last_level_cache()
     first = random_layer(d1, d2, k, s, value_bits)
-    packed_bytes = _nbytes(first.support) + _nbytes(first.values)
-    compressed_bytes = packed_bytes + _nbytes(first.dictionary)
+    packed_bytes = sum(map(_nbytes, _packed(first)))
+    compressed_bytes = packed_bytes + _nbytes(_atoms(first))
     layers = [first, *(_copy(first) for _ in range(wanted // compressed_bytes + 1))]
     weights = [torch.randn(d2, d1, dtype=torch.bfloat16) for _ in range(wanted // (2 * d1 * d2) + 2)]
     # As many copies of the packed coefficients alone as exceed the caches too.
@@ -136,19 +138,24 @@ def take_turns(calls: Mapping[str, Callable[[int], object]], seconds: float) -> 
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def random_layer(d1: int, d2: int, k: int, s: int, value_bits: int) -> SparseDictionaryLinear:
+def random_layer(d1: int, d2: int, k: int, s: int, value_bits: int) -> CompressedLinear:
     """A layer whose columns have s random nonzeros each."""
-    layer = SparseDictionaryLinear(d1, d2, k, s * d2, value_bits, dtype=torch.bfloat16)
+    layer = CompressedLinear(d1, d2, k, s * d2, _form(value_bits), dtype=torch.bfloat16)
     support = torch.zeros(d2, k, dtype=torch.bool)
     for block in range(0, d2, 1024):
         drawn = torch.rand(min(1024, d2 - block), k)
         support[block : block + 1024].scatter_(1, drawn.topk(s, dim=1).indices, True)
     with torch.no_grad():
-        layer.dictionary.normal_()
-    layer.support.copy_(packing.pack_support(support))
-    layer.values.copy_(packing.pack_values(torch.randn(s * d2), value_bits))
+        _atoms(layer).normal_()
+    mask, values = _packed(layer)
+    mask.copy_(packing.pack_support(support))
+    values.copy_(packing.pack_values(torch.randn(s * d2), value_bits))
     layer.column_offsets()
     return layer
+
+
+def _form(value_bits: int) -> Form:
+    return Form("stored", "mask", codec_of_bits(value_bits))
 
 
 def last_level_cache() -> int:
@@ -159,24 +166,35 @@ def last_level_cache() -> int:
         return 64 << 20
 
 
-def _copy(layer: SparseDictionaryLinear) -> SparseDictionaryLinear:
-    shape = (layer.in_features, layer.out_features, layer.k, layer.nnz, layer.value_bits)
-    copy = SparseDictionaryLinear(*shape, dtype=torch.bfloat16)
+def _copy(layer: CompressedLinear) -> CompressedLinear:
+    shape = (layer.in_features, layer.out_features, layer.k, layer.nnz, layer.form)
+    copy = CompressedLinear(*shape, dtype=torch.bfloat16)
     copy.load_state_dict(layer.state_dict())
     copy.column_offsets()
     return copy
 
 
-def _multiply(z: Tensor, layer: SparseDictionaryLinear) -> Tensor:
+def _multiply(z: Tensor, layer: CompressedLinear) -> Tensor:
     offsets = layer.column_offsets()
     assert offsets is not None
-    return cpu.sparse_matmul(z, layer.support, layer.values, offsets, layer.k, layer.value_bits)
+    return cpu.sparse_matmul(z, *_packed(layer), offsets, layer.k, layer.form.codec.bits)
 
 
-def _read(layer: SparseDictionaryLinear) -> Tensor:
+def _read(layer: CompressedLinear) -> Tensor:
     """Touch every byte of the packed coefficients, as fast as torch sums numbers."""
-    mask, values = (tensor.view(torch.uint8).flatten() for tensor in (layer.support, layer.values))
+    mask, values = (tensor.view(torch.uint8).flatten() for tensor in _packed(layer))
     return mask[: len(mask) // 8 * 8].view(torch.int64).sum() + values[: len(values) // 8 * 8].view(torch.int64).sum()
+
+
+def _atoms(layer: CompressedLinear) -> Tensor:
+    assert layer.atoms is not None
+    return layer.atoms
+
+
+def _packed(layer: CompressedLinear) -> tuple[Tensor, Tensor]:
+    """The mask and the values."""
+    assert layer.support is not None
+    return layer.support, layer.codes
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -15,6 +15,7 @@ import typer
 
 from cospadi.budget import accounting
 from cospadi.format import packing
+from cospadi.format.form import Form
 
 
 def main(
@@ -27,7 +28,7 @@ def main(
 ) -> None:
     """The median of each step."""
     torch.set_num_threads(threads)
-    k, s = accounting.exact_size(accounting.byte_budget(ratio, d1, [d2]), d1, [d2], 2.0, 14)
+    k, s = accounting.exact_size(accounting.byte_budget(ratio, d1, [d2]), Form("stored", "mask", "f14"), d1, [d2], 2.0)
     generator = torch.Generator().manual_seed(0)
     support = torch.zeros(d2, k, dtype=torch.bool)
     support.scatter_(1, torch.rand(d2, k, generator=generator).topk(s).indices, True)

@@ -18,9 +18,9 @@ from cospadi.budget import accounting
 from cospadi.budget.plan import Group, outlook
 from cospadi.format import packing
 from cospadi.format.schema import StoredProjection
-from cospadi.integrations.transformers import mark_compressed, swap_in_layers
 from cospadi.recipe import Recipe
-from cospadi.runtime.layer import SparseDictionaryLinear
+from cospadi.runtime.layer import CompressedLinear
+from cospadi.runtime.swap import mark_compressed, swap_in_layers
 
 app = typer.Typer(add_completion=False)
 
@@ -100,7 +100,7 @@ def _empty(config: PretrainedConfig) -> Any:
 
 def _entries(group: Group) -> dict[str, StoredProjection]:
     """What a checkpoint would say of a group; every member has its part of the nonzeros."""
-    low_rank, owner = group.layout == "low-rank", group.members[0].name
+    form, owner = group.stored, group.members[0].name
     spent, entries = 0, {}
     for index, member in enumerate(group.members):
         last = index == len(group.members) - 1
@@ -111,13 +111,14 @@ def _entries(group: Group) -> dict[str, StoredProjection]:
         )
         spent += nnz
         entries[member.name] = StoredProjection(
-            layout="low-rank" if low_rank else "sparse-dictionary",
+            dictionary=form.dictionary,
+            support=form.support,
+            values=form.values,
             d1=member.d1,
             d2=member.d2,
             k=group.k,
-            nnz=0 if low_rank else nnz,
-            value_bits=14 if group.value_bits == 14 else 16,
-            dictionary=owner,
+            nnz=nnz if form.support_kind.chosen else 0,
+            owner=owner,
         )
     return entries
 
@@ -134,11 +135,11 @@ def _fill(model: Any) -> None:
             else:
                 parameter.normal_(0, 0.02, generator=generator)
         for module in model.modules():
-            if isinstance(module, SparseDictionaryLinear):
+            if isinstance(module, CompressedLinear) and module.form.support_kind.chosen:
                 _fill_coefficients(module, generator)
 
 
-def _fill_coefficients(layer: SparseDictionaryLinear, generator: torch.Generator) -> None:
+def _fill_coefficients(layer: CompressedLinear, generator: torch.Generator) -> None:
     size = layer.out_features * layer.k
     drawn = torch.rand(size, generator=generator)
     threshold = drawn.kthvalue(layer.nnz).values if layer.nnz < size else 1.0
@@ -147,8 +148,9 @@ def _fill_coefficients(layer: SparseDictionaryLinear, generator: torch.Generator
     if exact > layer.nnz:  # equal draws at the threshold
         extra = (drawn.view_as(support) == threshold).nonzero()[: exact - layer.nnz]
         support[extra[:, 0], extra[:, 1]] = False
+    assert layer.support is not None
     layer.support.copy_(packing.pack_support(support))
-    layer.values.copy_(packing.pack_values(torch.randn(layer.nnz, generator=generator) * 0.1, layer.value_bits))
+    layer.codes.copy_(layer.form.codec.encode(torch.randn(layer.nnz, generator=generator) * 0.1))
 
 
 if __name__ == "__main__":

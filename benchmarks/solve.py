@@ -32,6 +32,8 @@ from torch import Tensor
 
 from cospadi.budget.accounting import byte_budget, eq11_size, exact_rank, exact_size
 from cospadi.budget.plan import Group
+from cospadi.format.codecs import codec_of_bits
+from cospadi.format.form import Form
 from cospadi.jobs.ledger import Ledger
 from cospadi.jobs.pool import Engine
 from cospadi.jobs.progress import Stages
@@ -122,9 +124,9 @@ def _row(target: Tensor, solver: str, iterations: int, ratio: float, accounting:
     if accounting == "eq11":
         k, s = eq11_size(ratio, d1, d2, RHO)
     else:
-        k, s = exact_size(allowed, d1, [d2], RHO, BITS)
-    if SOLVERS[solver].layout == "low-rank":
-        k, s = exact_rank(allowed, d1, [d2]), 0
+        k, s = exact_size(allowed, Form("stored", "mask", codec_of_bits(BITS)), d1, [d2], RHO)
+    if SOLVERS[solver].support == "full":
+        k, s = exact_rank(allowed, Form("stored", "full", "bf16"), d1, [d2]), 0
     stamps: list[float] = []
     errors: list[float] = []
 

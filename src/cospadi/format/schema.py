@@ -58,9 +58,8 @@ class StoredProjection(BaseModel):
     @field_validator("dictionary", "support", "values")
     @classmethod
     def _known(cls, name: str, info: ValidationInfo) -> str:
-        table: Iterable[str] = {"dictionary": DICTIONARIES, "support": SUPPORTS, "values": CODECS}[
-            info.field_name or ""
-        ]
+        tables: dict[str | None, Iterable[str]] = {"dictionary": DICTIONARIES, "support": SUPPORTS, "values": CODECS}
+        table = tables[info.field_name]
         if name not in table:
             raise ValueError(f"{name:.40} is not known to this cospadi. It knows {', '.join(table)}")
         return name
