@@ -226,7 +226,7 @@ PLAUSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "ratio": st.floats(0.01, 0.9) | st.just("0.3"),
     "solver": st.sampled_from([*SOLVERS]),
     "accounting": st.sampled_from(["exact", "eq10", "eq11"]),
-    "value_bits": st.sampled_from([14, 16, None]),
+    "value_bits": st.sampled_from([12, 14, 16, None]),
     "rho": st.none() | st.floats(1, 1e9),
     "allocate": st.sampled_from(["fisher", "output", "uniform", None]),
     "weight_columns": st.sampled_from(["fisher", "none", None]),
