@@ -247,7 +247,7 @@ def memory_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text, agenda: Agen
     for reader in shape.readers:
         by_block.setdefault(reader.block, []).append(8 * reader.d1**2)
     grams = max(sum(sizes) for sizes in by_block.values())
-    metrics = sum(8 * reader.d1**2 for reader in shape.readers) if agenda.kept else grams
+    whitenings = sum(8 * reader.d1**2 for reader in shape.readers) if agenda.kept else grams
     solving = max(solving_bytes(size, agenda.compensated) for run in agenda.runs for size in run.sizes)
 
     def activations(tokens: int) -> int:
@@ -263,17 +263,17 @@ def memory_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text, agenda: Agen
     if text.sequences:
         seen = 2 * len(shape.parameters) * batch * shape.hidden * shape.item
         stages.append(seen + shape.edge_bytes + batch * shape.vocabulary * shape.item)
-        stages.append(min(flow, spill) + block + grams + metrics * agenda.kept + activations(batch))
-        stages.append(min(flow, spill) + metrics + solving)
+        stages.append(min(flow, spill) + block + grams + whitenings * agenda.kept + activations(batch))
+        stages.append(min(flow, spill) + whitenings + solving)
     if agenda.rounds:
         inputs = min((len(shape.parameters) + 2) * checked, spill)
         tape = 2 * activations(length) + length * shape.vocabulary * (2 * shape.item + 12) + shape.edge_bytes
-        stages.append(inputs + metrics * agenda.kept + max(block + 2 * activations(length), tape))
+        stages.append(inputs + whitenings * agenda.kept + max(block + 2 * activations(length), tape))
     if agenda.candidates:
         weights = shape.item * sum(group.dense_bytes // 2 for group in plan.compressed)
         some = weights if agenda.kept else max(shape.block_bytes)
         flows = min(agenda.candidates * checked, spill)
-        stages.append(flows + agenda.candidates * some + metrics + max(solving, losses(batch)))
+        stages.append(flows + agenda.candidates * some + whitenings + max(solving, losses(batch)))
     if agenda.compensated:
         flows, square = min(2 * flow, spill), 8 * widest**2
         stages.append(flows + 2 * block + 2 * square + 2 * activations(batch))

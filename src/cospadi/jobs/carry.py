@@ -22,7 +22,7 @@ REPORT_SECONDS = 0.5
 """Least time between two reports of a task in another process."""
 
 Report = Callable[[float, str], None]
-"""What a task tells while it runs: the share of it that is done, 0..1, and a short note."""
+"""What a task tells while it runs: the fraction of it that is done, 0..1, and a short note."""
 
 
 def call(function: Callable[..., Any], payload: tuple[Any, ...], threads: int, report: Report) -> Any:
@@ -99,11 +99,11 @@ def answer(parcel: Parcel, threads: int, tell: Report) -> Parcel:
     """Make the call in a parcel: its result, or what it raised. Reports go on every REPORT_SECONDS at most."""
     last = float("-inf")
 
-    def report(share: float, note: str) -> None:
+    def report(fraction: float, note: str) -> None:
         nonlocal last
         if (now := time.monotonic()) - last >= REPORT_SECONDS:
             last = now
-            tell(share, note)
+            tell(fraction, note)
 
     try:
         function, payload = unpack(parcel)
@@ -134,5 +134,5 @@ def settle(future: Future[Any], fetch: Callable[[], Parcel]) -> None:
         future.set_exception(error)
 
 
-def silent(share: float, note: str) -> None:
+def silent(fraction: float, note: str) -> None:
     """A report that nobody reads."""

@@ -33,7 +33,7 @@ OVERSUBSCRIBED = 16
 Kind = Literal["local", "ray"]
 
 OnProgress = Callable[[int, float, str], None]
-"""What a task of a map reports: its index, the share of it that is done, and a note."""
+"""What a task of a map reports: its index, the fraction of it that is done, and a note."""
 
 
 @dataclass(frozen=True)
@@ -377,6 +377,6 @@ def _in_worker(parcel: Parcel, threads: int) -> Parcel:
     return answer(parcel, threads, _tell)
 
 
-def _tell(share: float, note: str) -> None:
+def _tell(fraction: float, note: str) -> None:
     with suppress(OSError):  # a report is left out where nobody has read those before
-        _reports.send((share, note))
+        _reports.send((fraction, note[:1000]))  # what a pipe takes whole or not at all

@@ -242,8 +242,8 @@ def _on_node(parcel: Parcel, threads: int, device: torch.device, expected: str |
         )
         return refusal(UserError(told))
 
-    def tell(share: float, note: str) -> None:
+    def tell(fraction: float, note: str) -> None:
         with suppress(ray.exceptions.RayError):
-            letters.put_nowait((n, (share, note)))
+            letters.put_nowait((n, (fraction, note)))
 
     return answer(parcel, threads, silent if letters is None else tell)

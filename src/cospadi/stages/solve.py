@@ -28,7 +28,7 @@ SOLVER_MEMORY = {"cpu": 2**28, "cuda": 2**32}
 """Bytes that batched sparse coding may take. Fixed, not what is free, so that equal runs give equal bytes."""
 
 Report = Callable[[float, str], None]
-"""Told the share of a task that is done, and a short note."""
+"""Told the fraction of a task that is done, and a short note."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def dense_weights(packed: Packed) -> dict[str, Tensor]:
     return weights
 
 
-def pack(group: Group, solution: Factorization, metric: Whitening, target: Tensor) -> Packed:
+def pack(group: Group, solution: Factorization, whitening: Whitening, target: Tensor) -> Packed:
     """Undo the whitening, scale the atoms to rms(x d) = 1 over the calibration tokens, round and pack.
 
     Args:
@@ -221,13 +221,13 @@ def pack(group: Group, solution: Factorization, metric: Whitening, target: Tenso
     if not (torch.isfinite(solution.dictionary).all() and torch.isfinite(solution.coefficients).all()):
         raise RuntimeError(f"the solver returned numbers that are not finite for {group.members[0].name}")
     norms = torch.linalg.vector_norm(solution.dictionary.double(), dim=0)
-    atom_scale = torch.where(norms > 0, metric.scale / norms, torch.ones_like(norms))
+    atom_scale = torch.where(norms > 0, whitening.scale / norms, torch.ones_like(norms))
     coefficients = _saturate(solution.coefficients.double() / atom_scale[:, None]).float()  # S (k, d2)
     form, owner = group.stored, group.members[0]
     kind, codec = form.support_kind, form.codec
-    dictionary = form.dictionary_kind.encode(metric.undo(solution.dictionary.double() * atom_scale))
+    dictionary = form.dictionary_kind.encode(whitening.undo(solution.dictionary.double() * atom_scale))
     atoms = form.dictionary_kind.decode(dictionary, owner.d1)  # (k, d1)
-    approximation = metric.apply(atoms.T.contiguous())  # L D
+    approximation = whitening.apply(atoms.T.contiguous())  # L D
 
     entries: dict[str, StoredProjection] = {}
     tensors: dict[str, Tensor | None] = {f"{owner.name}.{form.names.dictionary}": dictionary}
@@ -255,7 +255,7 @@ def pack(group: Group, solution: Factorization, metric: Whitening, target: Tenso
         )
     cpu = {name: tensor.cpu() for name, tensor in tensors.items() if tensor is not None}
     assert sum(map(_nbytes, cpu.values())) == group.parts.total
-    return Packed(entries, cpu, errors, metric.shift)
+    return Packed(entries, cpu, errors, whitening.shift)
 
 
 def _saturate(values: Tensor) -> Tensor:
