@@ -293,3 +293,42 @@ def test_spill_gives_back_what_it_was_given(limit: int, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.safetensors"))
     spill.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_job_that_was_killed_while_its_folder_was_deleted_is_known_to_have_ended(tmp_path: Path) -> None:
+    """Whatever is left of the folder: its lock alone, pieces without the job, the job without pieces, or both."""
+    folder = tmp_path / "out.work"
+    for left in ((), ("pieces",), ("job.safetensors",), ("pieces", "job.safetensors")):
+        ledger = JobDirectory(folder)
+        ledger.begin({"ratio": 0.3}, {"weights": 1})
+        ledger.put("written", {"manifest": "abc"})
+        ledger.put("text", {})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "rmdir", _killed)
+            patch.setattr(Path, "unlink", _killed)
+            patch.setattr(JobDirectory, "_clear", lambda _ledger: None)
+            with pytest.raises(KeyboardInterrupt):
+                ledger.remove()
+        os.close(ledger._lock)
+        for path in folder.iterdir():
+            if path.name not in ("lock", *left):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (folder / "pieces" / "written.safetensors").unlink(missing_ok=True)
+        again = JobDirectory(folder)
+        piece = again.get("written")
+        assert piece is not None
+        assert piece.record == {"manifest": "abc"}
+        assert again.get("text") is None
+        with pytest.raises(UserError, match=r"unfinished job with ratio 0\.3, not 0\.4"):
+            again.begin({"ratio": 0.4}, {})
+        assert again.begin({"ratio": 0.3}, {})
+        again.remove()
+        again.close()
+        assert not folder.exists()
+    new = JobDirectory(folder, resume=False)
+    assert new.get("written") is None
+    new.close()
+
+
+def _killed(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt

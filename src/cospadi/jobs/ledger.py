@@ -117,7 +117,10 @@ class JobDirectory(Ledger):
         self._notes: dict[str, Any] = {}
         self._removed = False
         try:
-            if resume is False or not (folder / JOB).exists():
+            if resume is False:
+                os.ftruncate(self._lock, 0)
+                self._clear()
+            elif self._has_ended() or not (folder / JOB).exists():
                 self._clear()
             else:
                 self._identity, self._notes = _read_job(folder / JOB)
@@ -185,13 +188,12 @@ class JobDirectory(Ledger):
                 path.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Delete the folder: the job is done. What says that it is (the piece "written") goes last."""
+        """Delete the folder: the job is done, and until the folder is gone, its lock says so."""
+        written = self.get("written")
+        if written is not None:
+            end = {"identity": self._identity, "notes": self._notes, "written": written.record}
+            os.pwrite(self._lock, json.dumps(end).encode(), 0)
         self._removed = True
-        for path in self._files():
-            if path != self._path("written"):
-                path.unlink()
-        for name in (SCRATCH, OUTPUT, REPLACED):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
         self._clear()
         with suppress(OSError):  # somebody put something there meanwhile
             (self.folder / LOCK).unlink()
@@ -206,6 +208,16 @@ class JobDirectory(Ledger):
                     parent.rmdir()
         with suppress(OSError):
             os.close(self._lock)
+
+    def _has_ended(self) -> bool:
+        """Whether the lock tells of a job that was stopped while its folder was being deleted, which is then known."""
+        try:
+            end = json.loads(os.pread(self._lock, os.fstat(self._lock).st_size, 0))
+            self._identity, self._notes = end["identity"], end["notes"]
+            self._pieces["written"] = Piece(end["written"])
+        except (ValueError, KeyError, TypeError):
+            return False
+        return True
 
     def _path(self, key: str) -> Path:
         return self.folder / PIECES / f"{quote(key, safe='')}.safetensors"
