@@ -23,7 +23,7 @@ loaded = [list(sys.modules)]
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 loaded.append(list(sys.modules))
-layers = sum(isinstance(module, cospadi.SparseDictionaryLinear) for module in model.modules())
+layers = sum(isinstance(module, cospadi.CompressedLinear) for module in model.modules())
 from cospadi.compress import measure_plan
 import cospadi.compress
 module = sys.modules["cospadi.compress"]

@@ -140,9 +140,9 @@ def test_peak_memory_is_within_30_percent(make_llama: Callable[..., Path], text_
     words = [str(folder), "--calibration", str(text_file), "--sequences", "8", "--length", "512", "--batch-size", "8"]
     words += ["--iterations", "4", "--rho", "2"]
     program = (
-        "import cospadi_cli, resource, sys\n"
-        f"cospadi_cli.app(['plan', *{words}, '--no-timing', '--json'], standalone_mode=False)\n"
-        f"cospadi_cli.app(['compress', *{words}, '-o', {str(tmp_path / 'out')!r}], standalone_mode=False)\n"
+        "import resource, sys\nfrom cospadi.cli import app\n"
+        f"app(['plan', *{words}, '--no-timing', '--json'], standalone_mode=False)\n"
+        f"app(['compress', *{words}, '-o', {str(tmp_path / 'out')!r}], standalone_mode=False)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
     )
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}

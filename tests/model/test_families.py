@@ -236,7 +236,7 @@ def test_solvers_are_told_how_to_undo_the_whitening(
         problems.append(problem)
         return SOLVERS["eigen"].solve(problem, k, s, options)
 
-    monkeypatch.setitem(SOLVERS, "spy", Solver(spy, SOLVERS["mod-htp"].flops, "sparse-dictionary"))
+    monkeypatch.setitem(SOLVERS, "spy", Solver(spy, SOLVERS["mod-htp"].flops, "mask"))
     weight = stored(dense_folder)["model.layers.0.mlp.up_proj.weight"].double().T
     recipe = quick | {"solver": "spy", "include": ["*.0.mlp.up_proj"]}
     cospadi.compress(dense_folder, recipe)

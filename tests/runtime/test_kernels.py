@@ -151,7 +151,7 @@ def test_threads_do_not_change_a_bit(rows: int) -> None:
 def test_values_that_do_not_match_the_mask_are_refused() -> None:
     mask, values, offsets, _ = stored(random_support(9, 20, 0.5), 14)
     with pytest.raises(ValueError, match="fewer than the support mask"):
-        cpu.sparse_matmul(torch.randn(1, 20), mask, values[:-8].clone(), offsets, mask.shape[0], 20, "mask", "f14")
+        cpu.sparse_matmul(torch.randn(1, 20), mask, values[:-8].clone(), offsets, 20, 14)
 
 
 def test_an_unknown_level_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
