@@ -84,18 +84,22 @@ def compress(
             check_space(job, plan or job.uniform, target)
         begin(job, plan)
 
+        # Calibration text, and how the blocks are called with it.
         read_text(job)
 
+        # What an error at each output costs in the loss.
         by_loss = job.recipe.wants_fisher if plan is None else job.recipe.weight_columns == "fisher"
         fisher = estimate_fisher(job) if by_loss else None
 
+        # Bytes for each group: k and s.
         plan = plan or allocate(job, fisher)
 
-        # `factorize` runs in a worker: the recipe's solver, by default solvers/mod_htp.py, then D and S as stored.
+        # D and S of each group, block by block and input by input. `factorize` runs in a worker: the recipe's solver
+        # on A = L W, by default solvers/mod_htp.py, then both factors as they are stored.
         with Tasks(job, "solve", keys_of("factors", plan.compressed), factorize, record) as tasks:
             missing = tasks.missing()
             for block in blocks_to_solve(job, plan.compressed, missing):
-                for groups in block.sets:
+                for groups in block.sets:  # those that read the same tensor
                     tasks.give(
                         (group, job.task(group, whitening, fisher, weight=weight))
                         for group, whitening, weight in block.measure([group for group in groups if group in missing])
@@ -105,6 +109,7 @@ def compress(
             tasks.finish()
             pieces = tasks.pieces()
 
+        # config.json, the factors, everything else as it was, hashes.
         manifest = finish(job, plan, pieces, target)
 
         errors = {name: error for piece in pieces for name, error in piece.record["errors"].items()}

@@ -24,6 +24,7 @@ from cospadi.commands.speed import Speed, dimensions, measure_speed, solver_flop
 from cospadi.model import companions, load
 from cospadi.model.projections import find_projections
 from cospadi.recipe import CACHE_BYTES, Recipe
+from cospadi.solvers import find_solver
 from cospadi.solvers.flops import Flops, cholesky, triangular
 from cospadi.solvers.products import bf16_is_fast, self_product_flops
 from cospadi.stages.budgets import SPANS
@@ -281,8 +282,8 @@ def memory_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text, agenda: Agen
     return base_bytes() + prepared_bytes(recipe, agenda) + max(stages)
 
 
-PRODUCTS, PRODUCT_BYTES, MOST_PRODUCTS = 5, 550_000, 1024
-"""Products of mod-htp that differ between sizes; bytes of what torch's CPU library keeps of one, and of how many."""
+PRODUCT_BYTES, MOST_PRODUCTS = 550_000, 1024
+"""Bytes of what torch's CPU library keeps of a bf16 product of a shape, and of how many shapes."""
 
 
 def prepared_bytes(recipe: Recipe, agenda: Agenda) -> int:
@@ -290,13 +291,13 @@ def prepared_bytes(recipe: Recipe, agenda: Agenda) -> int:
 
     A size that groups are measured at counts once for equal groups; the sizes that budgets then choose all differ.
     """
-    cpu = torch.device("cpu")
-    if recipe.solver != "mod-htp" or load.pick_device(recipe.device).type != "cpu" or not bf16_is_fast(cpu):
+    products = find_solver(recipe.solver).quick_products
+    if not products or load.pick_device(recipe.device).type != "cpu" or not bf16_is_fast(torch.device("cpu")):
         return 0
     sizes = {((size.d1, *size.d2s), size.k) for run in agenda.runs for size in run.sizes if run.stage != "candidates"}
     groups = len({run.sizes[0].members for run in agenda.runs})
     chosen = (len(SPANS) - 1) * groups if agenda.candidates else 0
-    return PRODUCT_BYTES * min(MOST_PRODUCTS, PRODUCTS * (len(sizes) + chosen))
+    return PRODUCT_BYTES * min(MOST_PRODUCTS, products * (len(sizes) + chosen))
 
 
 def solving_bytes(group: Group, compensated: bool) -> int:

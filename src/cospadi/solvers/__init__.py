@@ -26,6 +26,7 @@ class Solver:
         codec: of its values, where it is always the same; None leaves it to the recipe.
         whitened: whether it minimises the calibrated error; False means L = I whatever the recipe says.
         free_support: whether it spreads s d2 nonzeros over the whole matrix, s any number; else a column gets s.
+        quick_products: products that differ between sizes and are in bf16 where the hardware is fast at it.
     """
 
     solve: Callable[[Problem, int, Any, SolverOptions], Factorization]
@@ -35,10 +36,11 @@ class Solver:
     codec: str | None = None
     whitened: bool = True
     free_support: bool = False
+    quick_products: int = 0
 
 
 SOLVERS: dict[str, Solver] = {
-    "mod-htp": Solver(mod_htp.mod_htp, mod_htp.flops, "mask", free_support=True),
+    "mod-htp": Solver(mod_htp.mod_htp, mod_htp.flops, "mask", free_support=True, quick_products=5),
     "ksvd": Solver(ksvd.ksvd, ksvd.flops, "mask"),
     "procrustes": Solver(procrustes.procrustes, procrustes.flops, "mask"),
     "eigen": Solver(eigen.eigen, eigen.flops, "mask"),
