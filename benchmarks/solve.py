@@ -42,7 +42,7 @@ from cospadi.recipe import CACHE_BYTES, Recipe
 from cospadi.solvers import SOLVERS, Problem, SolverOptions
 from cospadi.solvers.mod_htp import (
     BLOCK_ENTRIES,
-    EXACT_SHARE,
+    EXACT_FRACTION,
     _blocks,
     _scheduled,
 )
@@ -160,7 +160,7 @@ def _row(target: Tensor, solver: str, iterations: int, ratio: float, accounting:
         "peak_bytes": memory.taken(),
     }
     if solver == "mod-htp":
-        quick = steps[: max(0, int(iterations * (1 - EXACT_SHARE)) - 1)]
+        quick = steps[: max(0, int(iterations * (1 - EXACT_FRACTION)) - 1)]
         bare = bare_products(target, k)
         flops = iteration_flops(d1, d2, k)
         row |= {"flops": flops, "bare_seconds": bare, "bare_tflops": flops / bare / 1e12}

@@ -98,7 +98,7 @@ def _how(
         ),
     ] = False,
 ) -> dict[str, Any]:
-    """How the work of a job is done, which is no part of its recipe, as keywords of `compress` and `measure_plan`."""
+    """How a job runs, which is no part of its recipe, as keywords of `compress` and `measure_plan`."""
     from cospadi.jobs.pool import Engine, Kind
 
     if engine not in get_args(Kind):
@@ -294,7 +294,7 @@ def generate(
 
 @app.command()
 def demo(
-    ratio: Annotated[float, typer.Option(help="share of the projections' bytes to remove")] = 0.3,
+    ratio: Annotated[float, typer.Option(help="fraction of the projections' bytes to remove")] = 0.3,
     iterations: Annotated[int | None, typer.Option(min=1, help="alternations T of K-SVD")] = None,
     as_json: Json = False,
     progress: Progress = "auto",

@@ -57,7 +57,7 @@ def check_name(path: Path, what: str) -> None:
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse an output folder that holds something, or that cannot be written, before any work is done."""
+    """Refuse an output folder that holds something, or that cannot be written, before anything is computed."""
     check_name(output, "output")
     try:
         os.path.realpath(output).encode()

@@ -128,7 +128,7 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path) -> Non
             os._exit(1)
     try:
         wait_for(tmp_path / "held")
-        with pytest.raises(UserError, match="another cospadi is at work in"):
+        with pytest.raises(UserError, match="another cospadi is running in"):
             JobDirectory(tmp_path / "work")
     finally:
         os.kill(process, signal.SIGKILL)  # lets go of the lock without having a chance to

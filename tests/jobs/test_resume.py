@@ -154,7 +154,7 @@ def test_two_runs_at_once_in_one_place(
 ) -> None:
     output, wanted = interrupted
     other = JobDirectory(output.with_name("out.work"))
-    with pytest.raises(cospadi.UserError, match="another cospadi is at work in"):
+    with pytest.raises(cospadi.UserError, match="another cospadi is running in"):
         cospadi.compress(dense_folder, recipe, output)
     other.close()
     cospadi.compress(dense_folder, recipe, output)

@@ -27,7 +27,7 @@ from cospadi.solvers.ksvd import (
 from cospadi.solvers.least_squares import refit_dictionary
 from cospadi.solvers.mod_htp import (
     DESCENT,
-    EXACT_SHARE,
+    EXACT_FRACTION,
     OVERSHOOT,
     _blocks,
     _fit_codes,
@@ -49,7 +49,7 @@ SPARSE = [name for name, solver in SOLVERS.items() if solver.support == "mask"]
 
 def exact_errors(errors: list[float]) -> list[float]:
     """Of the iterations of mod_htp whose products are in full float32."""
-    return [error for i, error in enumerate(errors, 1) if i > len(errors) * (1 - EXACT_SHARE)]
+    return [error for i, error in enumerate(errors, 1) if i > len(errors) * (1 - EXACT_FRACTION)]
 
 
 def random_problem(d1: int, k: int, d2: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

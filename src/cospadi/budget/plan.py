@@ -278,7 +278,7 @@ def _staging(path: Path) -> Path:
 
 
 def check_plan_file(path: Path) -> None:
-    """Refuse a name that no plan can be written to, before any work is done."""
+    """Refuse a name that no plan can be written to, before anything is computed."""
     check_name(_staging(path) if path.name else path, "plan")
     if path.is_dir():
         raise UserError(f"plan {path} is a folder. Name a file")

@@ -75,16 +75,16 @@ def output_fisher_by_blocks(
         calls: how blocks are called with one sequence.
         spill: keeps the inputs of all blocks.
         replacement: block index -> names in the block -> replacement weights (d2, d1).
-        on_sequence: called with shares of 1 that add up to the number of sequences.
+        on_sequence: called with fractions that add up to the number of sequences.
     """
     fisher: dict[str, Tensor] = {}
-    share = len(sequences) / (2 * len(blocks))
+    step = len(sequences) / (2 * len(blocks))
     inputs = [embed(blocks, sequences, 1, spill)]
     for index, block in walk(blocks, calls, range(len(blocks))):
         inputs.append(inputs[-1].copy())
         advance(block, index, calls, inputs[-1], replacement(index))
         if on_sequence:
-            on_sequence(share)
+            on_sequence(step)
     gradients = inputs.pop()
     with torch.inference_mode(False), torch.enable_grad():
         for batch, tokens in enumerate(sequences):
@@ -105,7 +105,7 @@ def output_fisher_by_blocks(
                         gradients[batch] = hidden.grad
             before.close()
             if on_sequence:
-                on_sequence(share)
+                on_sequence(step)
     gradients.close()
     return _filled(fisher, projections, sequences.numel())
 

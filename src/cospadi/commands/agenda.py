@@ -126,8 +126,8 @@ def shape_of(model: Any, owner: Mapping[str, str], selected: Set[str] | None = N
     met = int(getattr(config, "num_experts_per_tok", 0) or 0)
 
     def active(parameter: Tensor) -> int:
-        share = min(1.0, met / parameter.shape[0]) if parameter.ndim == 3 and met else 1.0
-        return int(parameter.numel() * share) if parameter.ndim > 1 else 0
+        fraction = min(1.0, met / parameter.shape[0]) if parameter.ndim == 3 and met else 1.0
+        return int(parameter.numel() * fraction) if parameter.ndim > 1 else 0
 
     edges = [
         sum(parameter.nbytes for parameter in module.parameters(recurse=False))

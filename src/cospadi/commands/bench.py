@@ -36,7 +36,7 @@ PROMPT = 32
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens a second of one model at one kind of work, over the repeats.
+    """Tokens a second of one model at one kind of run, over the repeats.
 
     Attributes:
         kind: "prefill" (one sequence of `size` tokens) or "decode" (`size` sequences, one new token a step each).
@@ -120,10 +120,10 @@ def bench(
         for folder in folders:
             networks.append(_loaded(folder, where, runtime))
             progress.advance(1)
-    work = [("prefill", size) for size in prefill] + [("decode", size) for size in batches]
+    runs = [("prefill", size) for size in prefill] + [("decode", size) for size in batches]
     speeds: list[list[Speed]] = [[] for _ in networks]
-    with stages.stage("bench", len(work) * (repeats + 1)) as progress:
-        for kind, size in work:
+    with stages.stage("bench", len(runs) * (repeats + 1)) as progress:
+        for kind, size in runs:
             seconds: list[list[float]] = [[] for _ in networks]
             for repeat in range(repeats + 1):
                 for taken, network in zip(seconds, networks, strict=True):
@@ -283,7 +283,7 @@ def bench_json(results: Sequence[Benched]) -> dict[str, Any]:
 
 
 def bench_table(results: Sequence[Benched]) -> Table:
-    """A line a kind of work: median tokens a second of each model, the spread, and the ratio to the first."""
+    """A line a kind of run: median tokens a second of each model, the spread, and the ratio to the first."""
     table = tables.new_table("", *(result.name for result in results))
     for index, first in enumerate(results[0].speeds):
         what = f"{first.size} tokens" if first.kind == "prefill" else f"batch {first.size}"

@@ -21,7 +21,7 @@ from cospadi.runtime import cpu, op, reference
 
 PACKAGES = ("torch", "transformers", "safetensors", "triton")
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-"""Error allowed in the self-check, as a share of the sum of absolute products."""
+"""Error allowed in the self-check, relative to the sum of absolute products."""
 
 
 @dataclass

@@ -128,7 +128,7 @@ def _time_solver(recipe: Recipe, size: tuple[int, int, int, float], device: torc
 
 
 def _seconds(function: Callable[[], object], device: torch.device) -> float:
-    """The shortest of some runs, of which the first warms up: other work can only add to it."""
+    """The shortest of some runs, of which the first warms up: other processes can only add to it."""
     took: list[float] = []
     while len(took) < 4 and sum(took) < 0.5:
         start = _now(device)
@@ -138,7 +138,7 @@ def _seconds(function: Callable[[], object], device: torch.device) -> float:
 
 
 def _now(device: torch.device) -> float:
-    """Seconds of work: on one thread those of the processor, which other processes do not add to."""
+    """Seconds: on one thread those of the processor, which other processes do not add to."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.process_time() if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()

@@ -1,1 +1,1 @@
-"""Who does the work, and what survives when it dies."""
+"""Who solves, and what a job resumes from."""

@@ -75,7 +75,7 @@ class Ledger:
         return self._pieces[key]
 
     def drop(self, prefix: str) -> None:
-        """Forget pieces that have done their work."""
+        """Forget pieces that are not needed any more."""
         for key in [key for key in self._pieces if key.startswith(prefix)]:
             del self._pieces[key]
 
@@ -89,7 +89,7 @@ class Ledger:
 
 
 class JobDirectory(Ledger):
-    """Pieces by their keys, in a folder that one process at a time works in.
+    """Pieces by their keys, in a folder that one process at a time has.
 
     Args:
         folder: made if it is not there; its parent too.
@@ -108,7 +108,7 @@ class JobDirectory(Ledger):
         strange = sorted({path.name for path in folder.iterdir()} - KNOWN) if folder.is_dir() else []
         if strange:
             raise UserError(
-                f"{folder} is where unfinished work would be kept, but holds {strange[0]}, which is not of this "
+                f"{folder} would be the job directory, but holds {strange[0]}, which is not of this "
                 "program. Move it, or write to another --output"
             )
         self._made = [parent for parent in folder.parents if not parent.exists()]
@@ -181,7 +181,7 @@ class JobDirectory(Ledger):
         return self._pieces[key]
 
     def drop(self, prefix: str) -> None:
-        """Forget pieces that have done their work, and remove their files."""
+        """Forget pieces that are not needed any more, and remove their files."""
         super().drop(prefix)
         for path in self._files():
             if path.name.startswith(quote(prefix, safe="")):
@@ -317,7 +317,7 @@ def _lock(folder: Path) -> int:
         except FileNotFoundError:  # removed in between by the process that has just finished
             continue
         except OSError as error:
-            raise UserError(f"{folder}, where unfinished work is kept, cannot be written: {error.strerror}") from None
+            raise UserError(f"the job directory {folder} cannot be written: {error.strerror}") from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(handle), (folder / LOCK).stat()):
@@ -325,7 +325,7 @@ def _lock(folder: Path) -> int:
         except BlockingIOError:
             os.close(handle)
             raise UserError(
-                f"another cospadi is at work in {folder}. Wait for it, or write to another --output"
+                f"another cospadi is running in {folder}. Wait for it, or write to another --output"
             ) from None
         except FileNotFoundError:
             pass

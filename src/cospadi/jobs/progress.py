@@ -52,7 +52,7 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str, total: float) -> Iterator[Stage]:
-        """One stage of `total` units of work; entered again, its time adds up and its bar starts anew."""
+        """One stage of `total` units; entered again, its time adds up and its bar restarts."""
         start, before, self._within = time.perf_counter(), self._within, 0.0
         stage = Stage(name, total, self._bars)
         try:
@@ -73,7 +73,7 @@ class Stage:
         self._task = bars.add_task(name, total=total, note="") if bars else None
 
     def advance(self, amount: float, note: str | None = None) -> None:
-        """Some work is done; `note` is shown beside the bar until there is another."""
+        """So many more units are done; `note` is shown beside the bar until there is another."""
         self.done += amount
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, advance=amount)
@@ -81,7 +81,7 @@ class Stage:
                 self._bars.update(self._task, note=note)
 
     def reach(self, done: float, note: str | None = None) -> None:
-        """So much work is done in all."""
+        """So many units are done in all."""
         self.advance(done - self.done, note)
 
     def close(self) -> None:

@@ -164,7 +164,7 @@ def coefficients(
 
 @torch.library.custom_op("cospadi::value_gradient", mutates_args=())
 def _value_gradient(z: Tensor, grad: Tensor, support: Tensor | None, values: Tensor, k: int, kind: str) -> Tensor:
-    """Gradient of float values, an op of its own because its work depends on data the compiler cannot see."""
+    """Gradient of float values, an op of its own because its cost depends on data the compiler cannot see."""
     return reference.value_gradient(z, grad, support, k, kind).to(values.dtype)
 
 

@@ -31,7 +31,7 @@ VALUE_BITS = (10, 12, 14, 16)
 DECODE_ROWS = 4
 SPLIT_ROWS = 16
 MOST_ROWS_TOLD = 4096
-"""Row counts above this share the autotuner's choice."""
+"""Row counts above this take one choice of the autotuner."""
 
 SPLIT_UNIT = 256
 """Atoms that a split holds a multiple of."""
@@ -107,7 +107,7 @@ def sparse_matmul(z: Tensor, support: Tensor, values: Tensor, offsets: Tensor, k
 
 
 def _splits(k: int, d2: int, rows: int, multiprocessors: int) -> tuple[int, int]:
-    """How many programs share a column, and how many atoms each of them takes."""
+    """How many programs split a column, and how many atoms each of them takes."""
     if rows > SPLIT_ROWS:
         return 1, k
     wanted = -(-PROGRAMS * multiprocessors * SPLIT_COLUMNS // d2)

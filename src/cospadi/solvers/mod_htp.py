@@ -25,7 +25,7 @@ from cospadi.solvers.problem import Factorization, Problem, SolverOptions, leadi
 from cospadi.solvers.products import bf16_is_fast, float32_products, self_product, self_product_flops
 
 DESCENT = 0.6
-"""Share of the iterations over which the number of nonzeros falls to the target."""
+"""Fraction of the iterations over which the number of nonzeros falls to the target."""
 MOMENTUM = 0.95
 MOMENTUM_RAMP = 2.0
 """Momentum grows by this, divided by the number of iterations, each iteration since the start or the last rise."""
@@ -36,8 +36,8 @@ RIDGE = 1e-7
 """Added to the diagonal of S S^T once that is scaled to ones."""
 UNUSED = 1e-7
 """Norm of a row of S, in the largest one, up to which its atom stays as it is."""
-EXACT_SHARE = 0.05
-"""Share of the iterations, the last ones, whose products are all in full float32."""
+EXACT_FRACTION = 0.05
+"""Fraction of the iterations, the last ones, whose products are all in full float32."""
 SMALLEST_QUICK = 32
 """Smaller side of A from which bf16 products are taken: below, they gain nothing."""
 BLOCK_ENTRIES = {"cpu": 2**20, "cuda": 2**27}
@@ -75,14 +75,14 @@ def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Facto
     rows = max(1, BLOCK_ENTRIES[columns.device.type] // max(k, d1))
     blocks = _blocks(slice(0, d2), rows)
     members = problem.members or (d2,)
-    shares: list[int] | None = None  # each member's nonzeros, fixed once the schedule has come down
+    portions: list[int] | None = None  # each member's nonzeros, fixed once the schedule has come down
     quick = torch.bfloat16 if min(d1, d2) >= SMALLEST_QUICK and bf16_is_fast(columns.device) else torch.float32
 
-    best, best_error, best_shares = (atoms, codes.clone()), float("inf"), [nonzeros]
+    best, best_error, best_portions = (atoms, codes.clone()), float("inf"), [nonzeros]
     if options.start is not None:
-        best_shares = _shares(codes, nonzeros, members, blocks)
+        best_portions = _portions(codes, nonzeros, members, blocks)
         counts = [int(codes[member].count_nonzero()) for member in _spans(members)]
-        if all(count <= share for count, share in zip(counts, best_shares, strict=True)):
+        if all(count <= portion for count, portion in zip(counts, best_portions, strict=True)):
             best_error = relative_error(columns, codes @ atoms)
     correlations = torch.empty_like(codes)
     previous, momentum = atoms, 0.0
@@ -90,7 +90,7 @@ def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Facto
     settled = stopping = False
     for iteration in range(1, options.iterations + 1):
         n = _scheduled(iteration / options.iterations, dense, nonzeros)
-        exact = stopping or iteration > options.iterations * (1 - EXACT_SHARE)
+        exact = stopping or iteration > options.iterations * (1 - EXACT_FRACTION)
         with float32_products("highest" if exact else "high"):
             lead = _unit_rows(atoms.lerp(previous, -momentum))
             lead_t = lead.T.contiguous()
@@ -104,9 +104,9 @@ def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Facto
             if n > nonzeros:
                 keep_largest_entries(codes, n, blocks)
             else:
-                shares = shares or _shares(codes, n, members, blocks)
-                for member, share in zip(_spans(members), shares, strict=True):
-                    keep_largest_entries(codes, share, _blocks(member, rows))
+                portions = portions or _portions(codes, n, members, blocks)
+                for member, portion in zip(_spans(members), portions, strict=True):
+                    keep_largest_entries(codes, portion, _blocks(member, rows))
             for block in blocks:
                 _fit_codes(codes[block], correlations[block], coherence)
             previous = atoms
@@ -117,8 +117,8 @@ def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Facto
         error = distance / norm if norm > 0 else 0.0
 
         was_settled, settled = settled, n == nonzeros
-        if exact and shares and error < best_error:  # errors of other iterations are known to three digits only
-            best, best_error, best_shares = (atoms, best[1].copy_(codes)), error, shares
+        if exact and portions and error < best_error:  # errors of other iterations are known to three digits only
+            best, best_error, best_portions = (atoms, best[1].copy_(codes)), error, portions
         last = errors[-1] if errors else float("inf")
         momentum = 0.0 if settled and error > last else min(MOMENTUM, momentum + MOMENTUM_RAMP / options.iterations)
         errors.append(error)
@@ -131,8 +131,8 @@ def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Facto
             stopping = True
     atoms, codes = best
     support = codes != 0
-    for member, share in zip(_spans(members), best_shares, strict=True):
-        _fill(support[member], share)
+    for member, portion in zip(_spans(members), best_portions, strict=True):
+        _fill(support[member], portion)
     dictionary = atoms.T if basis is None else basis @ atoms.T
     dictionary, coefficients = dictionary.to(problem.target), (codes * scale).T.to(problem.target)
     return Factorization(dictionary.contiguous(), coefficients.contiguous(), support.T.contiguous(), errors)
@@ -288,7 +288,7 @@ def keep_largest_entries(matrix: Tensor, n: int, blocks: Sequence[slice]) -> Non
             surplus = max(0, surplus - len(ties))
 
 
-def _shares(codes: Tensor, nonzeros: int, members: Sequence[int], blocks: Sequence[slice]) -> list[int]:
+def _portions(codes: Tensor, nonzeros: int, members: Sequence[int], blocks: Sequence[slice]) -> list[int]:
     """Nonzeros of each member as the largest entries of all fall, in multiples of four where the sum is one."""
     if len(members) == 1:
         return [nonzeros]
@@ -298,15 +298,15 @@ def _shares(codes: Tensor, nonzeros: int, members: Sequence[int], blocks: Sequen
     room = [width * codes.shape[1] for width in members]
     whole = [most // 4 * 4 for most in room]
     unit, room = (4, whole) if nonzeros % 4 == 0 and nonzeros <= sum(whole) else (1, room)
-    shares = [count // unit * unit for count in counts]
-    while (left := nonzeros - sum(shares)) > 0:  # less than one unit a member, unless A is nearly zero
+    portions = [count // unit * unit for count in counts]
+    while (left := nonzeros - sum(portions)) > 0:  # less than one unit a member, unless A is nearly zero
         neediest = max(
-            (member for member in range(len(members)) if shares[member] < room[member]),
-            key=lambda member: counts[member] - shares[member],
+            (member for member in range(len(members)) if portions[member] < room[member]),
+            key=lambda member: counts[member] - portions[member],
         )
-        step = min(room[neediest] - shares[neediest], unit * max(1, left // unit // len(members)))
-        shares[neediest] += step
-    return shares
+        step = min(room[neediest] - portions[neediest], unit * max(1, left // unit // len(members)))
+        portions[neediest] += step
+    return portions
 
 
 def _fill(support: Tensor, n: int) -> None:

@@ -59,7 +59,7 @@ def _omp_batch(gram: Tensor, target: Tensor, s: int) -> tuple[Tensor, Tensor]:
     """One batch; `target` is (D^T A)^T, float (n, k)."""
     n, k = target.shape
     diagonal = gram.diagonal()
-    # An atom whose share outside the chosen span is below this depends on them, as far as rounding can tell.
+    # An atom whose part outside the chosen span is below this depends on them, as far as rounding can tell.
     dependent = 16 * torch.finfo(gram.dtype).eps
     rows = torch.arange(n, device=gram.device)
     support = torch.zeros(n, s, dtype=torch.int64, device=gram.device)

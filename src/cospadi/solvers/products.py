@@ -16,7 +16,7 @@ HALVED = 512
 
 
 def self_product(matrix: Tensor) -> Tensor:
-    """M^T M (k, k) for M (rows, k); from 512 columns on its lower half is copied: 5/8 of the work of a full product."""
+    """M^T M (k, k) for M (rows, k); from 512 columns on its lower half is copied: 5/8 of the FLOPs of all."""
     k = matrix.shape[1]
     if k < HALVED:
         return matrix.T @ matrix

@@ -171,7 +171,7 @@ def solve(
     """A ~ D S for the problem's group at one of its sizes.
 
     Args:
-        posed: by `pose`; the same for all sizes, so that what they share of the start is computed once.
+        posed: by `pose`; the same for all sizes, so that what is the same of their start is computed once.
     """
     recipe, (problem, factor) = given.recipe, posed
     options = SolverOptions(
