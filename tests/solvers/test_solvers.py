@@ -33,8 +33,8 @@ from cospadi.solvers.mod_htp import (
     _fit_codes,
     _fit_dictionary,
     _gradient_step,
+    _portions,
     _scheduled,
-    _shares,
     keep_largest_entries,
     mod_htp,
 )
@@ -757,22 +757,22 @@ def test_keep_largest_entries_agrees_with_a_stable_sort(values: np.ndarray, data
     st.sampled_from([0, 1, 3]),
     st.integers(0, 99),
 )
-def test_shares_sum_up_and_follow_the_largest(
+def test_portions_sum_up_and_follow_the_largest(
     widths: list[int], k: int, density: float, zeroed: int, seed: int
 ) -> None:
     codes = torch.randn(sum(widths), k, generator=torch.Generator().manual_seed(seed))
     codes[: zeroed * widths[0]] = 0
     nonzeros = int(density * codes.numel())
-    shares = _shares(codes, nonzeros, widths, _blocks(slice(0, len(codes)), 2))
-    assert sum(shares) == nonzeros
-    assert all(0 <= share <= width * k for share, width in zip(shares, widths, strict=True))
+    portions = _portions(codes, nonzeros, widths, _blocks(slice(0, len(codes)), 2))
+    assert sum(portions) == nonzeros
+    assert all(0 <= share <= width * k for share, width in zip(portions, widths, strict=True))
     if nonzeros % 4 == 0 and nonzeros <= sum(width * k // 4 * 4 for width in widths):
-        assert len(widths) == 1 or all(share % 4 == 0 for share in shares)
+        assert len(widths) == 1 or all(share % 4 == 0 for share in portions)
     if zeroed == 0:
         owner = np.repeat(np.arange(len(widths)), np.array(widths) * k)
         largest = owner[np.argsort(-np.abs(codes.numpy()).ravel(), kind="stable")[:nonzeros]]
         counts = np.bincount(largest, minlength=len(widths))
-        assert np.abs(np.array(shares) - counts).max() < 4 * len(widths)
+        assert np.abs(np.array(portions) - counts).max() < 4 * len(widths)
 
 
 def test_gradient_step_agrees_with_numpy() -> None:
