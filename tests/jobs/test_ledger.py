@@ -332,3 +332,14 @@ def test_a_job_that_was_killed_while_its_folder_was_deleted_is_known_to_have_end
 
 def _killed(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_a_folder_that_can_never_be_made_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in /proc, where making one fails as if its parent were not there."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UserError, match=r"the job directory .*out\.work cannot be written: No such file"):
+        JobDirectory(tmp_path / "out.work")

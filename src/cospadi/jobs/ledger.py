@@ -10,6 +10,7 @@ times are stored or compared.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -310,13 +311,14 @@ def _lock(folder: Path) -> int:
     """An open file that only one process at a time has; the system lets go of it when that process ends."""
     import fcntl
 
+    tries = itertools.count(1)
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # removed in between by the process that has just finished
-            continue
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and next(tries) < 100:
+                continue  # removed in between by the process that has just finished
             raise UserError(f"the job directory {folder} cannot be written: {error.strerror}") from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
