@@ -379,4 +379,4 @@ def _in_worker(parcel: Parcel, threads: int) -> Parcel:
 
 def _tell(share: float, note: str) -> None:
     with suppress(OSError):  # a report is left out where nobody has read those before
-        _reports.send((share, note))
+        _reports.send((share, note[:1000]))  # what a pipe takes whole or not at all
