@@ -67,6 +67,14 @@ def cpu_multiplies_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported()
 
 
+def cpu_multiplies_in_tiles() -> bool:
+    """Whether this CPU has AMX, with which torch's float32 products of "medium" precision are single bf16 ones.
+
+    Waits for `torch.cpu.get_capabilities`, as above.
+    """
+    return torch.cpu._is_amx_tile_supported()
+
+
 def fake_tensors() -> AbstractContextManager[object]:
     """Inside this block tensors have shapes and dtypes and no numbers, those of modules on the meta device, too.
 

@@ -97,8 +97,8 @@ def compress(
         # D and S of each group, block by block and input by input. `factorize` runs in a worker: the recipe's solver
         # on A = L W, by default solvers/mod_htp.py, then both factors as they are stored.
         with Tasks(job, "solve", keys_of("factors", plan.compressed), factorize, record) as tasks:
-            missing = tasks.missing()
-            for block in blocks_to_solve(job, plan.compressed, missing):
+            missing = set(tasks.missing())
+            for block in blocks_to_solve(job, plan.compressed, tasks.missing()):
                 for groups in block.sets:  # those that read the same tensor
                     tasks.give(
                         (group, job.task(group, whitening, fisher, weight=weight))

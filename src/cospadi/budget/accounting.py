@@ -11,14 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Literal
 
 from cospadi.format.form import DENSE_BITS, Form, Parts, dense_bytes
 
 VALUE_UNIT = 4
 """Values that fill whole bytes at every even width: four of 14 bits are seven bytes."""
-
-Accounting = Literal["exact", "eq10", "eq11"]
 
 
 def sparse_bits(d1: int, d2: int, k: int, s: int, value_bits: int) -> Parts:
@@ -94,8 +91,9 @@ def free_size(budget: int, form: Form, d1: int, d2s: Sequence[int], rho: float) 
 
 
 def _most_atoms(budget: int, form: Form, d1: int) -> int:
-    """Atoms that fit if nothing else is stored."""
-    return budget // form.dictionary_kind.nbytes(d1, 1)
+    """Atoms that fit if nothing else is stored; d1 where they cost nothing."""
+    nbytes = form.dictionary_kind.nbytes(d1, 1)
+    return budget // nbytes if nbytes else d1
 
 
 def most_nonzeros(d2s: Sequence[int], k: int) -> int:

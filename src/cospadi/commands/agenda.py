@@ -208,7 +208,7 @@ def _likely(group: Group, recipe: Recipe) -> list[Group]:
 
 
 def _learned(text: Text, checked: bool) -> int:
-    """Sequences that `sequence.learn_calls` runs: two batches of each size that occurs."""
+    """Sequences that `walk.learn_calls` runs: two batches of each size that occurs."""
     wanted = [(text.sequences, text.batch)] + ([(text.checked, 1), (text.checked, text.batch)] if checked else [])
     runs: dict[int, int] = {}
     for count, batch in wanted:

@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import quote
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -290,21 +290,6 @@ def _read_job(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{path} cannot be read, or is not as this version of cospadi wrote it. Pass --no-resume to restart"
         )
     return job["identity"], job["notes"]
-
-
-def read_tensors(piece: Piece, names: set[str]) -> dict[str, Tensor]:
-    """A piece's tensors, refused where they are others than `names`.
-
-    Raises:
-        UserError: it is no file of those tensors.
-    """
-    try:
-        tensors = piece.tensors()
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{piece.path} cannot be read: {error}. Pass --no-resume to restart") from None
-    if set(tensors) != names:
-        raise UserError(f"{piece.path} does not hold what its ledger says. Pass --no-resume to restart")
-    return tensors
 
 
 def _lock(folder: Path) -> int:

@@ -130,7 +130,7 @@ def can_multiply(z: Tensor, support: Tensor, values: Tensor, value_bits: int) ->
 def sparse_matmul(
     z: Tensor, support: Tensor, values: Tensor, offsets: Tensor, k: int, value_bits: int, level: int | None = None
 ) -> Tensor:
-    """y = z S for z (..., k); see `ops.sparse_matmul`. `level` is one of `levels()`.
+    """y = z S for z (..., k); see `op.sparse_matmul`. `level` is one of `levels()`.
 
     Raises:
         ValueError: values that do not match the mask, or offsets that are not `packing.column_offsets`.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cospadi.solvers.flops import Flops, cholesky, triangular
 from cospadi.solvers.problem import Factorization, Problem, SolverOptions, leading_flops, relative_error
-from cospadi.solvers.products import bf16_is_fast, float32_products, self_product, self_product_flops
+from cospadi.solvers.products import bf16_is_fast, float32_products, rough_products, self_product, self_product_flops
 
 DESCENT = 0.6
 """Fraction of the iterations over which the number of nonzeros falls to the target."""
@@ -91,7 +91,7 @@ def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Facto
     for iteration in range(1, options.iterations + 1):
         n = _scheduled(iteration / options.iterations, dense, nonzeros)
         exact = stopping or iteration > options.iterations * (1 - EXACT_FRACTION)
-        with float32_products("highest" if exact else "high"):
+        with float32_products("highest" if exact else rough_products(columns.device)):
             lead = _unit_rows(atoms.lerp(previous, -momentum))
             lead_t = lead.T.contiguous()
             coherence = self_product(lead_t)

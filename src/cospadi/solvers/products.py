@@ -39,6 +39,14 @@ def bf16_is_fast(device: torch.device) -> bool:
     return device.type == "cuda" or compat.cpu_multiplies_bf16()
 
 
+def rough_products(device: torch.device) -> str:
+    """The least precision of float32 products that still leaves enough digits to fit a dictionary with.
+
+    "medium", but for CPUs with AMX, where it would leave three digits.
+    """
+    return "high" if device.type == "cpu" and compat.cpu_multiplies_in_tiles() else "medium"
+
+
 _PRECISION = threading.RLock()
 
 
@@ -46,7 +54,7 @@ _PRECISION = threading.RLock()
 def float32_products(precision: str) -> Iterator[None]:
     """How float32 products may be computed inside this block: "highest", "high" (TF32) or "medium" (one bf16 product).
 
-    A CPU with AMX takes "medium" by its word: three digits are left, too few to fit a dictionary with.
+    A CPU with AMX takes "medium" by its word; see `rough_products`.
 
     Torch has one setting for the whole process, so that blocks of several threads wait for each other. Where somebody
     has set it backend by backend, which torch does not let mix with this, it stays as it is.
