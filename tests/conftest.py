@@ -207,3 +207,10 @@ def alone(dense_folder: Path, short_recipe: dict[str, Any], tmp_path_factory: py
     output = tmp_path_factory.mktemp("alone") / "out"
     cospadi.compress(dense_folder, short_recipe, output, engine=Engine(threads_per_task=1))
     return hashes(output)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_anew() -> Iterator[None]:
+    """torch compiles a function so many times a process and then refuses: each file of tests begins at none."""
+    yield
+    torch.compiler.reset()
