@@ -20,7 +20,7 @@ from cospadi.model import load
 from cospadi.recipe import CACHE_BYTES, Recipe
 from cospadi.stages.budgets import allocate
 from cospadi.stages.costs import estimate_fisher
-from cospadi.stages.measure import blocks_to_solve
+from cospadi.stages.measure import CompensatedBlock, blocks_to_solve
 from cospadi.stages.open import begin, check_space, open_ledger, opened
 from cospadi.stages.solve import factorize, record
 from cospadi.stages.tasks import Tasks, keys_of
@@ -104,7 +104,7 @@ def compress(
                         (group, job.task(group, whitening, fisher, weight=weight))
                         for group, whitening, weight in block.measure([group for group in groups if group in missing])
                     )
-                    if job.compensates:
+                    if isinstance(block, CompensatedBlock):
                         block.swap_in(tasks.weights(groups))
             tasks.finish()
             pieces = tasks.pieces()

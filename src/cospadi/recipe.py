@@ -228,7 +228,7 @@ class Recipe(BaseModel):
             raise UserError(where + "; ".join(map(_sentence, problems[:MOST_PROBLEMS])) + more) from None
 
     def to_yaml(self) -> str:
-        """The whole recipe, defaults included, as YAML."""
+        """The whole recipe as YAML: defaults too, but for `budget_iterations`."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 

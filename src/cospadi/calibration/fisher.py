@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cospadi.calibration.spill import Spill
-from cospadi.calibration.walk import Calls, advance, call, embed, logits, replaced_weights, walk
+from cospadi.calibration.walk import Calls, advance, call, embed, logits, replaced_forwards, replaced_weights, walk
 from cospadi.errors import UserError
 from cospadi.model.blocks import Blocks
 from cospadi.model.projections import Projection, decoder_blocks
@@ -45,12 +45,14 @@ def output_fisher(
     """
     fisher: dict[str, Tensor] = {}
     device = next(model.parameters()).device
+    modules = list(decoder_blocks(model)[1])
+    forwards = [partial(checkpoint, block.forward, use_reentrant=False) for block in modules]  # keep their inputs only
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         _squared_gradients(model, projections, fisher),
         _gradients_to_activations_only(model),
-        _blocks_checkpointed(model),
+        replaced_forwards(modules, forwards),
     ):
         for tokens in sequences:
             tokens = tokens[None].to(device)
@@ -194,19 +196,3 @@ def _no_parameter_gradients(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in wanted:
             parameter.requires_grad_()
-
-
-@contextmanager
-def _blocks_checkpointed(model: nn.Module) -> Iterator[None]:
-    """Decoder blocks keep their inputs only and run again on the way back."""
-    blocks = list(decoder_blocks(model)[1])
-    own = [vars(block).get("forward") for block in blocks]  # somebody may have wrapped one already
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward

@@ -230,28 +230,28 @@ def advance(block: nn.Module, index: int, calls: Calls, flow: Flow, replacement:
 
 def logits(blocks: Blocks, calls: Calls, hidden: Tensor, tokens: Tensor) -> Tensor:
     """What the model makes of hidden states after its last block, whose tokens were `tokens`, both of one batch."""
-    with blocks.passed_by(), _replaced_forward(blocks.modules, calls, hidden):
+
+    def giving(rest: tuple[Any, ...] | None) -> Callable[..., Any]:
+        return lambda *_args, **_kwargs: hidden if rest is None else (hidden, *rest)
+
+    with blocks.passed_by(), replaced_forwards(blocks.modules, [giving(rest) for rest in calls.rest]):
         output: Tensor = blocks.model(input_ids=tokens.to(blocks.device), use_cache=False).logits
     return output
 
 
 @contextmanager
-def _replaced_forward(modules: Sequence[nn.Module], calls: Calls, hidden: Tensor) -> Iterator[None]:
-    """Blocks that all give the same hidden states, whatever they are called with."""
-    own = [vars(block).get("forward") for block in modules]  # somebody may have wrapped one already
-
-    def giving(rest: tuple[Any, ...] | None) -> Callable[..., Any]:
-        return lambda *_args, **_kwargs: hidden if rest is None else (hidden, *rest)
-
-    for block, rest in zip(modules, calls.rest, strict=True):
-        block.forward = giving(rest)
+def replaced_forwards(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Other `forward`s for some modules inside this block, one each."""
+    own = [vars(module).get("forward") for module in modules]  # somebody may have wrapped one already
+    for module, forward in zip(modules, forwards, strict=True):
+        module.forward = forward
     try:
         yield
     finally:
-        for block, forward in zip(modules, own, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
+        for module, before in zip(modules, own, strict=True):
+            del module.forward
+            if before is not None:
+                module.forward = before
 
 
 @torch.no_grad()

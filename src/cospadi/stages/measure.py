@@ -50,12 +50,9 @@ class Block:
         for group in groups:
             yield group, self.whitenings[self.job.inputs(group)], self.job.weight(group)
 
-    def swap_in(self, weights: Mapping[str, Tensor]) -> None:
-        """Have what comes after read what these replacement weights (d2, d1), by full layer name, make of it."""
-
 
 @dataclass
-class CompensatedBlock(Block):
+class CompensatedBlock:
     """A decoder block of the model that is compressed so far, its weights in memory.
 
     Attributes:
@@ -64,6 +61,8 @@ class CompensatedBlock(Block):
         count: blocks of the walk, for the progress bar.
     """
 
+    job: Job
+    sets: Sequence[Sequence[Group]]
     dense: Stream
     compressed: Stream
     index: int
@@ -97,12 +96,13 @@ class CompensatedBlock(Block):
                 yield group, whitening, walk.corrected(job.weight(group), gram, cross)
 
     def swap_in(self, weights: Mapping[str, Tensor]) -> None:
+        """Have what comes after read what these replacement weights (d2, d1), by full layer name, make of it."""
         blocks = self.job.blocks
         for name, weight in weights.items():
             self.compressed.weights[name] = weight.to(blocks.device, blocks.dtype(name))
 
 
-def blocks_to_solve(job: Job, groups: Sequence[Group], missing: Sequence[Group]) -> Iterator[Block]:
+def blocks_to_solve(job: Job, groups: Sequence[Group], missing: Sequence[Group]) -> Iterator[Block | CompensatedBlock]:
     """The decoder blocks in order, with the text running through them.
 
     With compensation the text runs through the dense model and beside it through the one that is compressed so far:
@@ -126,7 +126,7 @@ def blocks_to_solve(job: Job, groups: Sequence[Group], missing: Sequence[Group])
     count = max(group.members[0].block for group in missing) + 1
     log.info("calibrating block by block on %d sequences of %d tokens", *job.sequences.shape)
     for index, module in walk.walk(job.blocks, job.calls, range(count), [dense, compressed], through_last=False):
-        yield CompensatedBlock(job, _sets(job, groups, index), {}, dense, compressed, index, module, count)
+        yield CompensatedBlock(job, _sets(job, groups, index), dense, compressed, index, module, count)
     dense.flow.close()
     compressed.flow.close()
 
