@@ -39,6 +39,27 @@ class Problem:
         return self.directions[:, :k] if k <= min(self.target.shape) else leading_directions(self.target, k)
 
 
+@dataclass(frozen=True)
+class MetricProblem:
+    """Weights and the metric of their error, for solvers whose dictionary is the identity: S (d1, d2) is near W itself.
+
+    The error of E = W - S is tr(Gamma E^T G E), where Gamma has a block for each member: to second order what E costs
+    in the loss, with the Kronecker factors of its Fisher matrix (K-FAC, Martens and Grosse 2015).
+
+    Attributes:
+        weight: W of a projection, or of several that read the same input side by side, float32 (d1, d2).
+        gram: G = X^T X, float32 (d1, d1), symmetric, positive semidefinite and maybe singular; None stands for I.
+        outputs: what an error at the outputs of each member costs: Gamma, float32 (d2, d2) of the member or, where only
+            its diagonal is known, (d2,). Empty: I.
+        members: d2 of each projection side by side in W.
+    """
+
+    weight: Tensor
+    gram: Tensor | None
+    outputs: tuple[Tensor, ...]
+    members: tuple[int, ...]
+
+
 def leading_flops(d1: int, d2: int, k: int, again: bool) -> Flops:
     """Of `Problem.leading`; nothing `again`, where the problem has kept them."""
     count = min(d1, d2)
@@ -52,14 +73,14 @@ class Factorization:
     """A ~ D S.
 
     Attributes:
-        dictionary: D in the whitened metric, float (d1, k), unit columns.
+        dictionary: D in the whitened metric, float (d1, k), unit columns; None for D = I, where S is near W.
         coefficients: S, float (k, d2), zero outside the support.
         support: bool (k, d2), the stored entries of S: s in each column, or s d2 anywhere. None where all of S
             is stored, which is dense.
         errors: ||A - D S||_F / ||A||_F after each iteration.
     """
 
-    dictionary: Tensor
+    dictionary: Tensor | None
     coefficients: Tensor
     support: Tensor | None = None
     errors: list[float] = field(default_factory=list)
