@@ -43,10 +43,10 @@ from cospadi.solvers import SOLVERS, Problem, SolverOptions
 from cospadi.solvers.mod_htp import (
     BLOCK_ENTRIES,
     EXACT_FRACTION,
-    _blocks,
     _scheduled,
 )
 from cospadi.solvers.products import bf16_is_fast, float32_products, self_product
+from cospadi.solvers.support import row_blocks
 from cospadi.stages.measure import whitenings
 from cospadi.stages.open import opened
 from cospadi.stages.solve import pack, pose, solve
@@ -112,7 +112,7 @@ def synthetic_target(d1: int, d2: int) -> Tensor:
     matrix = torch.randn(d1, d2, generator=generator) * spread[:, None]
     matrix *= torch.exp(0.4 * torch.randn(d2, generator=generator))
     signs = torch.randint(0, 2, (2, d1), generator=generator) * 2.0 - 1
-    for block in _blocks(slice(0, d2), 1024):
+    for block in row_blocks(slice(0, d2), 1024):
         turned = torch.fft.fft(signs[0, :, None] * matrix[:, block], dim=0, norm="ortho")
         matrix[:, block] = signs[1, :, None] * (turned.real - turned.imag)
     return matrix
@@ -202,7 +202,7 @@ def bare_products(target: Tensor, k: int, repeats: int = 3) -> float:
     codes = torch.randn(d2, k, generator=generator, device=device)
     low = torch.bfloat16 if bf16_is_fast(device) else torch.float32
     codes_low, coherence = codes.to(low), torch.randn(k, k, generator=generator, device=device).to(low)
-    blocks = _blocks(slice(0, d2), max(1, BLOCK_ENTRIES[device.type] // max(k, d1)))
+    blocks = row_blocks(slice(0, d2), max(1, BLOCK_ENTRIES[device.type] // max(k, d1)))
     atoms_t = atoms.T.contiguous()
     best = float("inf")
     for _ in range(repeats + 1):
@@ -429,7 +429,7 @@ def figure(
 def _error(target: Tensor, dictionary: Tensor, coefficients: Tensor) -> float:
     """||A - D S||_F / ||A||_F in float64, some columns at a time."""
     missed, atoms = 0.0, dictionary.double()
-    for block in _blocks(slice(0, target.shape[1]), 1024):
+    for block in row_blocks(slice(0, target.shape[1]), 1024):
         missed += float((target[:, block].double() - atoms @ coefficients[:, block].double()).square().sum())
     return float((missed / target.double().square().sum()) ** 0.5)
 

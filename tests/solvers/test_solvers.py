@@ -29,19 +29,17 @@ from cospadi.solvers.mod_htp import (
     DESCENT,
     EXACT_FRACTION,
     OVERSHOOT,
-    _blocks,
     _fit_codes,
     _fit_dictionary,
     _gradient_step,
-    _portions,
     _scheduled,
-    keep_largest_entries,
     mod_htp,
 )
 from cospadi.solvers.omp import omp, scatter_codes
 from cospadi.solvers.orthogonal import keep_largest, leading_directions
 from cospadi.solvers.procrustes import code, procrustes, update_orthonormal
 from cospadi.solvers.products import rough_products, self_product
+from cospadi.solvers.support import keep_largest_entries, member_portions, row_blocks
 
 FORM = Form("stored", "mask", "f14")
 SPARSE = [name for name, solver in SOLVERS.items() if solver.support == "mask"]
@@ -746,7 +744,7 @@ def test_keep_largest_entries_agrees_with_a_stable_sort(values: np.ndarray, data
     mask[kept] = True
     expected[span] = np.where(mask.reshape(part.shape), part, 0)
     matrix = torch.from_numpy(values.copy())
-    keep_largest_entries(matrix, n, _blocks(span, rows))
+    keep_largest_entries(matrix, n, row_blocks(span, rows))
     np.testing.assert_array_equal(matrix.numpy(), expected)
 
 
@@ -763,7 +761,7 @@ def test_portions_sum_up_and_follow_the_largest(
     codes = torch.randn(sum(widths), k, generator=torch.Generator().manual_seed(seed))
     codes[: zeroed * widths[0]] = 0
     nonzeros = int(density * codes.numel())
-    portions = _portions(codes, nonzeros, widths, _blocks(slice(0, len(codes)), 2))
+    portions = member_portions(codes, nonzeros, widths, row_blocks(slice(0, len(codes)), 2))
     assert sum(portions) == nonzeros
     assert all(0 <= share <= width * k for share, width in zip(portions, widths, strict=True))
     if nonzeros % 4 == 0 and nonzeros <= sum(width * k // 4 * 4 for width in widths):

@@ -15,14 +15,13 @@ truncated SVD, which is the best start there is while n is large. docs/solvers.m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from cospadi.solvers.flops import Flops, cholesky, triangular
 from cospadi.solvers.problem import Factorization, Problem, SolverOptions, leading_flops, relative_error
 from cospadi.solvers.products import bf16_is_fast, float32_products, rough_products, self_product, self_product_flops
+from cospadi.solvers.support import fill_support, keep_largest_entries, member_portions, member_spans, row_blocks
 
 DESCENT = 0.6
 """Fraction of the iterations over which the number of nonzeros falls to the target."""
@@ -73,15 +72,15 @@ def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Facto
         atoms, codes = _given(options.start, basis, scale)
     dense = d2 * min(k, d1) if options.start is None else max(nonzeros, int(codes.count_nonzero()))
     rows = max(1, BLOCK_ENTRIES[columns.device.type] // max(k, d1))
-    blocks = _blocks(slice(0, d2), rows)
+    blocks = row_blocks(slice(0, d2), rows)
     members = problem.members or (d2,)
     portions: list[int] | None = None  # each member's nonzeros, fixed once the schedule has come down
     quick = torch.bfloat16 if min(d1, d2) >= SMALLEST_QUICK and bf16_is_fast(columns.device) else torch.float32
 
     best, best_error, best_portions = (atoms, codes.clone()), float("inf"), [nonzeros]
     if options.start is not None:
-        best_portions = _portions(codes, nonzeros, members, blocks)
-        counts = [int(codes[member].count_nonzero()) for member in _spans(members)]
+        best_portions = member_portions(codes, nonzeros, members, blocks)
+        counts = [int(codes[member].count_nonzero()) for member in member_spans(members)]
         if all(count <= portion for count, portion in zip(counts, best_portions, strict=True)):
             best_error = relative_error(columns, codes @ atoms)
     correlations = torch.empty_like(codes)
@@ -104,9 +103,9 @@ def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Facto
             if n > nonzeros:
                 keep_largest_entries(codes, n, blocks)
             else:
-                portions = portions or _portions(codes, n, members, blocks)
-                for member, portion in zip(_spans(members), portions, strict=True):
-                    keep_largest_entries(codes, portion, _blocks(member, rows))
+                portions = portions or member_portions(codes, n, members, blocks)
+                for member, portion in zip(member_spans(members), portions, strict=True):
+                    keep_largest_entries(codes, portion, row_blocks(member, rows))
             for block in blocks:
                 _fit_codes(codes[block], correlations[block], coherence)
             previous = atoms
@@ -131,8 +130,8 @@ def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Facto
             stopping = True
     atoms, codes = best
     support = codes != 0
-    for member, portion in zip(_spans(members), best_portions, strict=True):
-        _fill(support[member], portion)
+    for member, portion in zip(member_spans(members), best_portions, strict=True):
+        fill_support(support[member], portion)
     dictionary = atoms.T if basis is None else basis @ atoms.T
     dictionary, coefficients = dictionary.to(problem.target), (codes * scale).T.to(problem.target)
     return Factorization(dictionary.contiguous(), coefficients.contiguous(), support.T.contiguous(), errors)
@@ -248,84 +247,6 @@ def _fit_dictionary(outer: Tensor, cross: Tensor, unused: Tensor, norm: float) -
 def _energy(matrix: Tensor) -> float:
     """||M||_F^2, rows in their own precision and their sum in float64."""
     return float(torch.linalg.vecdot(matrix, matrix).sum(dtype=torch.float64))
-
-
-def keep_largest_entries(matrix: Tensor, n: int, blocks: Sequence[slice]) -> None:
-    """Set all but the n largest magnitudes of some rows to zero, in place; of equal ones the first stay. No sort.
-
-    Float32 magnitudes order as their bit patterns do: a histogram of the upper half of the bits finds the bin that
-    holds the threshold, and only what lies in that bin is looked at again.
-
-    Args:
-        matrix: float32 (rows, k), contiguous. blocks: the rows concerned, in pieces.
-    """
-    if n >= sum(block.stop - block.start for block in blocks) * matrix.shape[1]:
-        return
-    if n == 0:
-        for block in blocks:
-            matrix[block] = 0
-        return
-
-    def bits(block: slice) -> Tensor:
-        return matrix[block].abs().view(torch.int32)
-
-    histogram = torch.zeros(2**15, dtype=torch.int64, device=matrix.device)
-    for block in blocks:
-        histogram += torch.bincount((bits(block) >> 16).flatten(), minlength=2**15)
-    above = histogram.flip(0).cumsum(0)
-    place = int(torch.searchsorted(above, n))
-    bin_ = 2**15 - 1 - place
-    missing = n - int(above[place] - histogram[bin_])
-    candidates = torch.cat([row[(row >> 16) == bin_] for row in map(bits, blocks)])
-    threshold = int(torch.kthvalue(candidates, len(candidates) - missing + 1).values)
-    surplus = int((candidates >= threshold).sum()) - missing
-    for block in reversed(blocks):
-        magnitudes = bits(block)
-        matrix[block].mul_(magnitudes >= threshold)
-        if surplus and threshold:
-            ties = (magnitudes == threshold).flatten().nonzero()[:, 0]
-            matrix[block].view(-1)[ties[max(0, len(ties) - surplus) :]] = 0
-            surplus = max(0, surplus - len(ties))
-
-
-def _portions(codes: Tensor, nonzeros: int, members: Sequence[int], blocks: Sequence[slice]) -> list[int]:
-    """Nonzeros of each member as the largest entries of all fall, in multiples of four where the sum is one."""
-    if len(members) == 1:
-        return [nonzeros]
-    kept = codes.clone()
-    keep_largest_entries(kept, nonzeros, blocks)
-    counts = [int(kept[member].count_nonzero()) for member in _spans(members)]
-    room = [width * codes.shape[1] for width in members]
-    whole = [most // 4 * 4 for most in room]
-    unit, room = (4, whole) if nonzeros % 4 == 0 and nonzeros <= sum(whole) else (1, room)
-    portions = [count // unit * unit for count in counts]
-    while (left := nonzeros - sum(portions)) > 0:  # less than one unit a member, unless A is nearly zero
-        neediest = max(
-            (member for member in range(len(members)) if portions[member] < room[member]),
-            key=lambda member: counts[member] - portions[member],
-        )
-        step = min(room[neediest] - portions[neediest], unit * max(1, left // unit // len(members)))
-        portions[neediest] += step
-    return portions
-
-
-def _fill(support: Tensor, n: int) -> None:
-    """Add the first free entries until `n` are set, in place: coefficients that came out as 0 are stored as such."""
-    missing = n - int(support.sum())
-    if missing > 0:
-        free = (~support).nonzero()[:missing]
-        support[free[:, 0], free[:, 1]] = True
-
-
-def _spans(widths: Sequence[int]) -> list[slice]:
-    """Where each member's rows are."""
-    ends = [sum(widths[: i + 1]) for i in range(len(widths))]
-    return [slice(end - width, end) for width, end in zip(widths, ends, strict=True)]
-
-
-def _blocks(span: slice, rows: int) -> list[slice]:
-    """A range of rows in pieces."""
-    return [slice(start, min(start + rows, span.stop)) for start in range(span.start, span.stop, rows)]
 
 
 def _unit_rows(matrix: Tensor) -> Tensor:
