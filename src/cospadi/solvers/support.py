@@ -1,6 +1,6 @@
 """Supports of given size: the largest entries of a matrix, and how many of them each member of a group holds.
 
-Matrices here hold a column of S in a row, so that the columns of a member lie in one piece: S^T (d2, k).
+Where blocks and members are rows, matrices hold a column of S in a row: S^T (d2, k).
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+BLOCK_ENTRIES = 2**22
+"""Entries of a matrix that are sorted or compared at once."""
 
 
 def keep_largest_entries(matrix: Tensor, n: int, blocks: Sequence[slice]) -> None:
@@ -111,3 +114,41 @@ def member_spans(widths: Sequence[int]) -> list[slice]:
 def row_blocks(span: slice, rows: int) -> list[slice]:
     """A range of rows in pieces."""
     return [slice(start, min(start + rows, span.stop)) for start in range(span.start, span.stop, rows)]
+
+
+def largest_of_each(scores: Tensor, n: int) -> Tensor:
+    """The n entries of a (d1, d2) matrix that are the largest of their columns: bool (d1, d2).
+
+    Every column has the same number, but for a remainder of n: it goes to the columns whose next score is largest. Of
+    equal scores the first stay.
+
+    Args:
+        scores: float (d1, d2), not negative. n: at most d1 d2.
+    """
+    d1, d2 = scores.shape
+    each, rest = divmod(n, d2)
+    support = torch.zeros_like(scores, dtype=torch.bool)
+    following = torch.full((d2,), d1 - 1, device=scores.device)
+    for block in row_blocks(slice(0, d2), max(1, BLOCK_ENTRIES // d1)):
+        order = scores[:, block].sort(dim=0, descending=True, stable=True).indices
+        support[:, block].scatter_(0, order[:each], True)
+        if rest:
+            following[block] = order[each]
+    if rest:
+        columns = torch.arange(d2, device=scores.device)
+        extra = scores[following, columns].sort(descending=True, stable=True).indices[:rest]
+        support[following[extra], extra] = True
+    return support
+
+
+def largest_of_all(scores: Tensor, n: int) -> Tensor:
+    """The n largest entries of a matrix: bool, of its shape. Of equal scores the first stay.
+
+    Args:
+        scores: float32 (rows, k), contiguous, not negative; overwritten. n: at most rows k.
+    """
+    rows, k = scores.shape
+    keep_largest_entries(scores, n, row_blocks(slice(0, rows), max(1, BLOCK_ENTRIES // k)))
+    support = scores > 0
+    fill_support(support, n)
+    return support
