@@ -32,25 +32,33 @@ class SparseLowRank:
     Attributes:
         coefficients: S, float32 (d1, d2), zero outside the support; not rounded to 14 bits.
         support: bool (d1, d2), the entries of S that are stored.
-        low_rank: L, float32 (d1, d2), the product of factors rounded to bf16.
-        ranks: of each member's L.
+        factors: of each member, bf16 (d1, r) and (r, d2) of the member; their product is its L.
         nbytes: a mask of a bit an entry, 14 bits a stored entry and 2 bytes an entry of the factors, each of these
             rounded up to whole bytes for each member.
-        errors: ||diag(G)^1/2 (W - S - L)|| in that of W after each iteration, without rounding; then, with it,
+        errors: ||diag(G)^1/2 (W - S - L)|| in that of W after each iteration, before L is rounded; then
             ||X (W - S - L)|| in ||X W||.
     """
 
     coefficients: Tensor
     support: Tensor
-    low_rank: Tensor
-    ranks: tuple[int, ...]
+    factors: tuple[tuple[Tensor, Tensor], ...]
     nbytes: int
     errors: list[float]
+
+    @property
+    def low_rank(self) -> Tensor:
+        """L, float32 (d1, d2)."""
+        return torch.cat([left.float() @ right.float() for left, right in self.factors], dim=1)
 
     @property
     def weight(self) -> Tensor:
         """S + L, float32 (d1, d2)."""
         return self.coefficients + self.low_rank
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Of each member's L."""
+        return tuple(len(right) for _, right in self.factors)
 
 
 def oats(problem: MetricProblem, nbytes: int, options: SolverOptions) -> SparseLowRank:
@@ -58,7 +66,8 @@ def oats(problem: MetricProblem, nbytes: int, options: SolverOptions) -> SparseL
 
     `options.iterations` alternations; the paper has 80. Each output of a projection has the same number of entries in
     S, but for a remainder: the outputs whose next entry is largest have one more. Inputs that were always zero get
-    zeros. `outputs` is not used; without G, G = I.
+    zeros. `outputs` is not used; without G, G = I. Computed in float32, leading directions in float64. Memory: six
+    matrices of the size of W, and three of a projection in float64.
 
     Raises:
         UserError: the bytes are fewer than those of the mask.
@@ -69,29 +78,29 @@ def oats(problem: MetricProblem, nbytes: int, options: SolverOptions) -> SparseL
     roots = moments.clamp(min=0).sqrt()[:, None]
     inverse = torch.where(roots > 0, 1 / roots, 0)
     target = weight * roots
-    sparse, low_rank = torch.zeros_like(target), torch.empty_like(target)
+    sparse = torch.zeros_like(target)
     support = torch.zeros_like(target, dtype=torch.bool)
     spans = member_spans(problem.members)
     fits = [sizes(d1, width, nbytes * width // total) for width in problem.members]
     energy = float(torch.linalg.vector_norm(target, dtype=torch.float64)) ** 2
     errors: list[float] = []
+    factors: list[tuple[Tensor, Tensor]] = []
     for iteration in range(1, options.iterations + 1):
-        missed = 0.0
+        missed, factors = 0.0, []
         for member, (nonzeros, rank) in zip(spans, fits, strict=True):
             left, right = _leading_factors(target[:, member] - sparse[:, member], rank)
             rest = target[:, member] - left @ right
             support[:, member] = largest_of_each(rest.abs(), nonzeros)
             sparse[:, member] = rest * support[:, member]
             missed += float(torch.linalg.vector_norm(rest - sparse[:, member], dtype=torch.float64)) ** 2
-            if iteration == options.iterations:
-                low_rank[:, member] = _bf16(left * inverse) @ _bf16(right)
+            factors.append(((left * inverse).bfloat16(), right.bfloat16()))
         errors.append(math.sqrt(missed / energy if energy > 0 else missed))
         if options.on_iteration:
             options.on_iteration(iteration, errors[-1])
-    coefficients = sparse * inverse
-    errors.append(gram_error(problem, coefficients + low_rank))
     used = sum(counted_bytes(d1, width, *fit) for width, fit in zip(problem.members, fits, strict=True))
-    return SparseLowRank(coefficients, support, low_rank, tuple(rank for _, rank in fits), used, errors)
+    solution = SparseLowRank(sparse * inverse, support, tuple(factors), used, errors)
+    errors.append(gram_error(problem, solution.weight))
+    return solution
 
 
 def sizes(d1: int, d2: int, nbytes: int) -> tuple[int, int]:
@@ -132,7 +141,3 @@ def _leading_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _mask_bytes(d1: int, d2: int) -> int:
     return -(-d1 * d2 // 8)
-
-
-def _bf16(factor: Tensor) -> Tensor:
-    return factor.bfloat16().float()
