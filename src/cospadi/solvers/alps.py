@@ -13,8 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cospadi.solvers.flops import Flops, eigh
-from cospadi.solvers.flops import cholesky as cholesky_flops
+from cospadi.solvers.flops import Flops, cholesky, eigh
 from cospadi.solvers.gram import damped, gram_error, gram_error_flops, live_inputs
 from cospadi.solvers.magnitude import magnitude
 from cospadi.solvers.problem import Factorization, MetricProblem, SolverOptions
@@ -38,7 +37,7 @@ CHECK = 3
 """Iterations between two looks at the support."""
 SETTLED = 0.0003
 LATE = 30
-"""From this iteration on, the support is done when no more than the fraction SETTLED of n changes places."""
+"""From this iteration on, the support is done when less than the fraction SETTLED of n changes places."""
 CG_ITERATIONS = 10
 
 TINY = torch.finfo(torch.float32).tiny
@@ -47,10 +46,10 @@ TINY = torch.finfo(torch.float32).tiny
 def alps(problem: MetricProblem, nonzeros: int, options: SolverOptions) -> Factorization:
     """min ||X (W - S)||_F, with a damping of 1 % of G's mean diagonal, over S with the given number of nonzeros.
 
-    As published, every projection of a group has the same density. `options.iterations` bounds those of ADMM, 300 in
-    the authors' code; most layers need fewer. Errors are those of B, which tends to S, and the last one that of S.
-    Inputs that were always zero get zeros, which may be stored. `outputs` is not used. Without G the largest entries
-    are the solution.
+    As published, every projection of a group has the same density; they share a rho. `options.iterations` bounds those
+    of ADMM, 300 in the authors' code; most layers need fewer. Errors are those of B, which tends to S, and the last one
+    that of S. Inputs that were always zero get zeros, which may be stored. `outputs` is not used. Without G the largest
+    entries are the solution.
     Computed in float32 from the eigenvectors of H in float64. Memory: five matrices of the size of G in float64, four
     of the size of W.
 
@@ -125,7 +124,7 @@ def flops(d1: int, d2: int, nonzeros: int, options: SolverOptions) -> Flops:
     inverses = 1 + (options.iterations - 1) // CHECK
     products = 2.0 * d1**2 * d2 * (1 + options.iterations + 1 + CG_ITERATIONS)
     products += inverses * self_product_flops(d1, d1) + gram_error_flops(d1, d2)
-    return Flops(products, eigh(d1) + cholesky_flops(d1))
+    return Flops(products, eigh(d1) + cholesky(d1))
 
 
 def _solve_on_support(codes: Tensor, target: Tensor, support: Tensor, hessian: Tensor) -> None:
