@@ -1,4 +1,4 @@
-"""The method, top to bottom: text, what errors cost, budgets, Gram matrices, dictionary and codes, checkpoint."""
+"""The method, top to bottom: text, what errors cost, budgets, Gram matrices, solved and refined groups, checkpoint."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from cospadi.jobs.progress import Stages
 from cospadi.model import load
 from cospadi.recipe import CACHE_BYTES, Recipe
 from cospadi.stages.budgets import allocate
-from cospadi.stages.costs import estimate_fisher
-from cospadi.stages.measure import CompensatedBlock, blocks_to_solve
+from cospadi.stages.costs import estimate_costs
+from cospadi.stages.measure import WalkedBlock, blocks_to_solve
 from cospadi.stages.open import begin, check_space, open_ledger, opened
+from cospadi.stages.refine import Refinement
 from cospadi.stages.solve import factorize, record
 from cospadi.stages.tasks import Tasks, keys_of
 from cospadi.stages.text import read_text
@@ -87,27 +88,30 @@ def compress(
         # Calibration text, and how the blocks are called with it.
         read_text(job)
 
-        # What an error at each output costs in the loss.
-        by_loss = job.recipe.wants_fisher if plan is None else job.recipe.weight_columns == "fisher"
-        fisher = estimate_fisher(job) if by_loss else None
+        # What errors at the outputs cost in the loss.
+        costs = estimate_costs(job) if job.recipe.wants_gradients else None
 
         # Bytes for each group: k and s.
-        plan = plan or allocate(job, fisher)
+        plan = plan or allocate(job, costs)
 
-        # D and S of each group, block by block and input by input. `factorize` runs in a worker: the recipe's solver
-        # on A = L W, by default solvers/mod_htp.py, then both factors as they are stored.
+        # D and S of each group, block by block and input by input. `factorize` runs in a worker: the recipe's solver,
+        # by default solvers/htp.py, then both factors as they are stored. The values of a whole block are then tuned.
         with Tasks(job, "solve", keys_of("factors", plan.compressed), factorize, record) as tasks:
-            missing = set(tasks.missing())
-            for block in blocks_to_solve(job, plan.compressed, tasks.missing()):
+            refinement = Refinement(job, costs) if job.refines else None
+            unfinished = refinement.missing(plan.compressed) if refinement else tasks.missing()
+            missing = set(tasks.missing()).intersection(unfinished)
+            for block in blocks_to_solve(job, plan.compressed, unfinished):
                 for groups in block.sets:  # those that read the same tensor
                     tasks.give(
-                        (group, job.task(group, whitening, fisher, weight=weight))
+                        (group, job.task(group, whitening, costs.of(group) if costs else None, weight=weight))
                         for group, whitening, weight in block.measure([group for group in groups if group in missing])
                     )
-                    if isinstance(block, CompensatedBlock):
+                    if isinstance(block, WalkedBlock):
                         block.swap_in(tasks.weights(groups))
+                if isinstance(block, WalkedBlock) and refinement:
+                    block.swap_in(refinement.refine(block, tasks.pieces(block.groups)))
             tasks.finish()
-            pieces = tasks.pieces()
+            pieces = refinement.pieces(plan.compressed) if refinement else tasks.pieces(plan.compressed)
 
         # config.json, the factors, everything else as it was, hashes.
         manifest = finish(job, plan, pieces, target)
@@ -149,8 +153,8 @@ def measure_plan(
         stack.callback(job.blocks.model.train, training)
         begin(job, None)
         read_text(job)
-        fisher = estimate_fisher(job) if job.recipe.allocate != "uniform" and job.recipe.wants_fisher else None
-        plan = allocate(job, fisher)
+        costs = estimate_costs(job) if job.recipe.allocate != "uniform" and job.recipe.wants_gradients else None
+        plan = allocate(job, costs)
         if isinstance(ledger, JobDirectory):
             ledger.remove()
         return plan

@@ -19,9 +19,31 @@ from cospadi.errors import UserError
 MOST = 2**31
 """Bound of every count: beyond what anybody has, within what torch can count."""
 
+REFINE = 100
+"""Steps of refinement, unless told otherwise."""
+
 CACHE_BYTES = 4 * 10**9
 """What a job keeps in memory rather than on disk or computed again, half of it hidden states and half of it whitenings,
 unless told otherwise (`--cache-gb`). It is no field of the recipe: the result does not depend on it."""
+
+
+PLAIN: dict[str, Any] = {"share": "none", "allocate": "uniform", "metric": "output", "compensate": False, "refine": 0}
+"""The frame that the peers' papers measure in: each projection alone, the same ratio everywhere, plain calibration."""
+
+METHODS: dict[str, dict[str, Any]] = {
+    "sparse": {},
+    "mod-htp": {"solver": "mod-htp", "refine": 0},
+    "paper": PLAIN | {"solver": "ksvd", "rho": 2.0},
+    "compot": PLAIN | {"solver": "procrustes", "rho": 2.0, "iterations": 20},
+    "rocket": PLAIN | {"solver": "eigen", "rho": 2.0},
+    "svd-llm": PLAIN | {"solver": "svd-llm"},
+    "svd": PLAIN | {"solver": "svd", "metric": "weights"},
+    "magnitude": PLAIN | {"solver": "magnitude", "metric": "weights"},
+    "wanda": PLAIN | {"solver": "wanda"},
+    "sparsegpt": PLAIN | {"solver": "sparsegpt"},
+    "alps": PLAIN | {"solver": "alps", "iterations": 300},
+}
+"""Named recipes: what each sets of the fields that are not given."""
 
 
 class Recipe(BaseModel):
@@ -30,9 +52,11 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     ratio: float = Field(0.2, gt=0, lt=1, description="fraction of the selected projections' bytes to remove")
+    method: str = Field("sparse", description="a named recipe, which sets what is not given; see cospadi methods")
     solver: str = Field(
-        "mod-htp",
-        description="mod-htp (ours), ksvd (the paper's), procrustes (COMPOT), eigen (ROCKET); svd-llm, svd (low-rank)",
+        "htp",
+        description="htp (D = I), mod-htp, ksvd (the paper's), procrustes (COMPOT), eigen (ROCKET), svd-llm, svd, "
+        "sparsegpt, wanda, alps, magnitude",
     )
     accounting: Literal["exact", "eq10", "eq11"] = Field(
         "exact", description="exact: real bytes; eq10, eq11: the paper's own k and s"
@@ -51,10 +75,11 @@ class Recipe(BaseModel):
         description="how the byte budget is spread: by what an error costs in the loss (fisher) or in the projection's "
         "output, or the same ratio everywhere (uniform) (default: fisher; uniform without text and with eq10, eq11)",
     )
-    weight_columns: Literal["fisher", "none"] | None = Field(
+    metric: Literal["two-sided", "fisher", "output", "weights"] | None = Field(
         None,
-        description="weigh outputs by what they cost in the loss "
-        "(default: fisher; none without text and with --allocate output)",
+        description="what an error is measured in: of the weights (no text is needed), of the projection's output, of the "
+        "outputs weighed by what they cost in the loss (fisher), or together with how they do so together (two-sided) "
+        "(default: two-sided; fisher where D is stored; output with --allocate output)",
     )
     compensate: bool | None = Field(
         None,
@@ -73,14 +98,23 @@ class Recipe(BaseModel):
         description="alternations T of the short solver runs that budgets are measured by",
     )
 
+    refine: int | None = Field(
+        None,
+        ge=0,
+        le=MOST,
+        description="steps by which the values of each block are tuned to its output, supports fixed "
+        "(default: 100; 0 without text and with --share layers:N)",
+    )
+
     update: Literal["power", "pca", "mod"] = Field("power", description="dictionary update of ksvd")
-    iterations: int = Field(60, ge=1, le=MOST, description="alternations T of mod-htp, ksvd and procrustes")
+    iterations: int | None = Field(
+        None, ge=1, le=MOST, description="iterations T of the solver (default: 30 for htp, 60 for the others)"
+    )
     tolerance: float = Field(0.0, ge=0, lt=1, description="stop once an iteration gains less than this; 0: never")
     seed: int = Field(42, ge=0, lt=2**63, description="of the initial dictionary and the choice of calibration text")
     share: str = Field(
-        "input", description="which projections share a dictionary: none, input, layers:N, input,layers:N"
+        "input", description="which projections share a dictionary or budget: none, input, layers:N, input,layers:N"
     )
-    data_free: bool = Field(False, description="no calibration: minimise the error of the weights themselves")
     damping: float = Field(1e-6, gt=0, lt=1, description="diagonal shift of a singular Gram, in mean diagonals")
 
     include: tuple[str, ...] = Field((), title="GLOB", description="names of projections to compress (default: all)")
@@ -107,6 +141,17 @@ class Recipe(BaseModel):
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model (default: main)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, fields: Any) -> Any:
+        """What the method sets of the fields that are not given."""
+        if not isinstance(fields, dict):
+            return fields
+        method = fields.get("method", "sparse")
+        if not isinstance(method, str) or method not in METHODS:
+            raise ValueError(f"method {method!s:.40} is not known. Use one of {', '.join(METHODS)}")
+        return METHODS[method] | fields
 
     @field_validator("include", "exclude", "target", mode="before")
     @classmethod
@@ -142,10 +187,8 @@ class Recipe(BaseModel):
             )
         if self.accounting != "exact" and self.allocate in ("fisher", "output"):
             raise ValueError(f"allocate {self.allocate} spreads real bytes. Use accounting exact, or allocate uniform")
-        if self.data_free and (self.allocate in ("fisher", "output") or self.weight_columns == "fisher"):
-            raise ValueError(
-                "data_free leaves no text to allocate or weigh by. Use allocate uniform, weight_columns none"
-            )
+        if self.metric == "weights" and self.allocate in ("fisher", "output"):
+            raise ValueError("metric weights leaves no text to allocate by. Use allocate uniform")
         if self.accounting == "eq11" and self.value_bits not in (None, 14):
             raise ValueError("accounting eq11 means 14-bit values. Leave value_bits out, or use accounting eq10")
         if self.accounting == "eq10" and self.value_bits not in (None, 16):
@@ -155,7 +198,7 @@ class Recipe(BaseModel):
     def settled(self) -> Recipe:
         """The same recipe with a value for every field that another one decides: the one place where that happens.
 
-        `data_free` also tells that the solver takes no text. `rho` stays None where it is chosen with the budgets, and
+        A solver that takes no text makes the metric `weights`. `rho` stays None where it is chosen with the budgets, and
         what only the model knows (`length`) or the data set (`calibration_field`) stays open.
 
         Raises:
@@ -163,28 +206,42 @@ class Recipe(BaseModel):
         """
         from cospadi.solvers import find_solver  # torch: not for who only reads recipes
 
-        text = not self.data_free and find_solver(self.solver).whitened
+        solver = find_solver(self.solver)
+        metric: str = self.metric or ("output" if self.allocate == "output" else solver.metrics[0])
+        if metric not in solver.metrics:
+            raise UserError(
+                f"solver {self.solver} does not measure errors in metric {metric}. Use --metric "
+                + " or ".join(solver.metrics)
+            )
+        text = metric != "weights"
         if self.allocate in ("fisher", "output") and not text:
             raise UserError(f"solver {self.solver} uses no calibration text to allocate by. Use --allocate uniform")
-        if self.weight_columns == "fisher" and not text:
-            raise UserError(f"solver {self.solver} uses no calibration text to weigh by. Use --weight-columns none")
-        if self.compensate and (not text or self.layers_shared > 1):
-            why = "a dictionary serves several blocks" if text else "there is no text"
-            raise UserError(f"compensate is not possible: {why}. Use --no-compensate, or leave it out")
-        weighed = text and self.allocate != "output"
+        alone = text and self.layers_shared == 1
+        for name, asked in (("compensate", self.compensate), ("refine", self.refine)):
+            if asked and not alone:
+                why = "a dictionary serves several blocks" if text else "there is no text"
+                no = "--no-compensate" if name == "compensate" else "--refine 0"
+                raise UserError(f"{name} is not possible: {why}. Use {no}, or leave it out")
+        spread = text and self.accounting == "exact" and not solver.identity
         decided = {
-            "data_free": not text,
-            "allocate": self.allocate or ("fisher" if text and self.accounting == "exact" else "uniform"),
-            "weight_columns": self.weight_columns or ("fisher" if weighed else "none"),
-            "compensate": text and self.layers_shared == 1 and self.compensate is not False,
+            "metric": metric,
+            "allocate": self.allocate or ("fisher" if spread else "uniform"),
+            "compensate": alone and self.compensate is not False,
+            "refine": (REFINE if self.refine is None else self.refine) if alone else 0,
             "value_bits": self.stored_value_bits,
+            "iterations": self.iterations or solver.iterations,
         }
         return self.model_copy(update=decided)
 
     @property
-    def wants_fisher(self) -> bool:
-        """Whether anything in a settled recipe asks what errors cost in the loss."""
-        return "fisher" in (self.allocate, self.weight_columns)
+    def data_free(self) -> bool:
+        """Whether a settled recipe needs no text."""
+        return self.metric == "weights"
+
+    @property
+    def wants_gradients(self) -> bool:
+        """Whether a settled recipe's errors are measured by what they cost in the loss."""
+        return self.metric in ("fisher", "two-sided") or self.allocate == "fisher"
 
     @property
     def stored_value_bits(self) -> int:
@@ -215,6 +272,9 @@ class Recipe(BaseModel):
         """
         if isinstance(source, Recipe):
             fields = source.model_dump(exclude_unset=True)
+            if "method" in overrides:  # what the old one has set goes with it
+                preset = METHODS[source.method]
+                fields = {name: value for name, value in fields.items() if preset.get(name, cls) != value}
         elif isinstance(source, dict) or source is None:
             fields = dict(source or {})
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -93,13 +94,13 @@ def zero_gram(module: nn.Module) -> Tensor:
     return torch.zeros(module.in_features, module.in_features, dtype=torch.float64, device=module.weight.device)
 
 
-def gram_block(x: Tensor, y: Tensor, name: str) -> Tensor:
+def gram_block(x: Tensor, y: Tensor, name: str, what: str = "input") -> Tensor:
     """X^T Y of one batch of activations (..., d1), float32 (d1, d1).
 
     Entries that are bf16 lose nothing where the hardware multiplies float32 as TF32 or bf16: it may then.
 
     Raises:
-        UserError: it is not finite; the message says that `name` read it.
+        UserError: it is not finite; the message says that it is this, the input unless told otherwise, of `name`.
     """
     left = x.flatten(0, -2).float()
     exact_in_bf16 = x.dtype == y.dtype == torch.bfloat16
@@ -107,7 +108,7 @@ def gram_block(x: Tensor, y: Tensor, name: str) -> Tensor:
         block = self_product(left) if y is x else left.T @ y.flatten(0, -2).float()
     if not torch.isfinite(block.diagonal()).all():
         raise UserError(
-            f"the input of {name} is not finite on the calibration text. "
+            f"the {what} of {name} is not finite on the calibration text. "
             "Check the model's dtype (fp16 overflows in some models) and its weights"
         )
     return block
@@ -115,17 +116,51 @@ def gram_block(x: Tensor, y: Tensor, name: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Whitening:
-    """L with L^T L = G + shift I, the metric in which a projection is approximated.
+    """The metric of a projection's input, ||X E|| = ||L E||, with L^T L = G + shift I.
 
     Attributes:
-        factor: upper triangular L, float64 (d1, d1), or None for L = I.
-        shift: what was added to the diagonal of G.
-        scale: norm in the metric that an atom of rms(x d) = 1 has: sqrt(tokens), or 1 for L = I.
+        gram: G, float64 (d1, d1), symmetric, positive semidefinite up to rounding, or None for L = I.
+        tokens: rows of X.
+        damping: of a singular G, relative to its mean diagonal.
     """
 
-    factor: Tensor | None
-    shift: float = 0.0
-    scale: float = 1.0
+    gram: Tensor | None
+    tokens: int = 1
+    damping: float = 1e-6
+
+    @property
+    def factor(self) -> Tensor | None:
+        """L, upper triangular, float64 (d1, d1); computed when it is first asked for."""
+        return self._factored[0]
+
+    @property
+    def shift(self) -> float:
+        """What is added to the diagonal of G: nothing, or where G is singular to rounding the paper's (A.1),
+        max(0, -lambda_min(G) + damping * mean diagonal)."""
+        return self._factored[1]
+
+    @property
+    def scale(self) -> float:
+        """Norm in the metric that an atom of rms(x d) = 1 has: sqrt(tokens), or 1 for L = I."""
+        return 1.0 if self.gram is None else self.tokens**0.5
+
+    @cached_property
+    def _factored(self) -> tuple[Tensor | None, float]:
+        if self.gram is None:
+            return None, 0.0
+        gram, shift = self.gram, 0.0
+        rounding = len(gram) * torch.finfo(gram.dtype).eps * float(gram.diagonal().max())
+        factor = _cholesky(gram, smallest_pivot=rounding)
+        if factor is None:
+            smallest = float(torch.linalg.eigvalsh(gram)[0])
+            shift = max(0.0, -smallest + self.damping * float(gram.diagonal().mean()))
+            factor = _cholesky(gram + shift * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), 0.0)
+            if factor is None:
+                raise UserError(
+                    f"a Gram matrix stays singular after a diagonal shift of {shift:.3g}. "
+                    f"Raise --damping (now {self.damping:g})"
+                )
+        return factor, shift
 
     def apply(self, weight: Tensor) -> Tensor:
         """L W for W (d1, d2), in float64."""
@@ -140,35 +175,18 @@ class Whitening:
         solution: Tensor = torch.linalg.solve_triangular(self.factor, dictionary, upper=True)
         return solution
 
+    def energy(self, error: Tensor) -> Tensor:
+        """||X e_j||^2 of every column e_j of E (d1, d2), float64 (d2,)."""
+        error = error.double()
+        return (error * (error if self.gram is None else self.gram @ error)).sum(0).clamp(min=0)
+
 
 IDENTITY = Whitening(None)
 
 
 def whiten(gram: Tensor, tokens: int, damping: float) -> Whitening:
-    """Cholesky factor of a Gram; where it is singular to rounding, after the paper's diagonal shift (A.1).
-
-    The shift is max(0, -lambda_min(G) + damping * mean diagonal). A zero Gram gives L = I.
-
-    Args:
-        gram: float64 (d1, d1), symmetric, positive semidefinite up to rounding.
-        tokens: rows of X.
-        damping: relative to the mean diagonal.
-    """
-    mean_diagonal = float(gram.diagonal().mean())
-    if mean_diagonal == 0:
-        return IDENTITY
-    rounding = len(gram) * torch.finfo(gram.dtype).eps * float(gram.diagonal().max())
-    factor = _cholesky(gram, smallest_pivot=rounding)
-    shift = 0.0
-    if factor is None:
-        smallest = float(torch.linalg.eigvalsh(gram)[0])
-        shift = max(0.0, -smallest + damping * mean_diagonal)
-        factor = _cholesky(gram + shift * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), 0.0)
-        if factor is None:
-            raise UserError(
-                f"a Gram matrix stays singular after a diagonal shift of {shift:.3g}. Raise --damping (now {damping:g})"
-            )
-    return Whitening(factor, shift, tokens**0.5)
+    """The metric of a Gram matrix; of a zero one L = I."""
+    return Whitening(gram, tokens, damping) if float(gram.diagonal().mean()) else IDENTITY
 
 
 def _cholesky(gram: Tensor, smallest_pivot: float) -> Tensor | None:

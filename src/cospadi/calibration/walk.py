@@ -210,7 +210,7 @@ def embed(blocks: Blocks, sequences: Tensor, batch_size: int, spill: Spill) -> F
     return Flow(spill, blocks.device, items)
 
 
-def call(block: nn.Module, index: int, calls: Calls, hidden: Tensor) -> Tensor:
+def call(block: Callable[..., Any], index: int, calls: Calls, hidden: Tensor) -> Tensor:
     """What a block, the one of that index, makes of hidden states."""
     args, kwargs = calls.given[len(hidden)][index]
     return _first(block(hidden, *args, **kwargs))

@@ -171,7 +171,7 @@ def agenda_of(
     """What `compress` will do, as compress.py and the stages do it."""
     recipe = recipe.settled()
     spreads = recipe.allocate != "uniform" and not final
-    fisher = recipe.weight_columns == "fisher" or (spreads and recipe.allocate == "fisher")
+    fisher = recipe.metric in ("fisher", "two-sided") or (spreads and recipe.allocate == "fisher")
     compensated = bool(recipe.compensate)
     kept = sum(8 * reader.d1**2 for reader in shape.readers) <= cache_bytes // 2
     runs: list[Run] = []
@@ -188,7 +188,7 @@ def agenda_of(
             runs.append(Run("curves", tuple(size for size in sizes if size), recipe.budget_iterations))
             runs.append(Run("candidates", (group,), recipe.budget_iterations))
             runs += [Run("candidates", (size,), recipe.budget_iterations, len(SPANS) / len(likely)) for size in likely]
-        runs += [Run("solve", (size,), recipe.iterations, 1 / len(likely)) for size in likely]
+        runs += [Run("solve", (size,), recipe.iterations or 1, 1 / len(likely)) for size in likely]
     phases = 2 * spreads + fisher + (text.sequences > 0 and not compensated)
     return Agenda(
         learned=_learned(text, fisher or spreads),

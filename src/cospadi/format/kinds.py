@@ -21,23 +21,27 @@ class Dictionary(ABC):
 
     Attributes:
         name: in config.json.
-        dtype: of its tensor.
+        dtype: of its tensor, where it has one.
     """
 
     name: str
-    dtype: torch.dtype
+    dtype: torch.dtype = torch.bfloat16
 
     @abstractmethod
     def shape(self, d1: int, k: int) -> list[int] | None:
         """Of its tensor; None where there is none, and z = x."""
 
     @abstractmethod
-    def encode(self, dictionary: Tensor) -> Tensor | None:
-        """D, float (d1, k) -> what is stored."""
+    def encode(self, dictionary: Tensor | None) -> Tensor | None:
+        """D, float (d1, k), None for I -> what is stored."""
 
     @abstractmethod
-    def decode(self, stored: Tensor | None, d1: int) -> Tensor:
-        """What is stored -> D transposed, float32 (k, d1): row i is atom i."""
+    def decode(self, stored: Tensor | None) -> Tensor | None:
+        """What is stored -> D transposed, float32 (k, d1), row i is atom i; None for I."""
+
+    def atoms(self, d1: int) -> int | None:
+        """k, where d1 alone decides it."""
+        return None
 
     def nbytes(self, d1: int, k: int) -> int:
         shape = self.shape(d1, k)

@@ -70,6 +70,8 @@ class StoredProjection(BaseModel):
             raise ValueError(f"nnz {self.nnz} is more than k * d2 = {self.k * self.d2}")
         if self.nnz and not self.form.support_kind.chosen:
             raise ValueError(f"nnz is {self.nnz}, and support {self.support} has all of S, for which nnz is 0")
+        if (atoms := self.form.dictionary_kind.atoms(self.d1)) not in (None, self.k):
+            raise ValueError(f"k is {self.k}, and dictionary {self.dictionary} has {atoms} atoms")
         return self
 
     @property
@@ -122,6 +124,11 @@ def parse_projections(raw: object, version: int) -> dict[str, StoredProjection]:
             raise CheckpointError(f"config.json: projection {name}: {first_problem(error)}") from None
     for name, entry in projections.items():
         owner = projections.get(entry.owner)
+        if entry.form.dictionary_kind.shape(entry.d1, entry.k) is None and entry.owner != name:
+            raise CheckpointError(
+                f"config.json: projection {name} names {entry.owner} as the owner of its dictionary; dictionary "
+                f"{entry.dictionary} is stored nowhere, and each projection is its own owner"
+            )
         if owner is None or _dictionary(owner) != _dictionary(entry):
             raise CheckpointError(
                 f"config.json: projection {name} names {entry.owner} as the owner of its dictionary, "

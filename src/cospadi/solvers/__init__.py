@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from cospadi.errors import UserError
-from cospadi.solvers import eigen, ksvd, mod_htp, procrustes, svd
+from cospadi.solvers import alps, eigen, htp, ksvd, magnitude, mod_htp, procrustes, sparsegpt, svd
 from cospadi.solvers.flops import Flops
-from cospadi.solvers.problem import Factorization, Problem, SolverOptions
+from cospadi.solvers.problem import Factorization, MetricProblem, Problem, SolverOptions
 
-__all__ = ["SOLVERS", "Factorization", "Flops", "Problem", "Solver", "SolverOptions", "find_solver"]
+__all__ = ["SOLVERS", "Factorization", "Flops", "MetricProblem", "Problem", "Solver", "SolverOptions", "find_solver"]
+
+
+FISHER = ("fisher", "output", "weights")
+"""Metrics of solvers of the whitened problem, whose columns may be weighed."""
 
 
 @dataclass(frozen=True)
@@ -19,33 +22,58 @@ class Solver:
     """What the rest of the package must know of a solver.
 
     Attributes:
-        solve: the function; where its support is full, k is the rank and s is ignored.
+        solve: (Problem, k, s, options) -> Factorization, where the support is full k is the rank and s is ignored; or
+            (MetricProblem, nonzeros, options) -> Factorization, where the dictionary is the identity.
         flops: (d1, d2, k, s, options, again) -> what a solve costs; `again` on a Problem that was solved before, at
             another size or this one, without what that has kept.
+        metrics: what it can measure errors in, best first; see Recipe.metric.
         support: how the support of S is stored, and dictionary: how D is, by the names of the kinds in `format`.
         codec: of its values, where it is always the same; None leaves it to the recipe.
-        whitened: whether it minimises the calibrated error; False means L = I whatever the recipe says.
         free_support: whether it spreads s d2 nonzeros over the whole matrix, s any number; else a column gets s.
         quick_products: products that differ between sizes and are in bf16 where the hardware is fast at it.
+        iterations: T, unless the recipe tells.
     """
 
-    solve: Callable[[Problem, int, Any, SolverOptions], Factorization]
+    solve: Callable[..., Factorization]
     flops: Callable[[int, int, int, float, SolverOptions, bool], Flops]
-    support: str
+    metrics: tuple[str, ...] = FISHER
+    support: str = "mask"
     dictionary: str = "stored"
     codec: str | None = None
-    whitened: bool = True
     free_support: bool = False
     quick_products: int = 0
+    iterations: int = 60
+
+    @property
+    def identity(self) -> bool:
+        """Whether it takes weights and their metric, and finds S alone."""
+        return self.dictionary == "identity"
+
+
+def _identity(
+    solve: Callable[..., Factorization],
+    flops: Callable[[int, int, int, SolverOptions], Flops],
+    metrics: tuple[str, ...],
+    iterations: int = 1,
+) -> Solver:
+    def of_size(d1: int, d2: int, _k: int, s: float, options: SolverOptions, _again: bool) -> Flops:
+        return flops(d1, d2, round(s * d2), options)
+
+    return Solver(solve, of_size, metrics, dictionary="identity", free_support=True, iterations=iterations)
 
 
 SOLVERS: dict[str, Solver] = {
-    "mod-htp": Solver(mod_htp.mod_htp, mod_htp.flops, "mask", free_support=True, quick_products=5),
-    "ksvd": Solver(ksvd.ksvd, ksvd.flops, "mask"),
-    "procrustes": Solver(procrustes.procrustes, procrustes.flops, "mask"),
-    "eigen": Solver(eigen.eigen, eigen.flops, "mask"),
-    "svd-llm": Solver(svd.truncated_svd, svd.flops, "full", codec="bf16"),
-    "svd": Solver(svd.truncated_svd, svd.flops, "full", codec="bf16", whitened=False),
+    "htp": _identity(htp.htp, htp.flops, ("two-sided", *FISHER), iterations=30),
+    "mod-htp": Solver(mod_htp.mod_htp, mod_htp.flops, free_support=True, quick_products=5),
+    "ksvd": Solver(ksvd.ksvd, ksvd.flops),
+    "procrustes": Solver(procrustes.procrustes, procrustes.flops),
+    "eigen": Solver(eigen.eigen, eigen.flops),
+    "svd-llm": Solver(svd.truncated_svd, svd.flops, support="full", codec="bf16"),
+    "svd": Solver(svd.truncated_svd, svd.flops, ("weights",), support="full", codec="bf16"),
+    "magnitude": _identity(magnitude.magnitude, magnitude.flops, ("weights",)),
+    "wanda": _identity(magnitude.wanda, magnitude.flops, ("output",)),
+    "sparsegpt": _identity(sparsegpt.sparsegpt, sparsegpt.flops, ("output",)),
+    "alps": _identity(alps.alps, alps.flops, ("output",), iterations=300),
 }
 
 

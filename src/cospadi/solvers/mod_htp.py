@@ -180,6 +180,7 @@ def _start(columns: Tensor, directions: Tensor, k: int) -> tuple[Tensor, Tensor]
 
 def _given(start: Factorization, basis: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
     """D^T with unit rows and S^T of a solution, for A / scale, in the basis (d1, d2) of A's columns if there is one."""
+    assert start.dictionary is not None
     dictionary, coefficients = start.dictionary.float(), start.coefficients.float()
     if basis is not None:
         dictionary = basis.T @ dictionary

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from cospadi.calibration.loss import mean_loss
 from cospadi.calibration.walk import Flow, Stream, embed, mean_loss_of_flow, replaced_weights
 from cospadi.recipe import Recipe
 from cospadi.solvers import find_solver
+from cospadi.stages.costs import Costs
 from cospadi.stages.measure import Measured, whitenings
 from cospadi.stages.open import Job
 from cospadi.stages.solve import approximate, cost_curve, cost_of
@@ -31,7 +32,7 @@ SPANS = (0.0, 0.1, 0.2, 1.0)
 """How far from the asked ratio a group's own may lie: one allocation each, of which the loss on text chooses."""
 
 
-def allocate(job: Job, fisher: Mapping[str, Tensor] | None) -> Plan:
+def allocate(job: Job, costs: Costs | None) -> Plan:
     """Spread the byte budget over the groups so that the errors cost the model least.
 
     Each group is solved in short runs at a few ratios and rho, which gives its cost against bytes. A knapsack then
@@ -43,13 +44,13 @@ def allocate(job: Job, fisher: Mapping[str, Tensor] | None) -> Plan:
     if recipe.allocate == "uniform":
         return uniform
     budget = byte_budget(recipe.ratio, 1, [uniform.dense_bytes // 2])
-    curves = cost_curves(job, uniform.groups, fisher)
+    curves = cost_curves(job, uniform.groups, costs)
     candidates = [uniform]
     for span in SPANS:
         plan = _spread(uniform, curves, budget, span, recipe)
         if plan is not None and plan not in candidates:
             candidates.append(plan)
-    losses = candidate_losses(job, candidates, fisher)
+    losses = candidate_losses(job, candidates, costs)
     best = min(range(len(candidates)), key=lambda index: losses[index] if math.isfinite(losses[index]) else math.inf)
     spread = ", ".join(f"{loss:.4f}" for loss in losses[1:]) or "no other fits"
     log.info("budgets: loss %.4f with a uniform ratio; spread: %s; taken: %.4f", losses[0], spread, losses[best])
@@ -58,7 +59,7 @@ def allocate(job: Job, fisher: Mapping[str, Tensor] | None) -> Plan:
     return candidates[best]
 
 
-def cost_curves(job: Job, groups: Sequence[Group], fisher: Mapping[str, Tensor] | None) -> list[list[Option]]:
+def cost_curves(job: Job, groups: Sequence[Group], costs: Costs | None) -> list[list[Option]]:
     """What each group costs at the measured ratios and rho."""
 
     def sizes(group: Group) -> list[tuple[Group, float, float]]:
@@ -74,9 +75,9 @@ def cost_curves(job: Job, groups: Sequence[Group], fisher: Mapping[str, Tensor] 
 
     with Tasks(job, "budgets", keys_of("curve", groups), cost_curve, keep) as tasks:
         for found in whitenings(job, tasks.missing()):
-            tasks.give((g, job.task(g, found.whitenings[job.inputs(g)], fisher, sizes(g))) for g in found.groups)
+            tasks.give((g, job.task(g, found.whitenings[job.inputs(g)], costs.of(g) if costs else None, sizes(g))) for g in found.groups)
         tasks.finish()
-        return [[Option(*option) for option in piece.record["options"]] for piece in tasks.pieces()]
+        return [[Option(*option) for option in piece.record["options"]] for piece in tasks.pieces(groups)]
 
 
 def measured_ratios(recipe: Recipe) -> list[float]:
@@ -120,7 +121,7 @@ def _spread(uniform: Plan, curves: Sequence[Sequence[Option]], budget: int, span
     return plan if plan.bytes <= budget else None
 
 
-def candidate_losses(job: Job, plans: Sequence[Plan], fisher: Mapping[str, Tensor] | None) -> list[float]:
+def candidate_losses(job: Job, plans: Sequence[Plan], costs: Costs | None) -> list[float]:
     """The loss, on a few calibration sequences, of the models that short solver runs make of some plans."""
     if (piece := job.ledger.get("losses")) is not None:
         return list(piece.record["losses"])
@@ -130,12 +131,12 @@ def candidate_losses(job: Job, plans: Sequence[Plan], fisher: Mapping[str, Tenso
         for plan in plans:
             weights: dict[str, Tensor] = {}
             for found in whitenings(job, plan.compressed):
-                for _, some in _approximations(job, [plan], found, fisher):
+                for _, some in _approximations(job, [plan], found, costs):
                     weights |= some
             with replaced_weights(job.blocks.model, weights):
                 losses.append(mean_loss(job.blocks.model, text, size))
     else:
-        streams = _through_candidates(job, plans, fisher)
+        streams = _through_candidates(job, plans, costs)
         losses = [mean_loss_of_flow(job.blocks, job.calls, stream.flow, text) for stream in streams]
         for stream in streams:
             stream.flow.close()
@@ -144,7 +145,7 @@ def candidate_losses(job: Job, plans: Sequence[Plan], fisher: Mapping[str, Tenso
     return losses
 
 
-def _through_candidates(job: Job, plans: Sequence[Plan], fisher: Mapping[str, Tensor] | None) -> list[Stream]:
+def _through_candidates(job: Job, plans: Sequence[Plan], costs: Costs | None) -> list[Stream]:
     """For each plan the text behind the last block of its model. Blocks are solved for all plans in one walk."""
     streams = _resumed(job, len(plans)) or [
         Stream(embed(job.blocks, check_text(job), job.recipe.batch_size, job.spill)) for _ in plans
@@ -156,18 +157,18 @@ def _through_candidates(job: Job, plans: Sequence[Plan], fisher: Mapping[str, Te
         if streams[0].block > kept and not any(stream.weights for stream in streams):
             kept = streams[0].block
             _keep(job, streams)
-        for plan, weights in _approximations(job, plans, found, fisher):
+        for plan, weights in _approximations(job, plans, found, costs):
             streams[plan].weights |= weights
     return streams
 
 
 def _approximations(
-    job: Job, plans: Sequence[Plan], found: Measured, fisher: Mapping[str, Tensor] | None
+    job: Job, plans: Sequence[Plan], found: Measured, costs: Costs | None
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """(index of a plan, weights of a group by a short solver run) for every plan that compresses these groups."""
     members = {group.members for group in found.groups}
     wanted = [(index, g) for index, plan in enumerate(plans) for g in plan.compressed if g.members in members]
-    tasks = (job.task(group, found.whitenings[job.inputs(group)], fisher) for _, group in wanted)
+    tasks = (job.task(group, found.whitenings[job.inputs(group)], costs.of(group) if costs else None) for _, group in wanted)
     with job.stages.stage("budgets", sum(cost_of(group) for _, group in wanted)) as progress:
         for index, weights in job.pool.map(approximate, tasks):
             progress.advance(cost_of(wanted[index][1]), f"{len(plans)} candidates")

@@ -1,68 +1,83 @@
-"""What an error at each output of a projection costs in the loss."""
+"""What errors at the outputs of projections cost in the loss."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from cospadi.budget.plan import Group, Plan
-from cospadi.calibration.fisher import output_fisher, output_fisher_by_blocks
-from cospadi.calibration.walk import in_block, replaced_weights
-from cospadi.jobs.ledger import Piece
-from cospadi.stages.measure import whitenings
+from cospadi.budget.plan import Group
+from cospadi.calibration.gradients import conditioned, diagonal_of, gradient_grams, gradient_grams_by_blocks
+from cospadi.errors import UserError
+from cospadi.jobs.ledger import Ledger
+from cospadi.model.projections import Projection
 from cospadi.stages.open import Job
-from cospadi.stages.solve import approximate
-from cospadi.stages.tasks import Tasks, keys_of
 from cospadi.stages.text import check_text
 
 
-def estimate_fisher(job: Job) -> dict[str, Tensor]:
-    """F of every output of every selected projection (`output_fisher`).
+@dataclass(frozen=True)
+class Costs:
+    """Gamma of every selected projection, a piece of the ledger for each block.
 
-    Taken at the model that a uniform budget and short solver runs make of it: in a damaged model early projections
-    matter more than they do in the whole one, and that is the model that is going to be.
-
-    Returns:
-        name -> float64 (d2,), on the CPU.
+    Attributes:
+        of_kind: kind -> the mean over its projections of the mean diagonal, of those that tokens reached.
     """
-    if (piece := job.ledger.get("fisher/2")) is not None:
-        return piece.tensors()
-    first = job.ledger.get("fisher/1")
-    if first is None:
-        first = job.ledger.put("fisher/1", {}, _fisher(job, {}))
-    fisher = job.ledger.put("fisher/2", {}, _fisher(job, quick_weights(job, job.uniform, first.tensors()))).tensors()
-    job.ledger.drop("quick/")
-    return fisher
+
+    ledger: Ledger
+    of_kind: Mapping[str, float]
+
+    def of(self, group: Group) -> tuple[Tensor, ...]:
+        """Gamma of a group's members side by side, float32 on the CPU, as solvers take them: a block of outputs each."""
+        pieces = {index: self.ledger.get(_key(index)) for index in {member.block for member in group.members}}
+        found: list[Tensor] = []
+        for member in group.members:
+            piece = pieces[member.block]
+            assert piece is not None
+            found += conditioned(piece.tensors()[member.name], member.d2, self.of_kind.get(member.kind, 1.0))
+        return tuple(found)
 
 
-def quick_weights(job: Job, plan: Plan, fisher: Mapping[str, Tensor]) -> dict[Group, Piece]:
-    """The weights (d2, d1) that short solver runs make of a plan's groups, in the model's dtype: a piece a group."""
-    groups = plan.compressed
-    with Tasks(job, "budgets", keys_of("quick", groups), approximate, lambda weights: ({}, weights)) as tasks:
-        for found in whitenings(job, tasks.missing()):
-            tasks.give((g, job.task(g, found.whitenings[job.inputs(g)], fisher)) for g in found.groups)
-        tasks.finish()
-        return dict(zip(groups, tasks.pieces(), strict=True))
+    def of_block(self, index: int, name: str, width: int) -> tuple[Tensor, ...] | None:
+        """The same of the output of a block of that name, if it was taken."""
+        piece = self.ledger.get(_key(index))
+        gamma = None if piece is None else piece.tensors().get(name)
+        return None if gamma is None else tuple(conditioned(gamma, width, 1.0))
 
 
-def _fisher(job: Job, quick: Mapping[Group, Piece]) -> dict[str, Tensor]:
-    """F of all projections in the model that some groups' replacement weights make."""
-    text, blocks, projections = check_text(job), job.blocks, job.uniform.projections
+def estimate_costs(job: Job) -> Costs:
+    """Take gradients of the loss, in the dense model, on the first of the calibration sequences."""
+    if (kinds := job.ledger.get("gradients")) is None:
+        text, projections, full = check_text(job), job.uniform.projections, job.recipe.metric == "two-sided"
+        means: dict[str, list[float]] = {}
+        with job.stages.stage("gradients", len(text)) as progress:
+            if job.calls is None:
+                whole = gradient_grams(job.blocks.model, projections, text, full, progress.advance)
+                by_block = _by_block(whole, projections)
+            else:
+                by_block = gradient_grams_by_blocks(
+                    job.blocks, job.calls, projections, text, full, job.spill, progress.advance
+                )
+            for index, gammas in by_block:
+                for p in (p for p in projections if p.block == index):
+                    mean = float(diagonal_of(gammas[p.name], p.d2).mean())
+                    if not math.isfinite(mean):
+                        raise UserError(
+                            f"the gradient at the output of {p.name} is not finite on the calibration text. "
+                            "Load the model in bf16 or float32, or use --metric output, which needs none"
+                        )
+                    if mean:
+                        means.setdefault(p.kind, []).append(mean)
+                job.ledger.put(_key(index), {}, {name: gamma.cpu() for name, gamma in gammas.items()})
+        kinds = job.ledger.put("gradients", {kind: sum(some) / len(some) for kind, some in means.items()})
+    return Costs(job.ledger, kinds.record)
 
-    def replacement(index: int) -> dict[str, Tensor]:
-        touching = [piece for group, piece in quick.items() if any(m.block == index for m in group.members)]
-        weights = [item for piece in touching for item in piece.tensors().items()]
-        return {name: weight.to(blocks.device) for name, weight in in_block(blocks.name_of(index), weights).items()}
 
-    with job.stages.stage("fisher", len(text)) as progress:
-        if job.calls is None:
-            everything = {name: weight for piece in quick.values() for name, weight in piece.tensors().items()}
-            everything = {name: weight.to(blocks.device) for name, weight in everything.items()}
-            with replaced_weights(blocks.model, everything):
-                fisher = output_fisher(blocks.model, projections, text, progress.advance)
-        else:
-            fisher = output_fisher_by_blocks(
-                blocks, job.calls, projections, text, job.spill, replacement, progress.advance
-            )
-    return {name: values.cpu() for name, values in fisher.items()}
+def _by_block(whole: Mapping[str, Tensor], projections: Sequence[Projection]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    for index in sorted({p.block for p in projections}):
+        yield index, {p.name: whole[p.name] for p in projections if p.block == index}
+
+
+def _key(index: int) -> str:
+    return f"gradients/{index:04}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from cospadi.calibration import walk
 from cospadi.calibration.grams import IDENTITY, Whitening, accumulate_grams, whiten
 from cospadi.calibration.walk import Stream
 from cospadi.jobs.ledger import Piece
+from cospadi.jobs.progress import Stage
 from cospadi.model.projections import kinds_of
 from cospadi.stages.open import Job
 
@@ -52,12 +54,13 @@ class Block:
 
 
 @dataclass
-class CompensatedBlock:
+class WalkedBlock:
     """A decoder block of the model that is compressed so far, its weights in memory.
 
     Attributes:
-        sets: in running order: the inputs of each depend on those before it.
-        dense, compressed: the text before the block in the dense model, and in the one that is compressed so far.
+        sets: in running order; with compensation the inputs of each depend on those before it.
+        dense: the text in the dense model, behind the block once `pass_dense` was called.
+        compressed: the text before the block in the model that is compressed so far.
         count: blocks of the walk, for the progress bar.
     """
 
@@ -69,31 +72,63 @@ class CompensatedBlock:
     module: nn.Module
     count: int
 
+    @property
+    def groups(self) -> list[Group]:
+        """All of them."""
+        return [group for groups in self.sets for group in groups]
+
+    @property
+    def name(self) -> str:
+        return self.job.blocks.name_of(self.index)
+
     def measure(self, groups: Sequence[Group]) -> Iterator[tuple[Group, Whitening, Tensor]]:
-        """The same of the compressed model's inputs, and W', which makes up for the errors before it."""
+        """Of each group of a set the whitening of its input and the weight (d1, sum of d2) that is approximated: with
+        compensation in the compressed model, and W', which makes up for the errors before it."""
         if not groups:
             return
-        job, block = self.job, self.job.blocks.name_of(self.index)
-        assert job.calls is not None
+        job = self.job
         assert job.sequences is not None
         by_input: dict[str, list[Group]] = {}
         for group in groups:
-            by_input.setdefault(job.inputs(group)[0].removeprefix(f"{block}."), []).append(group)
-        batches = len(self.dense.flow)
-        with job.stages.stage("calibrate", self.count * batches) as progress:
-            progress.reach(self.index * batches, f"block {self.index + 1} of {self.count}")
-            pairs = walk.paired_grams(
-                self.module, self.index, job.calls, self.dense.flow, self.compressed.flow,
-                self.compressed.inside(block), {name: self.module.get_submodule(name) for name in by_input},
-                progress.advance,
-            )  # fmt: skip
+            by_input.setdefault(job.inputs(group)[0].removeprefix(f"{self.name}."), []).append(group)
+        readers = {name: self.module.get_submodule(name) for name in by_input}
+        pairs = self._paired(readers) if job.compensates else self.pass_dense(readers)
         for name, some in by_input.items():
             gram, cross = pairs.pop(name)
             whitening = whiten(gram, job.sequences.numel(), job.recipe.damping)
-            if whitening.factor is None:
-                log.warning("%s.%s reads only zeros on the calibration text: not whitened", block, name)
+            if whitening.gram is None:
+                log.warning("%s.%s reads only zeros on the calibration text: not whitened", self.name, name)
             for group in some:
-                yield group, whitening, walk.corrected(job.weight(group), gram, cross)
+                weight = job.weight(group)
+                yield group, whitening, walk.corrected(weight, gram, cross) if job.compensates else weight
+
+    def _paired(self, readers: Mapping[str, nn.Module]) -> dict[str, tuple[Tensor, Tensor | None]]:
+        assert self.job.calls is not None
+        with self._stage() as progress:
+            return walk.paired_grams(
+                self.module, self.index, self.job.calls, self.dense.flow, self.compressed.flow,
+                self.compressed.inside(self.name), readers, progress.advance,
+            )  # fmt: skip
+
+    def pass_dense(self, readers: Mapping[str, nn.Module] | None = None) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Carry the text of the dense model through the block, and take the Grams of what some modules read on the way;
+        nothing where that was done."""
+        if self.dense.block > self.index:
+            return {}
+        assert self.job.calls is not None
+        with self._stage() as progress:
+            grams = walk.grams(
+                self.module, self.index, self.job.calls, self.dense.flow, readers or {}, lambda _: progress.advance(1)
+            )
+        self.dense.block = self.index + 1
+        return {name: (gram, None) for name, gram in grams.items()}
+
+    @contextmanager
+    def _stage(self) -> Iterator[Stage]:
+        batches = len(self.dense.flow)
+        with self.job.stages.stage("calibrate", self.count * batches) as progress:
+            progress.reach(self.index * batches, f"block {self.index + 1} of {self.count}")
+            yield progress
 
     def swap_in(self, weights: Mapping[str, Tensor]) -> None:
         """Have what comes after read what these replacement weights (d2, d1), by full layer name, make of it."""
@@ -102,17 +137,17 @@ class CompensatedBlock:
             self.compressed.weights[name] = weight.to(blocks.device, blocks.dtype(name))
 
 
-def blocks_to_solve(job: Job, groups: Sequence[Group], missing: Sequence[Group]) -> Iterator[Block | CompensatedBlock]:
+def blocks_to_solve(job: Job, groups: Sequence[Group], missing: Sequence[Group]) -> Iterator[Block | WalkedBlock]:
     """The decoder blocks in order, with the text running through them.
 
-    With compensation the text runs through the dense model and beside it through the one that is compressed so far:
-    sets of a block are measured one after the other, and what is swapped in is what the later ones read.
+    With compensation or refinement the text runs through the dense model and beside it through the one that is
+    compressed so far.
 
     Args:
-        groups: all that are compressed. missing: those that are not solved yet; the others only take part in
-            running the text through the model.
+        groups: all that are compressed. missing: those that are not done yet; the others only take part in running the
+            text through the model.
     """
-    if not job.compensates:
+    if not job.walks:
         for measured in whitenings(job, missing):
             yield Block(job, [measured.groups], measured.whitenings)
         return
@@ -125,8 +160,14 @@ def blocks_to_solve(job: Job, groups: Sequence[Group], missing: Sequence[Group])
     compressed = Stream(dense.flow.copy())
     count = max(group.members[0].block for group in missing) + 1
     log.info("calibrating block by block on %d sequences of %d tokens", *job.sequences.shape)
-    for index, module in walk.walk(job.blocks, job.calls, range(count), [dense, compressed], through_last=False):
-        yield CompensatedBlock(job, _sets(job, groups, index), dense, compressed, index, module, count)
+    for index, module in walk.walk(job.blocks, job.calls, range(count), [compressed], through_last=False):
+        sets = _sets(job, groups, index)
+        if not job.compensates:  # one pass measures all of them
+            sets = [[group for groups in sets for group in groups]]
+        block = WalkedBlock(job, sets, dense, compressed, index, module, count)
+        yield block
+        if index + 1 < count:
+            block.pass_dense()
     dense.flow.close()
     compressed.flow.close()
 
@@ -200,7 +241,7 @@ def _whitenings(job: Job, groups: Sequence[Group]) -> Iterator[Measured]:
                 if not uses[name]:  # no later group reads it
                     del grams[name]
             found[inputs] = whiten(gram, job.sequences.numel(), job.recipe.damping)
-            if found[inputs].factor is None:
+            if found[inputs].gram is None:
                 log.warning("%s reads only zeros on the calibration text: solved without whitening", inputs[0])
             if job.keep_grams and not fits:
                 _keep(job, inputs, found[inputs])
@@ -279,12 +320,12 @@ def _key(inputs: tuple[str, ...]) -> str:
 
 
 def _keep(job: Job, inputs: tuple[str, ...], whitening: Whitening) -> None:
-    tensors = None if whitening.factor is None else {"factor": whitening.factor}
-    job.ledger.put(_key(inputs), {"shift": whitening.shift, "scale": whitening.scale}, tensors)
+    tensors = None if whitening.gram is None else {"gram": whitening.gram}
+    job.ledger.put(_key(inputs), {"tokens": whitening.tokens, "damping": whitening.damping}, tensors)
 
 
 def _read(job: Job, piece: Piece | None) -> Whitening:
     assert piece is not None
-    factor = piece.tensors().get("factor")
-    factor = None if factor is None else factor.to(job.blocks.device)
-    return Whitening(factor, piece.record["shift"], piece.record["scale"])
+    gram = piece.tensors().get("gram")
+    gram = None if gram is None else gram.to(job.blocks.device)
+    return Whitening(gram, piece.record["tokens"], piece.record["damping"])

@@ -81,6 +81,16 @@ class Job:
         """Whether projections make up for the errors before them."""
         return bool(self.recipe.compensate) and self.calls is not None
 
+    @property
+    def refines(self) -> bool:
+        """Whether the values of each block are tuned to its output."""
+        return bool(self.recipe.refine) and self.calls is not None
+
+    @property
+    def walks(self) -> bool:
+        """Whether the text runs through the model that is compressed so far."""
+        return self.compensates or self.refines
+
     def inputs(self, group: Group) -> tuple[str, ...]:
         """The tensors that a group's members read, each by its first reader."""
         return tuple(dict.fromkeys(self.owner[member.name] for member in group.members))
@@ -93,14 +103,13 @@ class Job:
         self,
         group: Group,
         whitening: Whitening,
-        fisher: Mapping[str, Tensor] | None,
+        costs: tuple[Tensor, ...] | None,
         *more: Any,
         weight: Tensor | None = None,
     ) -> Task:
         """A group's problem for the workers, of its own weight unless another is given, and what else they are told."""
-        of_group = None if fisher is None else torch.cat([fisher[member.name] for member in group.members])
         weight = self.weight(group) if weight is None else weight
-        problem = GroupProblem(self.recipe, group, whitening, weight, of_group, self.blocks.device)
+        problem = GroupProblem(self.recipe, group, whitening, weight, costs, self.blocks.device)
         if not self.pool.here:  # what leaves this process travels through the CPU
             problem = replace(problem.on(torch.device("cpu")), device=torch.device(self.blocks.device.type))
         return Task((problem, *more), memory_of(group))
@@ -271,7 +280,7 @@ def check_space(job: Job, plan: Plan, output: Path) -> None:
     packed = sum(group.parts.total for group in plan.compressed)
     needed = sum(parameters.values()) - replaced + packed
     if job.ledger.folder is not None:
-        needed = max(needed + packed, replaced if job.recipe.wants_fisher else 0)
+        needed = max(needed + packed, replaced if job.recipe.allocate != 'uniform' else 0)
         needed -= sum(path.stat().st_size for path in job.ledger.folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(files.nearest_folder(output)).free
     if needed > free:

@@ -6,6 +6,7 @@ Pure functions of what they are given, so that it does not matter in which proce
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,8 +20,7 @@ from cospadi.calibration.grams import Whitening
 from cospadi.format.schema import StoredProjection
 from cospadi.jobs.ledger import Piece
 from cospadi.recipe import Recipe
-from cospadi.solvers import Factorization, Problem, SolverOptions, find_solver
-from cospadi.solvers.problem import relative_error
+from cospadi.solvers import Factorization, MetricProblem, Problem, SolverOptions, find_solver
 
 log = logging.getLogger("cospadi")
 
@@ -39,7 +39,8 @@ class GroupProblem:
         recipe: settled.
         whitening: of its input.
         weight: W of its members side by side, (d1, sum of d2), in any dtype.
-        fisher: F of its members side by side, float64 (sum of d2,); None where nothing asks for it.
+        costs: Gamma of its members side by side, a block of outputs each, float32 (width, width), or of a member the
+            diagonal alone (d2,); None where nothing asks for it.
         device: where it is solved.
     """
 
@@ -47,22 +48,25 @@ class GroupProblem:
     group: Group
     whitening: Whitening
     weight: Tensor
-    fisher: Tensor | None
+    costs: tuple[Tensor, ...] | None
     device: torch.device
 
     def on(self, device: torch.device) -> GroupProblem:
         """The same with its tensors on a device."""
-        factor = self.whitening.factor
+        gram = self.whitening.gram
+        moved = gram is not None and gram.device != device
         return replace(
             self,
-            whitening=self.whitening if factor is None else replace(self.whitening, factor=factor.to(device)),
+            whitening=replace(self.whitening, gram=gram.to(device)) if gram is not None and moved else self.whitening,
             weight=self.weight.to(device),
-            fisher=None if self.fisher is None else self.fisher.to(device),
+            costs=None if self.costs is None else tuple(cost.to(device) for cost in self.costs),
         )
 
-    def target(self) -> Tensor:
-        """A = L W, float64 (d1, sum of d2)."""
-        return self.whitening.apply(self.weight)
+    @property
+    def fisher(self) -> Tensor:
+        """The diagonal of Gamma, float64 (sum of d2,)."""
+        assert self.costs is not None
+        return torch.cat([cost if cost.ndim == 1 else cost.diagonal() for cost in self.costs]).double()
 
 
 @dataclass(frozen=True)
@@ -90,26 +94,27 @@ class Packed:
 def factorize(given: GroupProblem, report: Report) -> Packed:
     """Solve a group in full, and round its factors to what is stored."""
     given = given.on(given.device)
-    first, iterations = given.group.members[0], given.recipe.iterations
+    first, iterations = given.group.members[0], given.recipe.iterations or 1
     short = f"{first.block}.{first.kind.rpartition('.')[2]}"
 
     def on_iteration(iteration: int, error: float) -> None:
         report(iteration / iterations, f"{short} T {iteration} error {error:.4f}")
 
-    target = given.target()
-    solution = solve(given, given.group, pose(given, target), iterations, on_iteration)
-    return pack(given.group, solution, given.whitening, target)
+    solution = solve(given, given.group, pose(given), iterations, on_iteration)
+    return pack(given, solution)
 
 
 def approximate(given: GroupProblem, report: Report) -> dict[str, Tensor]:
     """The weights (d2, d1) that a short solver run makes of a group, in the dtype of its own, on the CPU."""
     given = given.on(given.device)
-    solution = solve(given, given.group, pose(given, given.target()), given.recipe.budget_iterations)
-    dictionary = given.whitening.undo(solution.dictionary).float()
-    parts = torch.split(solution.coefficients, given.group.d2s, dim=1)
+    solution = solve(given, given.group, pose(given), given.recipe.budget_iterations)
+    weight = solution.coefficients.float()
+    if solution.dictionary is not None:
+        weight = given.whitening.undo(solution.dictionary).float() @ weight
+    parts = torch.split(weight, given.group.d2s, dim=1)
     return {
-        member.name: (dictionary @ coefficients).T.contiguous().to(given.weight.dtype).cpu()
-        for member, coefficients in zip(given.group.members, parts, strict=True)
+        member.name: part.T.contiguous().to(given.weight.dtype).cpu()
+        for member, part in zip(given.group.members, parts, strict=True)
     }
 
 
@@ -123,10 +128,9 @@ def cost_curve(given: GroupProblem, sizes: Sequence[tuple[Group, float, float]],
         sizes: the group at several sizes, each with the ratio and rho that it stands for.
     """
     given = given.on(given.device)
-    group, target = given.group, given.target()
-    posed = pose(given, target)
+    group, target = given.group, given.whitening.apply(given.weight)
+    posed = pose(given)
     if given.recipe.allocate == "fisher":
-        assert given.fisher is not None
         weight = given.fisher
     else:
         parts = zip(torch.split(target, group.d2s, dim=1), group.members, strict=True)
@@ -136,55 +140,69 @@ def cost_curve(given: GroupProblem, sizes: Sequence[tuple[Group, float, float]],
     for done, (sized, ratio, rho) in enumerate(sizes):
         report(done / len(sizes), f"{group.members[0].block}.{group.members[0].kind.rpartition('.')[2]}")
         solution = solve(given, sized, posed, given.recipe.budget_iterations)
-        error = target.float() - solution.dictionary @ solution.coefficients
+        if solution.dictionary is None:
+            error = target.float() - given.whitening.apply(solution.coefficients).float()
+        else:
+            error = target.float() - solution.dictionary @ solution.coefficients
         cost = float((error.square().sum(0, dtype=torch.float64) * weight).sum())
         options.append(Option(sized.parts.total, cost + floor, ratio, rho))
     return options
 
 
-def pose(given: GroupProblem, target: Tensor) -> tuple[Problem, Tensor]:
-    """A diag(w) for solvers, w_j = sqrt(F_j) where columns are weighed, else 1; and what its S is multiplied with.
+@dataclass(frozen=True)
+class Posed:
+    """A group's problem as its solver takes it: whitened, or with its metric; and what S is multiplied with after it."""
 
-    Args:
-        target: A = L W, float64 (d1, sum of d2).
-    """
-    weighed = target
+    problem: Problem | MetricProblem
+    scale: Tensor | float = 1.0
+
+
+def pose(given: GroupProblem) -> Posed:
+    """The problem for solvers: of the weights in their metric, or A = L W diag(w), w_j the root of F_j where outputs are
+    weighed, else 1."""
+    recipe, group, gram = given.recipe, given.group, given.whitening.gram
+    weighed = recipe.metric in ("fisher", "two-sided")
+    if find_solver(recipe.solver).identity:
+        costs = given.costs if weighed and given.costs is not None else ()
+        gram = None if gram is None else gram.float()
+        return Posed(MetricProblem(given.weight.float(), gram, costs, tuple(group.d2s)))
+    target = given.whitening.apply(given.weight)
     weights = None
-    if given.recipe.weight_columns == "fisher":
-        assert given.fisher is not None
+    if weighed:
         weights = given.fisher.sqrt()
         weights = weights / weights.mean()
-        weighed = target * weights
-    scale = weighed.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
-    unwhiten = None if given.whitening.factor is None else given.whitening.undo
-    problem = Problem((weighed / scale).float(), unwhiten, tuple(given.group.d2s))
-    return problem, scale if weights is None else scale / weights
+        target = target * weights
+    scale = target.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+    problem = Problem((target / scale).float(), None if gram is None else given.whitening.undo, tuple(group.d2s))
+    return Posed(problem, scale if weights is None else scale / weights)
 
 
 def solve(
     given: GroupProblem,
     group: Group,
-    posed: tuple[Problem, Tensor],
+    posed: Posed,
     iterations: int,
     on_iteration: Callable[[int, float], None] | None = None,
 ) -> Factorization:
-    """A ~ D S for the problem's group at one of its sizes.
+    """D and S for the problem's group at one of its sizes, D in the whitened metric.
 
     Args:
         posed: by `pose`; the same for all sizes, so that what is the same of their start is computed once.
     """
-    recipe, (problem, factor) = given.recipe, posed
+    recipe, problem = given.recipe, posed.problem
     options = SolverOptions(
         iterations=iterations,
         update=recipe.update,
         tolerance=recipe.tolerance,
         seed=recipe.seed,
-        memory_bytes=SOLVER_MEMORY["cuda" if problem.target.is_cuda else "cpu"],
+        memory_bytes=SOLVER_MEMORY["cuda" if given.weight.is_cuda else "cpu"],
         on_iteration=on_iteration,
     )
     solver = find_solver(recipe.solver)
+    if isinstance(problem, MetricProblem):
+        return solver.solve(problem, group.nonzeros, options)
     solution = solver.solve(problem, group.k, group.s if solver.free_support else round(group.s), options)
-    return replace(solution, coefficients=(solution.coefficients * factor).to(solution.coefficients))
+    return replace(solution, coefficients=(solution.coefficients * posed.scale).to(solution.coefficients))
 
 
 def cost_of(group: Group) -> float:
@@ -206,31 +224,30 @@ def dense_weights(packed: Packed) -> dict[str, Tensor]:
         values = form.codec.decode(tensors[f"{name}.{form.names.values}"], entry.count)
         support = tensors.get(f"{name}.{form.names.support}")
         coefficients = form.support_kind.scatter(support, values, entry.d2, entry.k)
-        atoms = form.dictionary_kind.decode(tensors.get(entry.dictionary_tensor), entry.d1)
-        weights[name] = coefficients @ atoms
+        atoms = form.dictionary_kind.decode(tensors.get(entry.dictionary_tensor))
+        weights[name] = coefficients if atoms is None else coefficients @ atoms
     return weights
 
 
-def pack(group: Group, solution: Factorization, whitening: Whitening, target: Tensor) -> Packed:
-    """Undo the whitening, scale the atoms to rms(x d) = 1 over the calibration tokens, round and pack.
-
-    Args:
-        solution: of A.
-        target: A = L W, float64 (d1, sum of d2).
-    """
-    if not (torch.isfinite(solution.dictionary).all() and torch.isfinite(solution.coefficients).all()):
-        raise RuntimeError(f"the solver returned numbers that are not finite for {group.members[0].name}")
-    norms = torch.linalg.vector_norm(solution.dictionary.double(), dim=0)
-    atom_scale = torch.where(norms > 0, whitening.scale / norms, torch.ones_like(norms))
-    coefficients = _saturate(solution.coefficients.double() / atom_scale[:, None]).float()  # S (k, d2)
+def pack(given: GroupProblem, solution: Factorization) -> Packed:
+    """Undo the whitening, scale atoms to rms(x d) = 1 over the calibration tokens, round and pack."""
+    group, whitening, dictionary = given.group, given.whitening, solution.dictionary
     form, owner = group.stored, group.members[0]
     kind, codec = form.support_kind, form.codec
-    dictionary = form.dictionary_kind.encode(whitening.undo(solution.dictionary.double() * atom_scale))
-    atoms = form.dictionary_kind.decode(dictionary, owner.d1)  # (k, d1)
-    approximation = whitening.apply(atoms.T.contiguous())  # L D
+    coefficients = solution.coefficients.double()
+    if dictionary is not None:
+        norms = torch.linalg.vector_norm(dictionary.double(), dim=0)
+        atom_scale = torch.where(norms > 0, whitening.scale / norms, torch.ones_like(norms))
+        coefficients = coefficients / atom_scale[:, None]
+        dictionary = whitening.undo(dictionary.double() * atom_scale)
+    if not torch.isfinite(coefficients).all() or (dictionary is not None and not torch.isfinite(dictionary).all()):
+        raise RuntimeError(f"the solver returned numbers that are not finite for {owner.name}")
+    coefficients = _saturate(coefficients).float()  # S (k, d2)
+    stored_dictionary = form.dictionary_kind.encode(dictionary)
+    atoms = form.dictionary_kind.decode(stored_dictionary)  # (k, d1)
 
     entries: dict[str, StoredProjection] = {}
-    tensors: dict[str, Tensor | None] = {f"{owner.name}.{form.names.dictionary}": dictionary}
+    tensors: dict[str, Tensor | None] = {f"{owner.name}.{form.names.dictionary}": stored_dictionary}
     errors: dict[str, float] = {}
     start = 0
     for member in group.members:
@@ -242,7 +259,8 @@ def pack(group: Group, solution: Factorization, whitening: Whitening, target: Te
         tensors[f"{member.name}.{form.names.support}"] = support
         tensors[f"{member.name}.{form.names.values}"] = stored
         rounded = kind.scatter(support, codec.decode(stored, values.numel()), member.d2, group.k)
-        errors[member.name] = relative_error(target[:, columns], approximation @ rounded.double().T)
+        approximation = rounded if atoms is None else rounded @ atoms
+        errors[member.name] = _relative_error(whitening, given.weight[:, columns], approximation.T)
         entries[member.name] = StoredProjection(
             dictionary=form.dictionary,
             support=form.support,
@@ -251,11 +269,18 @@ def pack(group: Group, solution: Factorization, whitening: Whitening, target: Te
             d2=member.d2,
             k=group.k,
             nnz=values.numel() if kind.chosen else 0,
-            owner=owner.name,
+            owner=member.name if atoms is None else owner.name,
         )
     cpu = {name: tensor.cpu() for name, tensor in tensors.items() if tensor is not None}
     assert sum(map(_nbytes, cpu.values())) == group.parts.total
-    return Packed(entries, cpu, errors, whitening.shift)
+    return Packed(entries, cpu, errors, 0.0 if atoms is None else whitening.shift)
+
+
+def _relative_error(whitening: Whitening, weight: Tensor, approximation: Tensor) -> float:
+    """||X (W - V)|| / ||X W||; 0 where both are."""
+    whole = float(whitening.energy(weight).sum())
+    left: float = float(whitening.energy(weight.double() - approximation.double()).sum())
+    return math.sqrt(left / whole if whole > 0 else left)
 
 
 def _saturate(values: Tensor) -> Tensor:
@@ -282,4 +307,7 @@ def entries_of(piece: Piece) -> dict[str, StoredProjection]:
 
 def packed_of(piece: Piece) -> Packed:
     """A solved group from its piece."""
-    return Packed(entries_of(piece), piece.tensors(), piece.record["errors"], piece.record["shift"])
+    entries = entries_of(piece)
+    own = {tensor for name, entry in entries.items() for tensor in entry.tensors(name)}
+    tensors = {name: tensor for name, tensor in piece.tensors().items() if name in own}
+    return Packed(entries, tensors, piece.record["errors"], piece.record["shift"])

@@ -77,18 +77,16 @@ class Tasks:
             self._done += cost_of(group)
             progress.reach(self._done + sum(self._parts.values()), "")
 
-    def pieces(self) -> list[Piece]:
-        """The finished pieces of all groups, in their order."""
-        found = [self.job.ledger.get(key) for key in self.keys.values()]
+    def pieces(self, groups: Sequence[Group]) -> list[Piece]:
+        """The finished pieces of some groups, in their order."""
+        found = [self.job.ledger.get(self.keys[group]) for group in groups]
         return [piece for piece in found if piece is not None]
 
     def weights(self, groups: Sequence[Group]) -> dict[str, Tensor]:
         """Layer name -> what its stored factors stand for, float32 (d2, d1), once all that was given is done."""
         self.finish()
         found: dict[str, Tensor] = {}
-        for group in groups:
-            piece = self.job.ledger.get(self.keys[group])
-            assert piece is not None
+        for piece in self.pieces(groups):
             found |= dense_weights(packed_of(piece))
         return found
 

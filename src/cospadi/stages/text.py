@@ -30,7 +30,7 @@ def read_text(job: Job) -> None:
     if recipe.data_free:
         return
     if tokenizer is None:
-        raise UserError("calibration needs the model's tokenizer: pass tokenizer=, or make the recipe data_free")
+        raise UserError("calibration needs the model's tokenizer: pass tokenizer=, or use metric weights, which needs no text")
     local = Path(recipe.calibration or "").expanduser()
     with job.stages.stage("text", 1):
         digest = None
@@ -50,7 +50,7 @@ def read_text(job: Job) -> None:
                 )
             job.sequences = piece.tensors()["tokens"]
     texts = [(job.sequences, recipe.batch_size)]
-    if recipe.allocate != "uniform" or recipe.weight_columns == "fisher":
+    if recipe.allocate != "uniform" or recipe.wants_gradients:
         texts += [(check_text(job), 1), (check_text(job), recipe.batch_size)]
     try:
         job.calls = learn_calls(job.blocks, texts)
@@ -65,6 +65,7 @@ def read_text(job: Job) -> None:
 def _run_whole(job: Job) -> None:
     """Take a model whose blocks do not simply follow each other as one that runs whole."""
     notes = ["solved without compensation"] if job.recipe.compensate else []
+    notes += ["not refined"] if job.recipe.refine else []
     if job.blocks.stored is not None:
         assert job.folder is not None
         finite = job.blocks.finite

@@ -14,11 +14,12 @@ class Stored(Dictionary):
     def shape(self, d1: int, k: int) -> list[int]:
         return [k, d1]
 
-    def encode(self, dictionary: Tensor) -> Tensor:
+    def encode(self, dictionary: Tensor | None) -> Tensor:
+        assert dictionary is not None
         largest = float(torch.finfo(torch.bfloat16).max)
         return dictionary.clamp(-largest, largest).to(torch.bfloat16).T.contiguous()
 
-    def decode(self, stored: Tensor | None, d1: int) -> Tensor:
+    def decode(self, stored: Tensor | None) -> Tensor:
         assert stored is not None
         return stored.float()
 

@@ -1,0 +1,243 @@
+"""How much the loss cares about the outputs of projections and blocks, on real text.
+
+To second order, with the Kronecker factors of its Fisher matrix (K-FAC, Martens and Grosse 2015), an error E of a
+projection, (d1, d2), costs the loss tr(Gamma E^T G E): G is the Gram of its inputs, Gamma that of the gradients at its
+outputs. Gamma's diagonal alone is the Fisher weight of each output; what is off it tells which errors of several
+outputs add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cospadi.calibration.grams import gram_block
+from cospadi.calibration.spill import Spill
+from cospadi.calibration.walk import Calls, advance, call, embed, logits, replaced_forwards, walk
+from cospadi.errors import UserError
+from cospadi.model.blocks import Blocks
+from cospadi.model.projections import Projection, decoder_blocks
+
+WIDEST = 2048
+"""Outputs between which gradients are told apart. Of a wider projection Gamma has blocks of so many outputs or fewer,
+16 MB each; what lies between them counts as zero."""
+
+FLOOR = 1e-3
+"""Smallest entry of the diagonal, in means over the projection's outputs: no output is worth nothing."""
+
+SHRINKAGE = 0.3
+"""By how much what is off the diagonal counts less: few tokens tell little of it."""
+
+
+def gradient_grams(
+    model: nn.Module,
+    projections: Sequence[Projection],
+    sequences: Tensor,
+    full: bool,
+    on_sequence: Callable[[float], None] | None = None,
+) -> dict[str, Tensor]:
+    """Gamma: the mean over tokens of g g^T, g the gradient of the summed next-token loss at a projection's output.
+
+    One sequence at a time, and each decoder block is run again on the way back (gradient checkpointing), so that memory
+    holds the whole model and the activations of one block. Parameters get no gradients.
+
+    Args:
+        sequences: int64 (sequences, tokens).
+        full: whether all of Gamma is wanted, in blocks of at most WIDEST outputs; else its diagonal.
+        on_sequence: called with 1 after each sequence.
+
+    Returns:
+        name -> float32 (blocks, width, width), the last one filled up with zeros, or (d2,). All zeros where no token
+        reached a projection (an expert).
+
+    Raises:
+        UserError: a gradient that is not finite; the message names the projection.
+    """
+    device = next(model.parameters()).device
+    modules = list(decoder_blocks(model)[1])
+    forwards = [partial(checkpoint, block.forward, use_reentrant=False) for block in modules]  # keep their inputs only
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        _summed_gradients(model, projections, full) as sums,
+        _gradients_to_activations_only(model),
+        replaced_forwards(modules, forwards),
+    ):
+        for tokens in sequences:
+            tokens = tokens[None].to(device)
+            summed_loss(model, model(input_ids=tokens, use_cache=False).logits, tokens).backward()  # type: ignore[no-untyped-call]
+            if on_sequence:
+                on_sequence(1)
+    return {name: gram / sequences.numel() for name, gram in sums.items()}
+
+
+def gradient_grams_by_blocks(
+    blocks: Blocks,
+    calls: Calls,
+    projections: Sequence[Projection],
+    sequences: Tensor,
+    full: bool,
+    spill: Spill,
+    on_sequence: Callable[[float], None] | None = None,
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """`gradient_grams` with one block in memory at a time: forward, keeping the inputs of every block, then back.
+
+    Args:
+        calls: how blocks are called with one sequence.
+        spill: keeps the inputs of all blocks.
+        on_sequence: called with fractions that add up to the number of sequences.
+
+    Yields:
+        Index of a block, last one first; Gamma of its projections, and under the block's name that of its own output.
+    """
+    step = len(sequences) / (2 * len(blocks))
+    inputs = [embed(blocks, sequences, 1, spill)]
+    for index, block in walk(blocks, calls, range(len(blocks))):
+        inputs.append(inputs[-1].copy())
+        advance(block, index, calls, inputs[-1], {})
+        if on_sequence:
+            on_sequence(step)
+    gradients = inputs.pop()
+    with torch.inference_mode(False), torch.enable_grad():
+        for batch, tokens in enumerate(sequences):
+            hidden = gradients[batch].requires_grad_()
+            tokens = tokens[None].to(blocks.device)
+            summed_loss(blocks.model, logits(blocks, calls, hidden, tokens), tokens).backward()  # type: ignore[no-untyped-call]
+            assert hidden.grad is not None
+            gradients[batch] = hidden.grad
+    for index, block in walk(blocks, calls, reversed(range(len(blocks)))):
+        before = inputs.pop()
+        of_block = [p for p in projections if p.block == index]
+        name, width = blocks.name_of(index), before[0].shape[-1]
+        own = _zeros(width, full, blocks.device)
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            _summed_gradients(blocks.model, of_block, full) as sums,
+            no_parameter_gradients(block),
+        ):
+            for batch in range(len(before)):
+                _add(own, gradients[batch], full, name)
+                hidden = before[batch].requires_grad_()
+                call(block, index, calls, hidden).backward(gradients[batch])  # type: ignore[no-untyped-call]
+                assert hidden.grad is not None
+                gradients[batch] = hidden.grad
+        before.close()
+        if on_sequence:
+            on_sequence(step)
+        yield index, {name: gram / sequences.numel() for name, gram in (sums | {name: own}).items()}
+    gradients.close()
+
+
+def summed_loss(model: nn.Module, predicted: Tensor, tokens: Tensor) -> Tensor:
+    """Next-token loss of one sequence, (1, tokens), summed over its tokens."""
+    if not predicted.requires_grad:
+        raise UserError(
+            f"{type(model).__name__} gives no gradients. Use --metric output, which needs none"
+        )
+    return nn.functional.cross_entropy(predicted[0, :-1].float(), tokens[0, 1:], reduction="sum")
+
+
+@contextmanager
+def _summed_gradients(
+    model: nn.Module, projections: Sequence[Projection], full: bool
+) -> Iterator[dict[str, Tensor]]:
+    """Inside this block, g g^T of the gradients at the projections' outputs is added up over tokens, or its diagonal."""
+    sums: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda gradient: _add(sums[name], gradient, full, name))  # type: ignore[no-untyped-call]
+
+        return hook
+
+    handles = []
+    for projection in projections:
+        module = model.get_submodule(projection.name)
+        assert isinstance(module, nn.Linear)
+        sums[projection.name] = _zeros(projection.d2, full, module.weight.device)
+        handles.append(module.register_forward_hook(watch(projection.name)))
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _zeros(d2: int, full: bool, device: torch.device) -> Tensor:
+    """A Gamma before any token."""
+    count = -(-d2 // WIDEST)
+    width = -(-d2 // count)
+    return torch.zeros((count, width, width) if full else (d2,), device=device)
+
+
+def _add(gamma: Tensor, gradient: Tensor, full: bool, name: str) -> None:
+    """Add the gradients (..., d2) at the output of something to its Gamma, in place."""
+    gradient = gradient.detach().flatten(0, -2)
+    if not full:
+        gamma += gradient.float().square().sum(0)
+        return
+    for block, part in zip(gamma, torch.split(gradient, gamma.shape[-1], dim=1), strict=True):
+        width = part.shape[1]
+        block[:width, :width] += gram_block(part, part, name, "gradient at the output")
+
+
+def diagonal_of(gamma: Tensor, d2: int) -> Tensor:
+    """The diagonal (d2,) of a Gamma, in blocks or a diagonal alone."""
+    return gamma if gamma.ndim == 1 else gamma.diagonal(dim1=1, dim2=2).flatten()[:d2]
+
+
+def conditioned(gamma: Tensor, d2: int, instead: float) -> list[Tensor]:
+    """A Gamma for solvers: no output is worth nothing, and what is off the diagonal counts less.
+
+    Args:
+        instead: its mean diagonal where no token has reached the projection.
+
+    Returns:
+        The diagonal (d2,) alone; or the blocks (width, width), side by side.
+    """
+    diagonal = diagonal_of(gamma, d2)
+    mean = float(diagonal.mean())
+    if mean == 0:
+        return [torch.full_like(diagonal, instead)]
+    diagonal = diagonal.clamp(min=FLOOR * mean)
+    if gamma.ndim == 1:
+        return [diagonal]
+    blocks = []
+    for block, own in zip(gamma, torch.split(diagonal, gamma.shape[-1]), strict=True):
+        block = block[: len(own), : len(own)] * (1 - SHRINKAGE)
+        block.diagonal().copy_(own)
+        blocks.append(block)
+    return blocks
+
+
+@contextmanager
+def _gradients_to_activations_only(model: nn.Module) -> Iterator[None]:
+    """Parameters need no gradient inside this block; what the embedding gives does, so that activations get theirs."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    handle = embedding.register_forward_hook(lambda _module, _args, output: output.requires_grad_())
+    try:
+        with no_parameter_gradients(model):
+            yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def no_parameter_gradients(module: nn.Module) -> Iterator[None]:
+    """Parameters need no gradient inside this block."""
+    wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_()

@@ -1,0 +1,188 @@
+"""The default solver: the dictionary is the identity, and S is W with n entries left, refitted in the metric of the loss.
+
+min tr(Gamma (W - S)^T G (W - S)) over S with n nonzeros anywhere, by hard thresholding pursuit (Foucart 2011): a step of
+steepest descent, the n largest entries stay, conjugate gradients on these. G and Gamma are scaled to unit diagonals
+first, so that the largest entries are those that are dearest alone (optimal brain damage, LeCun 1990; with Gamma = I
+the rule of Wanda), and the descent that follows lets the rest make up for what went (optimal brain surgeon, Hassibi
+1993). n falls from all entries to the asked number on a cubic schedule (as in gradual pruning, Zhu and Gupta 2017).
+
+All of it is matrix products with the scaled G and Gamma. docs/solvers.md has the reasons and measurements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cospadi.solvers.flops import Flops
+from cospadi.solvers.problem import Factorization, MetricProblem, SolverOptions
+from cospadi.solvers.products import bf16_is_fast, float32_products
+from cospadi.solvers.support import fill_support, keep_largest_entries, member_portions, member_spans, row_blocks
+
+DESCENT = 0.6
+"""Fraction of the iterations over which the number of nonzeros falls to the target."""
+STEPS = 1
+"""Conjugate gradient steps on the support in an iteration."""
+LAST_STEPS = 8
+"""The same after the last one, in full float32."""
+SMALLEST_QUICK = 32
+"""Smaller side of W from which bf16 products are taken: below, they gain nothing."""
+BLOCK_ENTRIES = {"cpu": 2**20, "cuda": 2**27}
+"""Entries of S whose threshold is looked for at once; on a CPU few enough to stay in cache."""
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+def htp(problem: MetricProblem, nonzeros: int, options: SolverOptions) -> Factorization:
+    """S near W with so many nonzeros, for an error tr(Gamma (W - S)^T G (W - S)).
+
+    Where every Gamma is diagonal the columns are problems of their own once the support is chosen, and every column has
+    its own step lengths; else there is one for all. Inputs and outputs that never moved (zeros on the diagonals) count
+    as little as float32 can tell. Of several members each gets a multiple of four nonzeros where the sum is one.
+
+    Deterministic. Memory: five matrices of the size of W, and G and Gamma in two precisions.
+    """
+    metric = _Metric.of(problem)
+    target = problem.weight.float().T * metric.inputs * metric.outputs[:, None]  # a column of W a row: (d2, d1)
+    scale = target.abs().max().clamp(min=TINY)
+    target = (target / scale).contiguous()
+    d2, d1 = target.shape
+    rows = max(1, BLOCK_ENTRIES[target.device.type] // d1)
+    blocks, members = row_blocks(slice(0, d2), rows), problem.members or (d2,)
+    codes, residual = target.clone(), torch.zeros_like(target)  # the residual is minus half the gradient: H(W - S)
+    norm = metric.dot(target, metric.apply(target)).sum(dtype=torch.float64)
+    portions = [nonzeros]
+    errors: list[float] = []
+    for iteration in range(1, options.iterations + 1):
+        n = scheduled(iteration / options.iterations / DESCENT, target.numel(), nonzeros)
+        last = iteration == options.iterations
+        if iteration > 1:
+            codes += _best_step(metric, residual, residual, metric.apply(residual)) * residual
+        if n > nonzeros:
+            keep_largest_entries(codes, n, blocks)
+        else:
+            portions = member_portions(codes, n, members, blocks)
+            for member, portion in zip(member_spans(members), portions, strict=True):
+                keep_largest_entries(codes, portion, row_blocks(member, rows))
+        residual = metric.apply(target - codes, exact=last)
+        _descend(metric, codes, residual, LAST_STEPS if last else STEPS, exact=last)
+        error = float(metric.dot(target - codes, residual).sum(dtype=torch.float64).clamp(min=0) / norm.clamp(min=TINY))
+        errors.append(error**0.5)
+        if options.on_iteration:
+            options.on_iteration(iteration, errors[-1])
+    support = codes != 0
+    for member, portion in zip(member_spans(members), portions, strict=True):
+        fill_support(support[member], portion)
+    coefficients = (codes * scale / metric.outputs[:, None] / metric.inputs).T
+    return Factorization(None, coefficients.contiguous(), support.T.contiguous(), errors)
+
+
+def scheduled(progress: float, dense: int, nonzeros: int) -> int:
+    """Entries that may stay: from all of them at 0 to the asked number at 1 and after it, fewer go the later it is."""
+    left = max(0.0, 1 - progress)
+    return max(nonzeros, round(nonzeros + (dense - nonzeros) * left**3))
+
+
+def _descend(metric: _Metric, codes: Tensor, residual: Tensor, steps: int, exact: bool) -> None:
+    """Conjugate gradients on the support of S, in place; the residual goes along, off the support too."""
+    support = codes != 0
+    direction = residual * support
+    squared = metric.dot(direction, direction)
+    for step in range(steps):
+        moved = metric.apply(direction, exact=exact)
+        length = squared / metric.dot(direction, moved).clamp(min=TINY)
+        codes += length * direction
+        residual -= length * moved
+        if step + 1 < steps:
+            gradient = residual * support
+            before, squared = squared, metric.dot(gradient, gradient)
+            direction = gradient + squared / before.clamp(min=TINY) * direction
+
+
+def _best_step(metric: _Metric, direction: Tensor, gradient: Tensor, moved: Tensor) -> Tensor:
+    """The length of a step that lowers the error most."""
+    return metric.dot(direction, gradient) / metric.dot(direction, moved).clamp(min=TINY)
+
+
+@dataclass(frozen=True)
+class _Metric:
+    """H(E) = G E Gamma with unit diagonals, on matrices E that hold a column a row, (d2, d1).
+
+    Attributes:
+        inputs, outputs: roots of the diagonals of G and Gamma, (d1,) and (d2,).
+        gram: scaled G less its unit diagonal, or None for I.
+        gammas: the same of each member's Gamma.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    gram: Tensor | None
+    gammas: tuple[Tensor | None, ...]
+    members: tuple[int, ...]
+    quick: torch.dtype
+
+    @classmethod
+    def of(cls, problem: MetricProblem) -> _Metric:
+        weight = problem.weight
+        d1, d2 = weight.shape
+        members = problem.members or (d2,)
+        ones = torch.ones(d1, device=weight.device)
+        inputs = ones if problem.gram is None else _roots(problem.gram.diagonal())
+        diagonals = [gamma if gamma.ndim == 1 else gamma.diagonal() for gamma in problem.outputs]
+        outputs = _roots(torch.cat(diagonals)) if diagonals else torch.ones(d2, device=weight.device)
+        gammas: tuple[Tensor | None, ...] = tuple(
+            None if gamma.ndim == 1 else _off_diagonal(gamma, root)
+            for gamma, root in zip(problem.outputs, torch.split(outputs, list(members)), strict=True)
+        ) if problem.outputs else (None,) * len(members)
+        gram = None if problem.gram is None else _off_diagonal(problem.gram, inputs)
+        fast = min(d1, d2) >= SMALLEST_QUICK and bf16_is_fast(weight.device)
+        return cls(inputs, outputs, gram, gammas, members, torch.bfloat16 if fast else torch.float32)
+
+    @property
+    def by_column(self) -> bool:
+        """Whether columns are problems of their own."""
+        return all(gamma is None for gamma in self.gammas)
+
+    def apply(self, error: Tensor, exact: bool = False) -> Tensor:
+        """G E Gamma; bf16 products, unless `exact`, leave the unit diagonals alone."""
+        dtype = torch.float32 if exact else self.quick
+        if self.gram is not None:
+            error = error + _product(error, self.gram, dtype)
+        if self.by_column:
+            return error
+        out = error.clone()
+        for span, gamma in zip(member_spans(self.members), self.gammas, strict=True):
+            if gamma is not None:
+                out[span] += _product(gamma, error[span], dtype)
+        return out
+
+    def dot(self, left: Tensor, right: Tensor) -> Tensor:
+        """Inner products of the columns (d2, 1), or of the matrices where columns are tied, (1, 1)."""
+        products: Tensor = torch.linalg.vecdot(left, right)
+        return products[:, None] if self.by_column else products.sum().view(1, 1)
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    with float32_products("highest"):
+        product: Tensor = (left.to(dtype) @ right.to(dtype)).to(torch.float32)
+    return product
+
+
+def _roots(diagonal: Tensor) -> Tensor:
+    """Roots of a diagonal, none of them 0."""
+    diagonal = diagonal.float()
+    return diagonal.clamp(min=float(diagonal.mean()) * 1e-12 + TINY).sqrt()
+
+
+def _off_diagonal(matrix: Tensor, roots: Tensor) -> Tensor:
+    scaled = matrix.float() / roots / roots[:, None]
+    scaled.diagonal().zero_()
+    return scaled
+
+
+def flops(d1: int, d2: int, nonzeros: int, options: SolverOptions) -> Flops:
+    """Of `htp` with diagonal Gamma, whose quick products count as exact ones do."""
+    count = 2 + (2 + STEPS) * options.iterations - STEPS + LAST_STEPS
+    return Flops(2.0 * d1**2 * d2 * count)

@@ -1,0 +1,264 @@
+"""Values of a block tuned together, supports and dictionaries fixed: the block's output comes nearer to the dense one's.
+
+Projections were solved one by one, each by second-order rules of its own. Here the block itself is run, on what the
+model compressed so far gives it, and the stored values of all its projections follow the gradient of
+
+    mean over tokens of (y' - y) Gamma_h (y' - y)^T
+
+with y the block's output in the dense model, y' its own, and Gamma_h what errors of the output cost in the loss (I where
+no gradients were taken), by Adam (Kingma and Ba 2015) with a cosine schedule. Of the states on the way the one with the
+lowest error on sequences that were set aside is kept, the first one among them, so that a block never gets worse.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from cospadi.budget.plan import Group
+from cospadi.calibration.gradients import no_parameter_gradients
+from cospadi.calibration.walk import Calls, Flow, call
+from cospadi.format.schema import StoredProjection
+from cospadi.jobs.ledger import Piece
+from cospadi.stages.costs import Costs
+from cospadi.stages.measure import WalkedBlock
+from cospadi.stages.open import Job
+from cospadi.stages.solve import Packed, dense_weights, packed_of
+
+log = logging.getLogger("cospadi")
+
+STEP_TOKENS = 4096
+"""Tokens that a step's gradient is taken on, or one batch where that has more."""
+LEARNING_RATE = 2e-2
+"""Largest step of a value, in root mean squares of the values of its projection."""
+WARM_UP = 5
+"""Steps over which the learning rate rises."""
+HELD_OUT = 8
+"""One in so many batches is set aside to choose the best state by."""
+CHECKS = 3
+"""Times that this is done after the start."""
+BETAS = (0.9, 0.95)
+
+
+@dataclass
+class Refinement:
+    """The refined blocks of a job, a piece of the ledger each."""
+
+    job: Job
+    costs: Costs | None
+
+    def missing(self, groups: Sequence[Group]) -> list[Group]:
+        """Groups whose block is not refined yet."""
+        return [group for group in groups if self.job.ledger.get(_key(group.members[0].block)) is None]
+
+    def refine(self, block: WalkedBlock, pieces: Sequence[Piece]) -> dict[str, Tensor]:
+        """Tune the values of a block's groups, unless an earlier run has.
+
+        Args:
+            pieces: its groups as they were solved.
+
+        Returns:
+            Layer name -> the weight (d2, d1) that it now has.
+        """
+        job, index, name = self.job, block.index, block.name
+        piece = job.ledger.get(_key(index))
+        if piece is None:
+            block.pass_dense()
+            assert job.calls is not None
+            width = block.dense.flow[0].shape[-1]
+            costs = None if self.costs is None else self.costs.of_block(index, name, width)
+            steps = job.recipe.refine or 0
+            with job.stages.stage("refine", block.count * steps) as progress:
+                progress.reach(index * steps, f"block {index + 1} of {block.count}")
+                packed, errors = refine_block(
+                    name, block.module, index, job.calls, block.compressed.flow, block.dense.flow,
+                    [packed_of(piece) for piece in pieces], costs, steps, job.recipe.seed, progress.advance,
+                )  # fmt: skip
+            log.info("refined block %d: error of its output %.3e, was %.3e", index, errors[1], errors[0])
+            tensors = {full: tensor for group in packed for full, tensor in group.tensors.items()}
+            piece = job.ledger.put(
+                _key(index), {"groups": [group.record() for group in packed], "errors": list(errors)}, tensors
+            )
+        return {layer: weight for part in _split(piece) for layer, weight in dense_weights(packed_of(part)).items()}
+
+    def pieces(self, groups: Sequence[Group]) -> list[Piece]:
+        """The refined groups, in the order of the blocks."""
+        found = []
+        for index in sorted({group.members[0].block for group in groups}):
+            piece = self.job.ledger.get(_key(index))
+            assert piece is not None
+            found += _split(piece)
+        return found
+
+
+def _split(piece: Piece) -> list[Piece]:
+    """A block's piece as one a group."""
+    return [replace(piece, record=record) for record in piece.record["groups"]]
+
+
+def _key(index: int) -> str:
+    return f"refined/{index:04}"
+
+
+@dataclass
+class _Part:
+    """A projection's values on their way: S transposed, float32 (d2, k), with zeros outside its support.
+
+    Attributes:
+        chosen: 1 on the support, in the same shape; None where all of S is stored.
+        atoms: D transposed, float32 (k, d1); None for I.
+    """
+
+    entry: StoredProjection
+    codes: Tensor
+    chosen: Tensor | None
+    atoms: Tensor | None
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        codes = self.codes if self.chosen is None else self.codes * self.chosen
+        return (codes if self.atoms is None else codes @ self.atoms).to(dtype)
+
+
+def refine_block(
+    name: str,
+    block: nn.Module,
+    index: int,
+    calls: Calls,
+    inputs: Flow,
+    wanted: Flow,
+    packed: Sequence[Packed],
+    costs: Sequence[Tensor] | None,
+    steps: int,
+    seed: int,
+    on_step: Callable[[float], None],
+) -> tuple[list[Packed], tuple[float, float]]:
+    """Tune the values of a block's groups.
+
+    Args:
+        name: of the block, which is in memory. index: of it.
+        calls: how blocks are called.
+        inputs: the text before the block in the model compressed so far. wanted: after it in the dense model.
+        packed: the block's groups.
+        costs: Gamma_h in blocks of outputs, or its diagonal alone; None for I.
+        steps: of Adam. seed: of the order of the text. on_step: called with 1 after each.
+
+    Returns:
+        The groups with their values anew, as they are stored; the error on what was set aside, in that of an output of
+        zeros, before and after.
+    """
+    device = inputs.device
+    parts = {item: part for group in packed for item, part in _parts(group, device).items()}
+    gamma = None if costs is None else [cost.to(device) for cost in costs]
+    kept = max(1, len(inputs) // HELD_OUT) if len(inputs) > 1 else 0
+    held_out = range(len(inputs) - kept, len(inputs)) if kept else range(1)
+    training = range(len(inputs) - kept) if kept else range(1)
+    size = max(1, STEP_TOKENS // max(1, inputs[0].shape[0] * inputs[0].shape[1]))
+
+    def weights() -> dict[str, Tensor]:
+        dtype = next(block.parameters()).dtype
+        return {f"{item.removeprefix(f'{name}.')}.weight": part.weight(dtype) for item, part in parts.items()}
+
+    def error(batch: int, replaced: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        hidden, target = inputs[batch], wanted[batch]
+        output = call(lambda *a, **k: functional_call(block, dict(replaced), a, k), index, calls, hidden)
+        return weighed_square(output.float() - target.float(), gamma), hidden.shape[0] * hidden.shape[1]
+
+    @torch.no_grad()
+    def checked() -> float:
+        replaced = weights()
+        return float(sum(error(batch, replaced)[0] for batch in held_out))
+
+    with torch.no_grad():
+        largest = float(sum(weighed_square(wanted[batch].float(), gamma) for batch in held_out))
+        unit = largest / sum(wanted[batch].shape[0] * wanted[batch].shape[1] for batch in held_out) or 1.0
+    values = [part.codes for part in parts.values()]
+    rates = [LEARNING_RATE * _rms(part) for part in parts.values()]
+    with torch.inference_mode(False), torch.enable_grad(), no_parameter_gradients(block), _deterministic():
+        for value in values:
+            value.requires_grad_()
+        optimizer = torch.optim.Adam([{"params": [v], "lr": r} for v, r in zip(values, rates, strict=True)], betas=BETAS, eps=1e-12)
+        best, first = [value.detach().clone() for value in values], checked()
+        lowest = first
+        generator = torch.Generator().manual_seed(seed)
+        order: list[int] = []
+        for step in range(1, steps + 1):
+            if len(order) < size:
+                order += torch.randperm(len(training), generator=generator).tolist()
+            chosen, order = order[:size], order[size:]
+            pace = min(1.0, step / WARM_UP) * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * pace
+            optimizer.zero_grad()
+            for batch in chosen:
+                loss, tokens = error(batch, weights())
+                (loss / (unit * tokens * len(chosen))).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            on_step(1)
+            if step % math.ceil(steps / CHECKS) == 0 or step == steps:
+                now = checked()
+                if now < lowest:
+                    lowest, best = now, [value.detach().clone() for value in values]
+    for part, value in zip(parts.values(), best, strict=True):
+        part.codes = value
+    relative = (first / largest, lowest / largest) if largest > 0 else (0.0, 0.0)
+    return [_packed(group, parts) for group in packed], relative
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Gradients that do not depend on timing inside this block, where torch has such ones."""
+    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+
+
+def weighed_square(error: Tensor, gamma: Sequence[Tensor] | None) -> Tensor:
+    """The sum over tokens of e Gamma e^T, for errors e (..., width)."""
+    if gamma is None:
+        return error.square().sum()
+    if gamma[0].ndim == 1:
+        return (error.square() * gamma[0]).sum()
+    pieces = torch.split(error, [len(block) for block in gamma], dim=-1)
+    return torch.stack([((piece @ block) * piece).sum() for piece, block in zip(pieces, gamma, strict=True)]).sum()
+
+
+def _parts(packed: Packed, device: torch.device) -> dict[str, _Part]:
+    parts = {}
+    for name, entry in packed.entries.items():
+        form, tensors = entry.form, packed.tensors
+        support = tensors.get(f"{name}.{form.names.support}")
+        codes = form.codec.decode(tensors[f"{name}.{form.names.values}"], entry.count)
+        chosen = form.support_kind.unpack(support, entry.k)
+        atoms = form.dictionary_kind.decode(tensors.get(entry.dictionary_tensor))
+        parts[name] = _Part(
+            entry,
+            form.support_kind.scatter(support, codes, entry.d2, entry.k).to(device).clone(),
+            None if chosen is None else chosen.to(device, torch.float32),
+            None if atoms is None else atoms.to(device),
+        )
+    return parts
+
+
+def _rms(part: _Part) -> float:
+    """Root mean square of the stored values."""
+    return float((part.codes.square().sum(dtype=torch.float64) / max(1, part.entry.count)).sqrt())
+
+
+def _packed(packed: Packed, parts: Mapping[str, _Part]) -> Packed:
+    tensors = dict(packed.tensors)
+    for name, entry in packed.entries.items():
+        part, form = parts[name], entry.form
+        chosen = None if part.chosen is None else part.chosen.bool().cpu()
+        values = form.support_kind.gather(chosen, part.codes.detach().cpu())
+        tensors[f"{name}.{form.names.values}"] = form.codec.encode(values)
+    return replace(packed, tensors=tensors)
