@@ -70,6 +70,7 @@ def test_the_command_registers_the_format(compressed_folder: Path, text_file: Pa
     ended, modules = in_new_process(COMMAND, "eval", compressed_folder, "--text", text_file, "--length", 64)
     assert ended == 0
     assert "cospadi.integrations.transformers" in modules
+    assert "lm_eval" not in modules  # an extra, for --tasks alone
 
 
 def test_every_public_name_is_there() -> None:

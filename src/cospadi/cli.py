@@ -233,24 +233,45 @@ def plan(
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="DIR", help="compressed or dense model")],
-    text: Annotated[Path, typer.Option(metavar="FILE", help="UTF-8 text to measure on")],
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="UTF-8 text to measure perplexity on")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="lm-eval's tasks, with commas between; 'paper': the paper's")
+    ] = None,
     against: Annotated[str | None, typer.Option(metavar="MODEL", help="a second model to compare with")] = None,
     length: Annotated[int | None, typer.Option(min=2, help="tokens a window  [default: min(1024, positions)]")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="windows in a forward pass")] = 4,
+    include_path: Annotated[Path | None, typer.Option(metavar="FOLDER", help="more task files of lm-eval's")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="the first documents of each task  [default: all]")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="windows or requests in a forward pass")] = 4,
     device: Device = "auto",
     runtime: RuntimeFlag = "auto",
     as_json: Json = False,
     progress: Progress = "auto",
 ) -> None:
-    """Perplexity on a text, in non-overlapping windows."""
-    stages = _talk(progress)
-    from cospadi.commands.evaluate import evaluate_models, perplexity_json, perplexity_lines
-
+    """Perplexity on a text, in non-overlapping windows; accuracy on tasks, by lm-evaluation-harness."""
+    if text is None and tasks is None:
+        raise UserError("there is nothing to measure. Give --text FILE, --tasks NAMES or both")
+    if tasks is None and (include_path is not None or limit is not None):
+        raise UserError("--include-path and --limit are of --tasks, which is not given")
+    stages, chosen = _talk(progress), _runtime(runtime)
+    models = [model, *([against] if against else [])]
+    data: dict[str, Any] = {}
+    parts: list[object] = []
     with stages.shown():
-        results = evaluate_models(
-            [model, *([against] if against else [])], text, length, batch_size, device, stages, _runtime(runtime)
-        )
-    _show(perplexity_json(results), as_json, *perplexity_lines(results))
+        if tasks is not None:
+            from cospadi.commands import accuracy
+
+            suite = accuracy.open_suite(tasks.split(","), include_path)
+        if text is not None:
+            from cospadi.commands.evaluate import evaluate_models, perplexity_json, perplexity_lines
+
+            results = evaluate_models(models, text, length, batch_size, device, stages, chosen)
+            data |= perplexity_json(results)
+            parts += perplexity_lines(results)
+        if tasks is not None:
+            found = accuracy.measure_accuracies(models, suite, limit, batch_size, device, stages, chosen)
+            data["tasks"] = accuracy.accuracy_json(found)
+            parts += [accuracy.accuracy_table(found), accuracy.HOW_TO_READ]
+    _show(data, as_json, *parts)
 
 
 @app.command()
@@ -473,6 +494,7 @@ def _talk(progress: str, loads_models: bool = True) -> Stages:
 
 def _silence_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # before it is imported: bars that have no other switch
     from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers.utils import logging as transformers_logging
 

@@ -85,11 +85,21 @@ def tokenize(tokenizer: Any, text: str, vocabulary: int | None = None) -> list[i
         tokens: list[int] = tokenizer(text, verbose=False)["input_ids"]
     except Exception as error:  # a tokenizer may raise anything where its files, or a text, are malformed
         raise UserError(f"the model's tokenizer fails on the text: {first_line(error)}") from None
-    if vocabulary is not None and max(tokens, default=0) >= vocabulary:
-        raise UserError(
-            f"the tokenizer gives token {max(tokens)}, and the model has {vocabulary}: it is not the model's tokenizer"
-        )
+    if vocabulary is not None:
+        check_token(max(tokens, default=0), vocabulary)
     return tokens
+
+
+def check_token(largest: int, vocabulary: int) -> None:
+    """Refuse a token that the model does not have.
+
+    Raises:
+        UserError: it does not.
+    """
+    if largest >= vocabulary:
+        raise UserError(
+            f"the tokenizer gives token {largest}, and the model has {vocabulary}: it is not the model's tokenizer"
+        )
 
 
 def sequence_length(asked: int | None, positions: int) -> int:

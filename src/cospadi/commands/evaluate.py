@@ -56,6 +56,20 @@ def perplexity(
     return Perplexity(perplexity_of(mean_loss(model, windows, batch_size, on_batch)), *windows.shape)
 
 
+def open_model(name: str | Path, device: torch.device, runtime: Runtime, stages: Stages) -> tuple[Any, Any]:
+    """A model and its tokenizer.
+
+    Raises:
+        UserError: nothing that can be read.
+    """
+    with stages.stage("load", 1):
+        folder = load.resolve(name)
+        tokenizer = load.load_tokenizer(folder)
+        model = load.load_model(folder, device)
+        set_runtime(model, runtime)
+    return model, tokenizer
+
+
 def evaluate_models(
     models: Sequence[str | Path],
     text: Path,
@@ -79,11 +93,7 @@ def evaluate_models(
     stages = stages or Stages()
     results: list[tuple[str, Perplexity]] = []
     for name in models:
-        with stages.stage("load", 1):
-            folder = load.resolve(name)
-            tokenizer = load.load_tokenizer(folder)
-            model = load.load_model(folder, where)
-            set_runtime(model, runtime)
+        model, tokenizer = open_model(name, where, runtime, stages)
         asked = sequence_length(length, load.positions(model.config))
         windows = text_windows(tokenizer, content, asked, load.vocabulary(model))
         with stages.stage("evaluate", len(windows)) as progress:

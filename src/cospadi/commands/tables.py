@@ -15,7 +15,9 @@ def new_table(*columns: str) -> Table:
     """An empty table; columns of names are set left, those of figures right."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for column in columns:
-        table.add_column(column, justify="left" if column in ("projection", "", "model", "layout") else "right")
+        table.add_column(
+            column, justify="left" if column in ("projection", "", "model", "layout", "task", "metric") else "right"
+        )
     return table
 
 

@@ -1,0 +1,239 @@
+"""`cospadi eval --tasks`: lm-eval's harness on our models, on tasks that these tests write and on the shared ones."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED_MODELS, Answer
+
+from cospadi.model import load
+
+TASKS = SHARED_MODELS.parent / "tasks"
+QUESTIONS = [
+    {"query": "2 squared is", "choices": ["4.", "5.", "and"], "gold": 0},
+    {"query": "3 squared is", "choices": ["8", "9, halved", "2"], "gold": 1},
+    {"query": "8 halved is", "choices": ["3.0", "halved 4", "4.0"], "gold": 2},
+    {"query": "5 squared is", "choices": ["is", "25", "26, or so"], "gold": 1},
+    {"query": "7 halved is", "choices": ["3.5", "3.6.", "37"], "gold": 0},
+]
+CHOOSE = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{before}{{{{query}}}}"
+doc_to_target: gold
+doc_to_choice: choices
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+"""
+
+
+@pytest.fixture(scope="module")
+def accuracy() -> Iterator[Any]:
+    lm_eval = pytest.importorskip("lm_eval.tasks", reason="lm-eval is not installed (extra `eval`)")
+    from cospadi.commands import accuracy as module
+
+    # Without the thousands of files of its own tasks, which take seconds to read.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "TaskManager", partial(lm_eval.TaskManager, include_defaults=False))
+        yield module
+
+
+@pytest.fixture(scope="module")
+def tasks(accuracy: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of task files: `sums`, `halves` (longer than 64 tokens), a group of both; two that cannot be used."""
+    folder = tmp_path_factory.mktemp("tasks")
+    file = folder / "questions.jsonl"
+    file.write_text("\n".join(map(json.dumps, QUESTIONS)), encoding="utf-8")
+    (folder / "sums.yaml").write_text(CHOOSE.format(name="sums", file=file, before=""))
+    (folder / "halves.yaml").write_text(CHOOSE.format(name="halves", file=file, before="7 halved is 3.5. " * 5))
+    (folder / "group.yaml").write_text("group: both\ntask: [sums, halves]\n")
+    (folder / "lost.yaml").write_text(CHOOSE.format(name="lost", file=folder / "nowhere.jsonl", before=""))
+    rolling = CHOOSE.replace("multiple_choice", "loglikelihood_rolling").partition("metric_list")[0]
+    rolling = rolling.replace("doc_to_target: gold", 'doc_to_target: "{{{{query}}}}"').replace(
+        "doc_to_choice: choices\n", ""
+    )
+    rolling += "metric_list: [{{metric: word_perplexity}}]\n"
+    (folder / "rolling.yaml").write_text(rolling.format(name="rolling", file=file, before=""))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(accuracy: Any, tasks: Path, dense_folder: Path, compressed_folder: Path) -> list[tuple[str, Any]]:
+    """The compressed and the dense model on `sums` and on the group of `sums` and `halves`."""
+    suite = accuracy.open_suite(["sums", "both"], tasks)
+    return accuracy.measure_accuracies([compressed_folder, dense_folder], suite, batch_size=2)
+
+
+def log_likelihoods(folder: Path, query: str, choices: list[str]) -> list[float]:
+    """Of each answer after the query, by plain forward passes."""
+    model, tokenizer = load.load(folder, "cpu"), load.load_tokenizer(folder)
+    context = tokenizer(query)["input_ids"]
+    found = []
+    for choice in choices:
+        whole = tokenizer(f"{query} {choice}")["input_ids"]
+        with torch.no_grad():
+            scores = model(torch.tensor([whole])).logits[0].float().log_softmax(-1)
+        found.append(sum(float(scores[place - 1, whole[place]]) for place in range(len(context), len(whole))))
+    return found
+
+
+def test_answers_are_those_of_plain_forward_passes(
+    measured: list[tuple[str, Any]], dense_folder: Path, compressed_folder: Path
+) -> None:
+    for (name, found), folder in zip(measured, (compressed_folder, dense_folder), strict=True):
+        assert name == str(folder)
+        expected: dict[str, list[float]] = {"acc": [], "acc_norm": []}
+        for document in QUESTIONS:
+            scores = log_likelihoods(folder, document["query"], document["choices"])
+            lengths = [len(choice) for choice in document["choices"]]
+            expected["acc"].append(float(np.argmax(scores) == document["gold"]))
+            expected["acc_norm"].append(float(np.argmax(np.divide(scores, lengths)) == document["gold"]))
+        assert found["sums"] == expected
+
+
+def test_a_group_is_the_documents_of_its_tasks(measured: list[tuple[str, Any]]) -> None:
+    for _, found in measured:
+        assert len(found["both"]["acc"]) == 2 * len(QUESTIONS)
+        assert found["both"]["acc"][: len(QUESTIONS)] == found["sums"]["acc"]
+
+
+def test_measured_again_it_is_the_same(accuracy: Any, tasks: Path, dense_folder: Path, measured: Any) -> None:
+    suite = accuracy.open_suite(["both", "sums"], tasks)
+    for _ in range(2):  # the second time with tasks that were used
+        assert accuracy.measure_accuracies([dense_folder], suite, batch_size=5)[0][1] == measured[1][1]
+
+
+def test_limit_takes_the_first_documents_of_each_task(
+    accuracy: Any, tasks: Path, dense_folder: Path, measured: Any
+) -> None:
+    ((_, found),) = accuracy.measure_accuracies([dense_folder], accuracy.open_suite(["both"], tasks), limit=2)
+    whole = measured[1][1]["both"]["acc"]
+    assert found["both"]["acc"] == whole[:2] + whole[len(QUESTIONS) : len(QUESTIONS) + 2]
+
+
+def test_standard_errors_are_paired(accuracy: Any) -> None:
+    generator = np.random.default_rng(0)
+    first, second = (
+        {name: {"acc": list(generator.integers(0, 2, size).astype(float))} for name, size in (("a", 40), ("b", 25))}
+        for _ in range(2)
+    )
+    told = accuracy.accuracy_json([("one", first), ("other", second)])
+    deltas = {name: np.subtract(first[name]["acc"], second[name]["acc"]) for name in first}
+    errors = {name: delta.std(ddof=1) / math.sqrt(len(delta)) for name, delta in deltas.items()}
+    for name, delta in deltas.items():
+        figures = told["difference"]["tasks"][name]["acc"]
+        assert figures == pytest.approx({"value": delta.mean(), "stderr": errors[name]})
+    assert told["difference"]["average"] == pytest.approx(
+        {"value": np.mean([delta.mean() for delta in deltas.values()]), "stderr": math.hypot(*errors.values()) / 2}
+    )
+    assert told["models"][1]["average"]["value"] == pytest.approx(np.mean([np.mean(second[n]["acc"]) for n in second]))
+
+
+def test_one_document_has_no_standard_error(accuracy: Any) -> None:
+    told = accuracy.accuracy_json([("one", {"a": {"acc": [1.0]}})])
+    assert told["models"][0]["average"] == {"value": 1.0, "stderr": None}
+
+
+def test_the_command_compares_two_models(
+    accuracy: Any,
+    tasks: Path,
+    dense_folder: Path,
+    compressed_folder: Path,
+    text_file: Path,
+    measured: list[tuple[str, Any]],
+    run: Callable[..., Answer],
+) -> None:
+    words = ["eval", compressed_folder, "--against", dense_folder, "--tasks", "sums,both", "--include-path", tasks]
+    answer = run(*words)
+    assert answer.code == 0, answer.err
+    mine, dense = (np.mean(found["sums"]["acc"]) for _, found in measured)
+    (line,) = [line for line in answer.out.splitlines() if re.match("sums +acc ", line)]
+    shown = [float(figure) for figure in re.findall(r"([+-]?[\d.]+) ±", line)]
+    assert shown == pytest.approx([100 * mine, 100 * dense, 100 * (mine - dense)], abs=0.005)
+    assert "average" in answer.out
+    assert answer.err.count("15 of 30 requests are longer than the model's 64 positions") == 2  # once a model
+
+    told = json.loads(run(*words, "--text", text_file, "--length", "32", "--json").out)
+    assert {"models", "log_ratio", "tasks"} <= told.keys()
+    assert told["tasks"] == json.loads(json.dumps(accuracy.accuracy_json(measured)))
+
+
+def test_shared_tasks_on_a_trained_model(accuracy: Any, shared_model: Callable[[str], Path]) -> None:
+    folder = shared_model("stories260k")
+    if not TASKS.is_dir():
+        pytest.skip(f"the shared tasks are not on this machine ({TASKS})")
+    suite = accuracy.open_suite(["local_copa", "local_winogrande", "local_lambada_openai"], TASKS)
+    ((_, found),) = accuracy.measure_accuracies([folder], suite, limit=6)
+    assert {name: set(metrics) for name, metrics in found.items()} == {
+        "local_copa": {"acc", "acc_norm"},
+        "local_winogrande": {"acc"},
+        "local_lambada_openai": {"acc"},
+    }
+    documents = [json.loads(line) for line in (TASKS / "data" / "copa.jsonl").read_text().splitlines()[:6]]
+    scores = [log_likelihoods(folder, document["query"], document["choices"]) for document in documents]
+    right = [float(np.argmax(each) == document["gold"]) for each, document in zip(scores, documents, strict=True)]
+    assert found["local_copa"]["acc"] == right
+
+
+@pytest.mark.parametrize(
+    ("names", "mentioned"),
+    [
+        ("sumz", ["sumz is not known", "Did you mean", "sums"]),
+        ("sums,lost", ["task lost cannot be opened", "nowhere.jsonl", "--include-path"]),
+        ("rolling", ["task rolling has no accuracy", "word_perplexity"]),
+    ],
+)
+def test_tasks_that_cannot_be_used(
+    names: str, mentioned: list[str], tasks: Path, dense_folder: Path, run: Callable[..., Answer]
+) -> None:
+    answer = run("eval", dense_folder, "--tasks", names, "--include-path", tasks)
+    assert answer.code == 2
+    assert all(words in answer.err for words in mentioned), answer.err
+
+
+def test_an_include_path_that_is_no_folder(accuracy: Any, dense_folder: Path, run: Callable[..., Answer]) -> None:
+    answer = run("eval", dense_folder, "--tasks", "sums", "--include-path", dense_folder / "absent")
+    assert answer.code == 2
+    assert "absent is not a folder" in answer.err
+
+
+def test_the_papers_tasks_are_lm_evals(accuracy: Any) -> None:
+    from lm_eval import tasks
+
+    folders = ("piqa", "hellaswag", "lambada", "arc", "sciq", "race", "mmlu")
+    manager = accuracy.TaskManager(include_path=[Path(tasks.__file__).parent / folder for folder in folders])
+    assert set(accuracy.PAPER) <= set(manager.all_tasks)
+
+
+def test_without_lm_eval_the_extra_is_named(
+    dense_folder: Path, run: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "cospadi.commands.accuracy", raising=False)
+    monkeypatch.delattr("cospadi.commands.accuracy", raising=False)
+    answer = run("eval", dense_folder, "--tasks", "piqa")
+    assert answer.code == 2
+    assert "pip install 'cospadi[eval]'" in answer.err
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--limit", 3, "--text", "file"], ["--include-path", "folder", "--text", "file"]]
+)
+def test_flags_that_go_together(words: list[Any], dense_folder: Path, run: Callable[..., Answer]) -> None:
+    answer = run("eval", dense_folder, *words)
+    assert answer.code == 2
+    assert "--tasks" in answer.err
