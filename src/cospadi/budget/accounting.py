@@ -51,7 +51,7 @@ def exact_rank(budget: int, form: Form, d1: int, d2s: Sequence[int]) -> int:
     def fits(k: int) -> bool:
         return form.nbytes(d1, d2s, k, [k * d2 for d2 in d2s]).total <= budget
 
-    return _largest(fits, _most_atoms(budget, form, d1))
+    return _largest(fits, budget // _atom_bytes(form, d1))
 
 
 def exact_size(budget: int, form: Form, d1: int, d2s: Sequence[int], rho: float) -> tuple[int, int]:
@@ -66,7 +66,7 @@ def exact_size(budget: int, form: Form, d1: int, d2s: Sequence[int], rho: float)
     def s_of(k: int) -> int:
         return max(1, math.floor(k / _decimal(rho)))
 
-    k = _largest(lambda k: fits(k, s_of(k)), _most_atoms(budget, form, d1))
+    k = _largest(lambda k: fits(k, s_of(k)), budget // _atom_bytes(form, d1))
     if k == 0:
         return 0, 0
     return k, _largest(lambda s: fits(k, s), k)
@@ -75,8 +75,8 @@ def exact_size(budget: int, form: Form, d1: int, d2s: Sequence[int], rho: float)
 def free_size(budget: int, form: Form, d1: int, d2s: Sequence[int], rho: float) -> tuple[int, int]:
     """Largest k whose k d2 / rho nonzeros fit the budget, then the most nonzeros for that k, in units of VALUE_UNIT.
 
-    They lie anywhere, each member holding a multiple of VALUE_UNIT of them. Returns (0, 0) where not even one atom
-    fits.
+    They lie anywhere, each member holding a multiple of VALUE_UNIT of them. Where the dictionary is I, k is d1 whatever
+    rho. Returns (0, 0) where not even one atom, or value, fits.
     """
 
     def most(k: int) -> int:
@@ -86,14 +86,13 @@ def free_size(budget: int, form: Form, d1: int, d2s: Sequence[int], rho: float) 
     def asked(k: int) -> Fraction:
         return min(k * sum(d2s) / _decimal(rho) - VALUE_UNIT, Fraction(most_nonzeros(d2s, k)))
 
-    k = _largest(lambda k: most(k) >= asked(k), _most_atoms(budget, form, d1))
+    k = form.dictionary_kind.atoms(d1) or _largest(lambda k: most(k) >= asked(k), budget // _atom_bytes(form, d1))
     return (k, most(k)) if k and most(k) else (0, 0)
 
 
-def _most_atoms(budget: int, form: Form, d1: int) -> int:
-    """Atoms that fit if nothing else is stored; d1 where they cost nothing."""
-    nbytes = form.dictionary_kind.nbytes(d1, 1)
-    return budget // nbytes if nbytes else d1
+def _atom_bytes(form: Form, d1: int) -> int:
+    """Bytes of an atom of a dictionary that is stored."""
+    return form.dictionary_kind.nbytes(d1, 1)
 
 
 def most_nonzeros(d2s: Sequence[int], k: int) -> int:

@@ -113,32 +113,33 @@ class _Metric:
     Attributes:
         inputs, outputs: roots of the diagonals of G and Gamma, (d1,) and (d2,).
         gram: scaled G less its unit diagonal, or None for I.
-        gammas: the same of each member's Gamma.
+        gammas: the same of Gamma, a block of outputs each.
+        spans: which outputs these are.
     """
 
     inputs: Tensor
     outputs: Tensor
     gram: Tensor | None
     gammas: tuple[Tensor | None, ...]
-    members: tuple[int, ...]
+    spans: list[slice]
     quick: torch.dtype
 
     @classmethod
     def of(cls, problem: MetricProblem) -> _Metric:
         weight = problem.weight
         d1, d2 = weight.shape
-        members = problem.members or (d2,)
+        widths = [len(gamma) for gamma in problem.outputs] or [d2]
         ones = torch.ones(d1, device=weight.device)
         inputs = ones if problem.gram is None else _roots(problem.gram.diagonal())
         diagonals = [gamma if gamma.ndim == 1 else gamma.diagonal() for gamma in problem.outputs]
         outputs = _roots(torch.cat(diagonals)) if diagonals else torch.ones(d2, device=weight.device)
         gammas: tuple[Tensor | None, ...] = tuple(
             None if gamma.ndim == 1 else _off_diagonal(gamma, root)
-            for gamma, root in zip(problem.outputs, torch.split(outputs, list(members)), strict=True)
-        ) if problem.outputs else (None,) * len(members)
+            for gamma, root in zip(problem.outputs, torch.split(outputs, widths), strict=True)
+        ) if problem.outputs else (None,)
         gram = None if problem.gram is None else _off_diagonal(problem.gram, inputs)
         fast = min(d1, d2) >= SMALLEST_QUICK and bf16_is_fast(weight.device)
-        return cls(inputs, outputs, gram, gammas, members, torch.bfloat16 if fast else torch.float32)
+        return cls(inputs, outputs, gram, gammas, member_spans(widths), torch.bfloat16 if fast else torch.float32)
 
     @property
     def by_column(self) -> bool:
@@ -153,7 +154,7 @@ class _Metric:
         if self.by_column:
             return error
         out = error.clone()
-        for span, gamma in zip(member_spans(self.members), self.gammas, strict=True):
+        for span, gamma in zip(self.spans, self.gammas, strict=True):
             if gamma is not None:
                 out[span] += _product(gamma, error[span], dtype)
         return out

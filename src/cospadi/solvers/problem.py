@@ -49,8 +49,8 @@ class MetricProblem:
     Attributes:
         weight: W of a projection, or of several that read the same input side by side, float32 (d1, d2).
         gram: G = X^T X, float32 (d1, d1), symmetric, positive semidefinite and maybe singular; None stands for I.
-        outputs: what an error at the outputs of each member costs: Gamma, float32 (d2, d2) of the member or, where only
-            its diagonal is known, (d2,). Empty: I.
+        outputs: what errors at the outputs cost: Gamma, float32, in blocks (width, width) of the outputs side by side
+            or, where only its diagonal is known, (width,). Empty: I.
         members: d2 of each projection side by side in W.
     """
 
