@@ -60,7 +60,7 @@ CacheGb = Annotated[
     typer.Option(
         min=0,
         max=10**6,
-        help="GB (10^9 bytes) of hidden states and whitenings kept in memory, not on disk or made again",
+        help="GB (10^9 bytes) of hidden states kept in memory, not on disk",
     ),
 ]
 
@@ -91,12 +91,6 @@ def _how(
         bool, typer.Option("--allow-mixed", help="let machines of different device models solve parts of one job")
     ] = False,
     cache_gb: CacheGb = CACHE_BYTES / GB,
-    keep_grams: Annotated[
-        bool,
-        typer.Option(
-            "--keep-grams", help="write whitenings that exceed that to the job directory, not make them again"
-        ),
-    ] = False,
 ) -> dict[str, Any]:
     """How a job runs, which is no part of its recipe, as keywords of `compress` and `measure_plan`."""
     from cospadi.jobs.pool import Engine, Kind
@@ -107,7 +101,6 @@ def _how(
         "resume": resume,
         "engine": Engine(cast(Kind, engine), workers, threads_per_task, ray_address, allow_mixed),
         "cache_bytes": int(cache_gb * GB),
-        "keep_grams": keep_grams,
     }
 
 

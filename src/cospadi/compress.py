@@ -40,7 +40,6 @@ def compress(
     resume: bool | None = None,
     engine: Engine | None = None,
     cache_bytes: int = CACHE_BYTES,
-    keep_grams: bool = False,
     stages: Stages | None = None,
 ) -> Compressed:
     """Compress a causal language model after training.
@@ -59,8 +58,7 @@ def compress(
         overwrite: replace an output folder that is not empty.
         resume: False restarts where an unfinished job of this output lies; else it is resumed if it is the same job.
         engine: who solves; None is this process.
-        cache_bytes: hidden states and whitenings kept in memory; the rest lies on disk or is computed again.
-        keep_grams: write whitenings that do not fit there to OUTPUT.work, rather than to compute them again.
+        cache_bytes: of hidden states kept in memory; the rest lies on disk.
         stages: where to show progress.
 
     Raises:
@@ -74,7 +72,7 @@ def compress(
         ledger = open_ledger(target, not loaded, overwrite, resume)
         stack.callback(ledger.close)
         job = stack.enter_context(
-            opened(model, recipe, tokenizer, stages, engine, ledger, cache_bytes, keep_grams, whole=target is None)
+            opened(model, recipe, tokenizer, stages, engine, ledger, cache_bytes, whole=target is None)
         )
         before = safetensors.tensor_bytes(job.folder) if job.folder else None
         if isinstance(plan, (str, Path)):
@@ -133,7 +131,6 @@ def measure_plan(
     resume: bool | None = None,
     engine: Engine | None = None,
     cache_bytes: int = CACHE_BYTES,
-    keep_grams: bool = False,
     stages: Stages | None = None,
 ) -> Plan:
     """The plan that `compress` would follow: calibrates, and spreads the bytes, but compresses nothing.
@@ -149,11 +146,11 @@ def measure_plan(
     with ExitStack() as stack:
         ledger = Ledger() if directory is None else JobDirectory(directory, resume)
         stack.callback(ledger.close)
-        job = stack.enter_context(opened(model, recipe, tokenizer, stages, engine, ledger, cache_bytes, keep_grams))
+        job = stack.enter_context(opened(model, recipe, tokenizer, stages, engine, ledger, cache_bytes))
         stack.callback(job.blocks.model.train, training)
         begin(job, None)
         read_text(job)
-        costs = estimate_costs(job) if job.recipe.allocate != "uniform" and job.recipe.wants_gradients else None
+        costs = estimate_costs(job) if job.recipe.allocate != "uniform" else None
         plan = allocate(job, costs)
         if isinstance(ledger, JobDirectory):
             ledger.remove()

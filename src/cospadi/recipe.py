@@ -23,8 +23,9 @@ REFINE = 100
 """Steps of refinement, unless told otherwise."""
 
 CACHE_BYTES = 4 * 10**9
-"""What a job keeps in memory rather than on disk or computed again, half of it hidden states and half of it whitenings,
-unless told otherwise (`--cache-gb`). It is no field of the recipe: the result does not depend on it."""
+"""Bytes of hidden states that a job keeps in memory rather than on disk, and of Grams that it takes in one pass of a
+model that runs whole, unless told otherwise (`--cache-gb`). It is no field of the recipe: the result does not depend on
+it."""
 
 
 PLAIN: dict[str, Any] = {"share": "none", "allocate": "uniform", "metric": "output", "compensate": False, "refine": 0}
@@ -33,9 +34,9 @@ PLAIN: dict[str, Any] = {"share": "none", "allocate": "uniform", "metric": "outp
 METHODS: dict[str, dict[str, Any]] = {
     "sparse": {},
     "mod-htp": {"solver": "mod-htp", "refine": 0},
-    "paper": PLAIN | {"solver": "ksvd", "rho": 2.0},
-    "compot": PLAIN | {"solver": "procrustes", "rho": 2.0, "iterations": 20},
-    "rocket": PLAIN | {"solver": "eigen", "rho": 2.0},
+    "paper": PLAIN | {"solver": "ksvd"},
+    "compot": PLAIN | {"solver": "procrustes", "iterations": 20},
+    "rocket": PLAIN | {"solver": "eigen"},
     "svd-llm": PLAIN | {"solver": "svd-llm"},
     "svd": PLAIN | {"solver": "svd", "metric": "weights"},
     "magnitude": PLAIN | {"solver": "magnitude", "metric": "weights"},
@@ -64,40 +65,26 @@ class Recipe(BaseModel):
     value_bits: Literal[12, 14, 16] | None = Field(
         None, description="bits a stored coefficient: 16 is bf16 (default: 14; 16 with eq10)"
     )
-    rho: float | None = Field(
+    rho: float = Field(2.0, ge=1, allow_inf_nan=False, description="k / s, where a dictionary is stored")
+    allocate: Literal["pooled", "uniform"] | None = Field(
         None,
-        ge=1,
-        allow_inf_nan=False,
-        description="k / s (default: chosen with the budgets; 2 where they are uniform)",
-    )
-    allocate: Literal["fisher", "output", "uniform"] | None = Field(
-        None,
-        description="how the byte budget is spread: by what an error costs in the loss (fisher) or in the projection's "
-        "output, or the same ratio everywhere (uniform) (default: fisher; uniform without text and with eq10, eq11)",
+        description="how the bytes are spread: by what weights are worth to the loss (pooled), or the same ratio "
+        "everywhere (uniform) (default: pooled where D = I and the metric is of the loss)",
     )
     metric: Literal["two-sided", "fisher", "output", "weights"] | None = Field(
         None,
         description="what an error is measured in: of the weights (no text is needed), of the projection's output, of the "
         "outputs weighed by what they cost in the loss (fisher), or together with how they do so together (two-sided) "
-        "(default: two-sided; fisher where D is stored; output with --allocate output)",
+        "(default: two-sided where D = I, fisher where it is stored)",
     )
     compensate: bool | None = Field(
         None,
         description="each projection makes up for the errors of those before it "
-        "(default: yes; no without text and with --share layers:N)",
+        "(default: yes where blocks are not refined; no without text and with --share layers:N)",
     )
-    fisher_sequences: int = Field(
-        16, ge=1, le=MOST, description="calibration sequences from which the costs in the loss are estimated"
+    gradient_sequences: int = Field(
+        16, ge=1, le=MOST, description="calibration sequences on which gradients of the loss are taken"
     )
-
-    budget_iterations: int = Field(
-        8,
-        ge=1,
-        le=MOST,
-        exclude_if=lambda value: value == 8,  # recipes written before there was this field say the same
-        description="alternations T of the short solver runs that budgets are measured by",
-    )
-
     refine: int | None = Field(
         None,
         ge=0,
@@ -180,15 +167,13 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.accounting == "eq11" and self.uniform_rho != 2:
+        if self.accounting == "eq11" and self.rho != 2:
             raise ValueError(
                 "accounting eq11 holds only at rho 2, where the dropped value bits pay for the mask; "
                 f"rho is {self.rho:g}. Use accounting exact"
             )
-        if self.accounting != "exact" and self.allocate in ("fisher", "output"):
-            raise ValueError(f"allocate {self.allocate} spreads real bytes. Use accounting exact, or allocate uniform")
-        if self.metric == "weights" and self.allocate in ("fisher", "output"):
-            raise ValueError("metric weights leaves no text to allocate by. Use allocate uniform")
+        if self.accounting != "exact" and self.allocate == "pooled":
+            raise ValueError("allocate pooled spreads real bytes. Use accounting exact, or allocate uniform")
         if self.accounting == "eq11" and self.value_bits not in (None, 14):
             raise ValueError("accounting eq11 means 14-bit values. Leave value_bits out, or use accounting eq10")
         if self.accounting == "eq10" and self.value_bits not in (None, 16):
@@ -198,8 +183,8 @@ class Recipe(BaseModel):
     def settled(self) -> Recipe:
         """The same recipe with a value for every field that another one decides: the one place where that happens.
 
-        A solver that takes no text makes the metric `weights`. `rho` stays None where it is chosen with the budgets, and
-        what only the model knows (`length`) or the data set (`calibration_field`) stays open.
+        A solver that takes no text makes the metric `weights`. What only the model knows (`length`) or the data set
+        (`calibration_field`) stays open.
 
         Raises:
             UserError: no such solver, or a field that asks for what the others rule out.
@@ -207,27 +192,30 @@ class Recipe(BaseModel):
         from cospadi.solvers import find_solver  # torch: not for who only reads recipes
 
         solver = find_solver(self.solver)
-        metric: str = self.metric or ("output" if self.allocate == "output" else solver.metrics[0])
+        metric: str = self.metric or solver.metrics[0]
         if metric not in solver.metrics:
             raise UserError(
                 f"solver {self.solver} does not measure errors in metric {metric}. Use --metric "
                 + " or ".join(solver.metrics)
             )
         text = metric != "weights"
-        if self.allocate in ("fisher", "output") and not text:
-            raise UserError(f"solver {self.solver} uses no calibration text to allocate by. Use --allocate uniform")
+        by_loss = metric in ("fisher", "two-sided")
+        if self.allocate == "pooled" and not (by_loss and solver.identity):
+            what = f"metric {metric} takes no gradients" if solver.identity else f"solver {self.solver} stores D"
+            raise UserError(f"allocate pooled is not possible: {what}. Use --allocate uniform")
         alone = text and self.layers_shared == 1
         for name, asked in (("compensate", self.compensate), ("refine", self.refine)):
             if asked and not alone:
                 why = "a dictionary serves several blocks" if text else "there is no text"
                 no = "--no-compensate" if name == "compensate" else "--refine 0"
                 raise UserError(f"{name} is not possible: {why}. Use {no}, or leave it out")
-        spread = text and self.accounting == "exact" and not solver.identity
+        spread = by_loss and self.accounting == "exact" and solver.identity
+        refine = (REFINE if self.refine is None else self.refine) if alone else 0
         decided = {
             "metric": metric,
-            "allocate": self.allocate or ("fisher" if spread else "uniform"),
-            "compensate": alone and self.compensate is not False,
-            "refine": (REFINE if self.refine is None else self.refine) if alone else 0,
+            "allocate": self.allocate or ("pooled" if spread else "uniform"),
+            "compensate": alone and (not refine if self.compensate is None else self.compensate),
+            "refine": refine,
             "value_bits": self.stored_value_bits,
             "iterations": self.iterations or solver.iterations,
         }
@@ -241,17 +229,12 @@ class Recipe(BaseModel):
     @property
     def wants_gradients(self) -> bool:
         """Whether a settled recipe's errors are measured by what they cost in the loss."""
-        return self.metric in ("fisher", "two-sided") or self.allocate == "fisher"
+        return self.metric in ("fisher", "two-sided")
 
     @property
     def stored_value_bits(self) -> int:
         """Bits a stored coefficient really has."""
         return self.value_bits or (16 if self.accounting == "eq10" else 14)
-
-    @property
-    def uniform_rho(self) -> float:
-        """k / s where it is not chosen group by group: the paper's 2, unless one was asked for."""
-        return 2.0 if self.rho is None else self.rho
 
     @property
     def shares_input(self) -> bool:
@@ -288,7 +271,7 @@ class Recipe(BaseModel):
             raise UserError(where + "; ".join(map(_sentence, problems[:MOST_PROBLEMS])) + more) from None
 
     def to_yaml(self) -> str:
-        """The whole recipe as YAML: defaults too, but for `budget_iterations`."""
+        """The whole recipe as YAML: defaults too."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 

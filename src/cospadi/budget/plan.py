@@ -148,7 +148,7 @@ def group_projections(
 
 
 def _uniform_group(members: tuple[Projection, ...], recipe: Recipe) -> Group:
-    group = size_group(members, recipe.ratio, recipe.uniform_rho, recipe)
+    group = size_group(members, recipe.ratio, recipe.rho, recipe)
     if group is None:
         kinds = dict.fromkeys(member.kind for member in members)
         d1, d2 = members[0].d1, sum(member.d2 for member in members)
@@ -209,42 +209,6 @@ def dense_group(members: tuple[Projection, ...]) -> Group:
     return Group(members, None, 0, 0, Parts(0, 0, nbytes))
 
 
-def fill_up(groups: Sequence[Group], nbytes: int, free_support: bool) -> list[Group]:
-    """The same groups with what `nbytes` more bytes hold; the largest group comes first, dense ones stay.
-
-    Nonzeros that may lie anywhere all go where there is room for them. Else each group in turn gets a nonzero for every
-    column, or where all of S is stored an atom, until none fits.
-    """
-    filled = list(groups)
-    order = [index for index, group in enumerate(groups) if group.form is not None]
-    order.sort(key=lambda index: -groups[index].parts.total)
-    while True:
-        before = nbytes
-        for index in order:
-            group = filled[index]
-            larger = _with_nonzeros(group, nbytes) if free_support else _one_larger(group)
-            more = larger.parts.total - group.parts.total
-            if more <= nbytes:
-                filled[index], nbytes = larger, nbytes - more
-        if nbytes == before:
-            return filled
-
-
-def _with_nonzeros(group: Group, nbytes: int) -> Group:
-    """The same group with as many more nonzeros as up to `nbytes` more bytes allow, for a free support."""
-    most = (group.parts.values + nbytes) * 8 // group.value_bits // accounting.VALUE_UNIT * accounting.VALUE_UNIT
-    nonzeros = max(group.nonzeros, min(most, accounting.most_nonzeros(group.d2s, group.k)))
-    return free_group(group.members, group.stored, group.k, nonzeros)
-
-
-def _one_larger(group: Group) -> Group:
-    """The same group with one more nonzero in every column, or atom; itself where there is no room."""
-    if group.stored.support_kind.chosen:
-        return even_group(group.members, group.stored, group.k, min(round(group.s) + 1, group.k))
-    k = min(group.k + 1, group.d1, sum(group.d2s))
-    return even_group(group.members, group.stored, k, k)
-
-
 PLAN_FIELDS = ("members", "layout", "k", "nonzeros", "value_bits", "bytes")
 
 
@@ -289,7 +253,7 @@ def check_plan_file(path: Path) -> None:
 
 
 FIXED_BY_PLAN = (
-    *("ratio", "solver", "accounting", "value_bits", "rho", "allocate", "weight_columns", "share", "data_free"),
+    *("ratio", "method", "solver", "accounting", "value_bits", "rho", "allocate", "metric", "share", "refine"),
     *("include", "exclude", "target"),
 )
 """Recipe fields that a plan follows from; the others only say how it is carried out."""

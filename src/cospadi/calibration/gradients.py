@@ -22,11 +22,14 @@ from cospadi.calibration.spill import Spill
 from cospadi.calibration.walk import Calls, advance, call, embed, logits, replaced_forwards, walk
 from cospadi.errors import UserError
 from cospadi.model.blocks import Blocks
-from cospadi.model.projections import Projection, decoder_blocks
+from cospadi.model.projections import Projection, decoder_blocks, read_by_linear
 
 WIDEST = 2048
 """Outputs between which gradients are told apart. Of a wider projection Gamma has blocks of so many outputs or fewer,
 16 MB each; what lies between them counts as zero."""
+
+INPUT = ".input"
+"""After a projection's name: what it reads."""
 
 FLOOR = 1e-3
 """Smallest entry of the diagonal, in means over the projection's outputs: no output is worth nothing."""
@@ -54,7 +57,7 @@ def gradient_grams(
 
     Returns:
         name -> float32 (blocks, width, width), the last one filled up with zeros, or (d2,). All zeros where no token
-        reached a projection (an expert).
+        reached a projection (an expert). And name + INPUT -> E[x_i^2] of its inputs, float32 (d1,).
 
     Raises:
         UserError: a gradient that is not finite; the message names the projection.
@@ -148,12 +151,14 @@ def summed_loss(model: nn.Module, predicted: Tensor, tokens: Tensor) -> Tensor:
 def _summed_gradients(
     model: nn.Module, projections: Sequence[Projection], full: bool
 ) -> Iterator[dict[str, Tensor]]:
-    """Inside this block, g g^T of the gradients at the projections' outputs is added up over tokens, or its diagonal."""
+    """Inside this block, g g^T of the gradients at the projections' outputs is added up over tokens, or its diagonal,
+    and the squares of their inputs."""
     sums: dict[str, Tensor] = {}
 
-    def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
             if output.requires_grad:
+                sums[f"{name}{INPUT}"] += read_by_linear(args, kwargs).detach().flatten(0, -2).float().square().sum(0)
                 output.register_hook(lambda gradient: _add(sums[name], gradient, full, name))  # type: ignore[no-untyped-call]
 
         return hook
@@ -163,7 +168,8 @@ def _summed_gradients(
         module = model.get_submodule(projection.name)
         assert isinstance(module, nn.Linear)
         sums[projection.name] = _zeros(projection.d2, full, module.weight.device)
-        handles.append(module.register_forward_hook(watch(projection.name)))
+        sums[f"{projection.name}{INPUT}"] = torch.zeros(projection.d1, device=module.weight.device)
+        handles.append(module.register_forward_hook(watch(projection.name), with_kwargs=True))
     try:
         yield sums
     finally:

@@ -55,7 +55,6 @@ def plan(
     resume: bool | None = None,
     engine: Engine | None = None,
     cache_bytes: int = CACHE_BYTES,
-    keep_grams: bool = False,
 ) -> Planned:
     """What compressing a model would do, from its config and headers alone, or measured.
 
@@ -71,13 +70,13 @@ def plan(
         check_plan_file(measure)
         measured = measure_plan(
             model, recipe, directory=job_directory(measure), resume=resume, engine=engine,
-            cache_bytes=cache_bytes, keep_grams=keep_grams, stages=stages,
+            cache_bytes=cache_bytes, stages=stages,
         )  # fmt: skip
         write_plan(measured, recipe, measure)
     found = outlook(model, recipe, measured)
     costs = estimate(
         model, recipe, found.plan, final=measured is not None, cache_bytes=cache_bytes,
-        keep_grams=keep_grams, timing=timing,
+        timing=timing,
     )  # fmt: skip
     notes = [f"Whole checkpoint: {tables.megabytes(found.before)} before, {tables.megabytes(found.after)} after."]
     if found.experts:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cospadi.budget.plan import Group
-from cospadi.calibration.gradients import conditioned, diagonal_of, gradient_grams, gradient_grams_by_blocks
+from cospadi.calibration.gradients import INPUT, conditioned, diagonal_of, gradient_grams, gradient_grams_by_blocks
 from cospadi.errors import UserError
 from cospadi.jobs.ledger import Ledger
 from cospadi.model.projections import Projection
@@ -38,6 +38,14 @@ class Costs:
             found += conditioned(piece.tensors()[member.name], member.d2, self.of_kind.get(member.kind, 1.0))
         return tuple(found)
 
+
+    def diagonals(self, member: Projection) -> tuple[Tensor, Tensor]:
+        """E[x_i^2] of a projection's inputs (d1,) and the diagonal of its Gamma (d2,), float32."""
+        piece = self.ledger.get(_key(member.block))
+        assert piece is not None
+        tensors = piece.tensors()
+        gamma = conditioned(diagonal_of(tensors[member.name], member.d2), member.d2, self.of_kind.get(member.kind, 1.0))
+        return tensors[f"{member.name}{INPUT}"], gamma[0]
 
     def of_block(self, index: int, name: str, width: int) -> tuple[Tensor, ...] | None:
         """The same of the output of a block of that name, if it was taken."""
@@ -76,7 +84,7 @@ def estimate_costs(job: Job) -> Costs:
 
 def _by_block(whole: Mapping[str, Tensor], projections: Sequence[Projection]) -> Iterator[tuple[int, dict[str, Tensor]]]:
     for index in sorted({p.block for p in projections}):
-        yield index, {p.name: whole[p.name] for p in projections if p.block == index}
+        yield index, {n: whole[n] for p in projections if p.block == index for n in (p.name, f"{p.name}{INPUT}")}
 
 
 def _key(index: int) -> str:

@@ -14,25 +14,11 @@ from cospadi.budget.plan import Group
 from cospadi.calibration import walk
 from cospadi.calibration.grams import IDENTITY, Whitening, accumulate_grams, whiten
 from cospadi.calibration.walk import Stream
-from cospadi.jobs.ledger import Piece
 from cospadi.jobs.progress import Stage
 from cospadi.model.projections import kinds_of
 from cospadi.stages.open import Job
 
 log = logging.getLogger("cospadi")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Groups that can be solved at the same time, and what they read in the dense model.
-
-    Attributes:
-        groups: in model order.
-        whitenings: inputs of a group (`Job.inputs`) -> their whitening.
-    """
-
-    groups: Sequence[Group]
-    whitenings: Mapping[tuple[str, ...], Whitening]
 
 
 @dataclass
@@ -41,6 +27,7 @@ class Block:
 
     Attributes:
         sets: groups that can be solved at the same time.
+        whitenings: inputs of a group (`Job.inputs`) -> their whitening.
     """
 
     job: Job
@@ -148,14 +135,12 @@ def blocks_to_solve(job: Job, groups: Sequence[Group], missing: Sequence[Group])
             text through the model.
     """
     if not job.walks:
-        for measured in whitenings(job, missing):
-            yield Block(job, [measured.groups], measured.whitenings)
+        yield from measured_groups(job, missing)
         return
     if not missing:
         return
     assert job.sequences is not None
     assert job.calls is not None
-    job.whitenings.clear()
     dense = Stream(walk.embed(job.blocks, job.sequences, job.recipe.batch_size, job.spill))
     compressed = Stream(dense.flow.copy())
     count = max(group.members[0].block for group in missing) + 1
@@ -184,51 +169,15 @@ def _sets(job: Job, groups: Sequence[Group], index: int) -> list[list[Group]]:
     return [[group for some in by_reader.values() for group in some] for by_reader in sets.values()]
 
 
-def whitenings(job: Job, groups: Sequence[Group], streams: Sequence[Stream] = ()) -> Iterator[Measured]:
-    """Groups whose last block has been passed, and the whitenings of what they read in the dense model.
-
-    They are computed in one walk over the blocks, or come from memory or the ledger where they have been kept.
-
-    Args:
-        streams: carried along behind the groups, to the end of the model: through a block once the caller has been
-            given all groups with members in it, and had the time to give them replacement weights.
-    """
-    for measured in _whitenings(job, groups):
-        yield measured
-        _carry(job, groups, streams, max(group.members[-1].block for group in measured.groups) + 1)
-    _carry(job, groups, streams, len(job.blocks))
-
-
-def _carry(job: Job, groups: Sequence[Group], streams: Sequence[Stream], end: int) -> None:
-    """Carry streams through blocks before `end` that no group touches which ends later."""
-    if streams:
-        assert job.calls is not None
-        later = [group.members[0].block for group in groups if group.members[-1].block >= end]
-        for _ in walk.walk(job.blocks, job.calls, range(streams[0].block, min([end, *later])), streams):
-            pass
-
-
-def _whitenings(job: Job, groups: Sequence[Group]) -> Iterator[Measured]:
+def measured_groups(job: Job, groups: Sequence[Group]) -> Iterator[Block]:
+    """Groups whose last block has been passed, and what they read in the dense model, in one walk over the blocks."""
     by_end: dict[int, list[Group]] = {}
     for group in groups:
         by_end.setdefault(group.members[-1].block, []).append(group)
-    everything = dict.fromkeys(map(job.inputs, groups))
     if job.sequences is None:
         if groups:
-            yield Measured(groups, dict.fromkeys(everything, IDENTITY))
+            yield Block(job, [groups], dict.fromkeys(map(job.inputs, groups), IDENTITY))
         return
-    if all(inputs in job.whitenings for inputs in everything):
-        for end in sorted(by_end):
-            yield Measured(by_end[end], job.whitenings)
-        return
-    kept = {inputs: job.ledger.get(_key(inputs)) for inputs in everything}
-    if None not in kept.values():
-        for end in sorted(by_end):
-            wanted = dict.fromkeys(map(job.inputs, by_end[end]))
-            yield Measured(by_end[end], {inputs: _read(job, kept[inputs]) for inputs in wanted})
-        return
-    sizes = {job.inputs(group): group.d1 for group in groups}
-    fits = sum(8 * d1**2 for d1 in sizes.values()) <= job.cache_bytes // 2
     for some, grams, uses in _by_block(job, by_end) if job.calls is not None else _by_whole_model(job, by_end):
         found = {}
         for inputs in dict.fromkeys(map(job.inputs, some)):
@@ -243,11 +192,7 @@ def _whitenings(job: Job, groups: Sequence[Group]) -> Iterator[Measured]:
             found[inputs] = whiten(gram, job.sequences.numel(), job.recipe.damping)
             if found[inputs].gram is None:
                 log.warning("%s reads only zeros on the calibration text: solved without whitening", inputs[0])
-            if job.keep_grams and not fits:
-                _keep(job, inputs, found[inputs])
-        if fits:
-            job.whitenings.update(found)
-        yield Measured(some, found)
+        yield Block(job, [some], found)
 
 
 Grams = tuple[Sequence[Group], dict[str, Tensor], Counter[str]]
@@ -312,20 +257,3 @@ def _ranges(job: Job, by_end: Mapping[int, Sequence[Group]]) -> Iterator[list[Gr
         size += nbytes
     if current:
         yield current
-
-
-def _key(inputs: tuple[str, ...]) -> str:
-    """The key of a whitening's piece: groups may have the first input in common and not the others."""
-    return f"whitening/{'+'.join(inputs)}"
-
-
-def _keep(job: Job, inputs: tuple[str, ...], whitening: Whitening) -> None:
-    tensors = None if whitening.gram is None else {"gram": whitening.gram}
-    job.ledger.put(_key(inputs), {"tokens": whitening.tokens, "damping": whitening.damping}, tensors)
-
-
-def _read(job: Job, piece: Piece | None) -> Whitening:
-    assert piece is not None
-    gram = piece.tensors().get("gram")
-    gram = None if gram is None else gram.to(job.blocks.device)
-    return Whitening(gram, piece.record["tokens"], piece.record["damping"])

@@ -49,11 +49,9 @@ class Job:
         owner: projection -> the first reader of its input.
         uniform: the plan that gives every group the recipe's ratio.
         ledger: finished pieces. spill: hidden states. pool: who solves.
-        cache_bytes: what is kept in memory, half of it hidden states and half of it whitenings.
-        keep_grams: write whitenings that do not fit in memory to the ledger, where they are computed again otherwise.
+        cache_bytes: of hidden states kept in memory, and of Grams that a model that runs whole takes in one pass.
         sequences: calibration tokens, int64 (sequences, tokens); None without calibration.
         calls: how blocks are called; None for a model whose blocks do not simply follow each other, which runs whole.
-        whitenings: inputs of a group -> their whitening in the dense model, kept if all of them fit.
         origin: where the model came from, for the manifest.
     """
 
@@ -70,10 +68,8 @@ class Job:
     spill: Spill
     pool: Pool
     cache_bytes: int
-    keep_grams: bool
     sequences: Tensor | None = None
     calls: Calls | None = None
-    whitenings: dict[tuple[str, ...], Whitening] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -124,7 +120,6 @@ def opened(
     engine: Engine,
     ledger: Ledger,
     cache_bytes: int,
-    keep_grams: bool = False,
     whole: bool = False,
 ) -> Iterator[Job]:
     """Open a model, select its projections and plan them at a uniform ratio.
@@ -163,12 +158,12 @@ def opened(
         blocks.finite = {projection.name for projection in selected}
         owner = shared_inputs(blocks.model, selected, blocks.device)
         uniform = make_plan(selected, settled, owner)
-        spill = Spill(cache_bytes // 2, ledger.scratch and ledger.scratch / "hidden")
+        spill = Spill(cache_bytes, ledger.scratch and ledger.scratch / "hidden")
         stack.callback(spill.close)
         pool = stack.enter_context(engine.open(blocks.device))
         yield Job(
             recipe, settled, blocks, folder, hub_name, tokenizer, owner, uniform, stages, ledger, spill, pool,
-            cache_bytes, keep_grams,
+            cache_bytes,
         )  # fmt: skip
 
 
@@ -272,15 +267,14 @@ def was_written(ledger: Ledger, output: Path) -> bool:
 def check_space(job: Job, plan: Plan, output: Path) -> None:
     """Refuse a disk that will be too full, before anything is computed.
 
-    The job directory first holds the weights that short solves make of all groups, then, without these, the factors,
-    which are in the output a second time when it is written.
+    The job directory holds the factors, refined ones beside those that were solved, and the output another time.
     """
     parameters = {name: parameter.nbytes for name, parameter in job.blocks.model.named_parameters()}
     replaced = sum(parameters[f"{member.name}.weight"] for group in plan.compressed for member in group.members)
     packed = sum(group.parts.total for group in plan.compressed)
     needed = sum(parameters.values()) - replaced + packed
     if job.ledger.folder is not None:
-        needed = max(needed + packed, replaced if job.recipe.allocate != 'uniform' else 0)
+        needed += packed * (2 if job.refines else 1)
         needed -= sum(path.stat().st_size for path in job.ledger.folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(files.nearest_folder(output)).free
     if needed > free:

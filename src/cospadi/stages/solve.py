@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cospadi.budget.knapsack import Option
 from cospadi.budget.plan import Group
 from cospadi.calibration.grams import Whitening
 from cospadi.format.schema import StoredProjection
@@ -62,12 +61,6 @@ class GroupProblem:
             costs=None if self.costs is None else tuple(cost.to(device) for cost in self.costs),
         )
 
-    @property
-    def fisher(self) -> Tensor:
-        """The diagonal of Gamma, float64 (sum of d2,)."""
-        assert self.costs is not None
-        return torch.cat([cost if cost.ndim == 1 else cost.diagonal() for cost in self.costs]).double()
-
 
 @dataclass(frozen=True)
 class Packed:
@@ -100,96 +93,14 @@ def factorize(given: GroupProblem, report: Report) -> Packed:
     def on_iteration(iteration: int, error: float) -> None:
         report(iteration / iterations, f"{short} T {iteration} error {error:.4f}")
 
-    solution = solve(given, given.group, pose(given), iterations, on_iteration)
-    return pack(given, solution)
-
-
-def approximate(given: GroupProblem, report: Report) -> dict[str, Tensor]:
-    """The weights (d2, d1) that a short solver run makes of a group, in the dtype of its own, on the CPU."""
-    given = given.on(given.device)
-    solution = solve(given, given.group, pose(given), given.recipe.budget_iterations)
-    weight = solution.coefficients.float()
-    if solution.dictionary is not None:
-        weight = given.whitening.undo(solution.dictionary).float() @ weight
-    parts = torch.split(weight, given.group.d2s, dim=1)
-    return {
-        member.name: part.T.contiguous().to(given.weight.dtype).cpu()
-        for member, part in zip(given.group.members, parts, strict=True)
-    }
-
-
-def cost_curve(given: GroupProblem, sizes: Sequence[tuple[Group, float, float]], report: Report) -> list[Option]:
-    """What a group costs at some sizes: sum over outputs j of F_j ||L e_j||^2, by short solver runs.
-
-    e_j is column j of W - D S; F_j is one over the energy ||L W||^2 of the projection where budgets go by outputs.
-    Rounding of the stored values is added as its expectation.
-
-    Args:
-        sizes: the group at several sizes, each with the ratio and rho that it stands for.
-    """
-    given = given.on(given.device)
-    group, target = given.group, given.whitening.apply(given.weight)
-    posed = pose(given)
-    if given.recipe.allocate == "fisher":
-        weight = given.fisher
-    else:
-        parts = zip(torch.split(target, group.d2s, dim=1), group.members, strict=True)
-        weight = torch.cat([(1 / part.square().sum().clamp(min=1e-300)).expand(member.d2) for part, member in parts])
-    floor = float((target.square().sum(0) * weight).sum()) * group.stored.codec.rounding_error() ** 2
-    options = []
-    for done, (sized, ratio, rho) in enumerate(sizes):
-        report(done / len(sizes), f"{group.members[0].block}.{group.members[0].kind.rpartition('.')[2]}")
-        solution = solve(given, sized, posed, given.recipe.budget_iterations)
-        if solution.dictionary is None:
-            error = target.float() - given.whitening.apply(solution.coefficients).float()
-        else:
-            error = target.float() - solution.dictionary @ solution.coefficients
-        cost = float((error.square().sum(0, dtype=torch.float64) * weight).sum())
-        options.append(Option(sized.parts.total, cost + floor, ratio, rho))
-    return options
-
-
-@dataclass(frozen=True)
-class Posed:
-    """A group's problem as its solver takes it: whitened, or with its metric; and what S is multiplied with after it."""
-
-    problem: Problem | MetricProblem
-    scale: Tensor | float = 1.0
-
-
-def pose(given: GroupProblem) -> Posed:
-    """The problem for solvers: of the weights in their metric, or A = L W diag(w), w_j the root of F_j where outputs are
-    weighed, else 1."""
-    recipe, group, gram = given.recipe, given.group, given.whitening.gram
-    weighed = recipe.metric in ("fisher", "two-sided")
-    if find_solver(recipe.solver).identity:
-        costs = given.costs if weighed and given.costs is not None else ()
-        gram = None if gram is None else gram.float()
-        return Posed(MetricProblem(given.weight.float(), gram, costs, tuple(group.d2s)))
-    target = given.whitening.apply(given.weight)
-    weights = None
-    if weighed:
-        weights = given.fisher.sqrt()
-        weights = weights / weights.mean()
-        target = target * weights
-    scale = target.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
-    problem = Problem((target / scale).float(), None if gram is None else given.whitening.undo, tuple(group.d2s))
-    return Posed(problem, scale if weights is None else scale / weights)
+    return pack(given, solve(given, iterations, on_iteration))
 
 
 def solve(
-    given: GroupProblem,
-    group: Group,
-    posed: Posed,
-    iterations: int,
-    on_iteration: Callable[[int, float], None] | None = None,
+    given: GroupProblem, iterations: int, on_iteration: Callable[[int, float], None] | None = None
 ) -> Factorization:
-    """D and S for the problem's group at one of its sizes, D in the whitened metric.
-
-    Args:
-        posed: by `pose`; the same for all sizes, so that what is the same of their start is computed once.
-    """
-    recipe, problem = given.recipe, posed.problem
+    """D and S of a group, D in the whitened metric."""
+    recipe, group = given.recipe, given.group
     options = SolverOptions(
         iterations=iterations,
         update=recipe.update,
@@ -199,10 +110,28 @@ def solve(
         on_iteration=on_iteration,
     )
     solver = find_solver(recipe.solver)
-    if isinstance(problem, MetricProblem):
+    weighed = given.costs if recipe.wants_gradients else None
+    gram = given.whitening.gram
+    if solver.identity:
+        gram = None if gram is None else gram.float()
+        problem = MetricProblem(given.weight.float(), gram, weighed or (), tuple(group.d2s))
         return solver.solve(problem, group.nonzeros, options)
-    solution = solver.solve(problem, group.k, group.s if solver.free_support else round(group.s), options)
-    return replace(solution, coefficients=(solution.coefficients * posed.scale).to(solution.coefficients))
+    # A = L W diag(w), w_j the root of F_j where outputs are weighed, else 1
+    target = given.whitening.apply(given.weight)
+    weights = torch.ones(target.shape[1], dtype=target.dtype, device=target.device)
+    if weighed is not None:
+        weights = torch.cat([cost if cost.ndim == 1 else cost.diagonal() for cost in weighed]).double().sqrt()
+        weights = weights / weights.mean()
+    target = target * weights
+    scale = target.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+    undo = None if gram is None else given.whitening.undo
+    solution = solver.solve(
+        Problem((target / scale).float(), undo, tuple(group.d2s)),
+        group.k,
+        group.s if solver.free_support else round(group.s),
+        options,
+    )
+    return replace(solution, coefficients=(solution.coefficients * (scale / weights)).to(solution.coefficients))
 
 
 def cost_of(group: Group) -> float:

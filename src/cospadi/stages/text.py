@@ -50,8 +50,8 @@ def read_text(job: Job) -> None:
                 )
             job.sequences = piece.tensors()["tokens"]
     texts = [(job.sequences, recipe.batch_size)]
-    if recipe.allocate != "uniform" or recipe.wants_gradients:
-        texts += [(check_text(job), 1), (check_text(job), recipe.batch_size)]
+    if recipe.wants_gradients:
+        texts.append((check_text(job), 1))
     try:
         job.calls = learn_calls(job.blocks, texts)
     except (RuntimeError, NotImplementedError) as error:  # a model that uses weights outside of their modules
@@ -78,6 +78,6 @@ def _run_whole(job: Job) -> None:
 
 
 def check_text(job: Job) -> Tensor:
-    """The calibration sequences that gradients and losses are taken on."""
+    """The calibration sequences that gradients are taken on."""
     assert job.sequences is not None
-    return job.sequences[: job.recipe.fisher_sequences]
+    return job.sequences[: job.recipe.gradient_sequences]
