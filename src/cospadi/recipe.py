@@ -73,8 +73,8 @@ class Recipe(BaseModel):
     )
     metric: Literal["two-sided", "fisher", "output", "weights"] | None = Field(
         None,
-        description="what an error is measured in: of the weights (no text is needed), of the projection's output, of the "
-        "outputs weighed by what they cost in the loss (fisher), or together with how they do so together (two-sided) "
+        description="what an error is measured in: of the weights (no text is needed), of the projection's output, of "
+        "the outputs weighed by what they cost in the loss (fisher), or together with how they do so together (two-sided) "
         "(default: two-sided where D = I, fisher where it is stored)",
     )
     compensate: bool | None = Field(

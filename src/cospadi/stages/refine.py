@@ -1,12 +1,12 @@
-"""Values of a block tuned together, supports and dictionaries fixed: the block's output comes nearer to the dense one's.
+"""Values of a block tuned together, supports and dictionaries fixed, so that its output comes nearer the dense one's.
 
 Projections were solved one by one, each by second-order rules of its own. Here the block itself is run, on what the
 model compressed so far gives it, and the stored values of all its projections follow the gradient of
 
     mean over tokens of (y' - y) Gamma_h (y' - y)^T
 
-with y the block's output in the dense model, y' its own, and Gamma_h what errors of the output cost in the loss (I where
-no gradients were taken), by Adam (Kingma and Ba 2015) with a cosine schedule. Of the states on the way the one with the
+with y the block's output in the dense model, y' its own, and Gamma_h what errors of the output cost in the loss (I
+where no gradients were taken), by Adam (Kingma and Ba 2015) with a cosine schedule. Of the states on the way the one with the
 lowest error on sequences that were set aside is kept, the first one among them, so that a block never gets worse.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -183,7 +184,8 @@ def refine_block(
     with torch.inference_mode(False), torch.enable_grad(), no_parameter_gradients(block), _deterministic():
         for value in values:
             value.requires_grad_()
-        optimizer = torch.optim.Adam([{"params": [v], "lr": r} for v, r in zip(values, rates, strict=True)], betas=BETAS, eps=1e-12)
+        groups = [{"params": [value], "lr": rate} for value, rate in zip(values, rates, strict=True)]
+        optimizer = torch.optim.Adam(groups, betas=BETAS, eps=1e-12)
         best, first = [value.detach().clone() for value in values], checked()
         lowest = first
         generator = torch.Generator().manual_seed(seed)
@@ -215,11 +217,16 @@ def refine_block(
 def _deterministic() -> Iterator[None]:
     """Gradients that do not depend on timing inside this block, where torch has such ones."""
     before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Deterministic behavior|.*does not have a deterministic implementation")
+            yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warned)
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
 def weighed_square(error: Tensor, gamma: Sequence[Tensor] | None) -> Tensor:

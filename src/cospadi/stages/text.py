@@ -30,7 +30,9 @@ def read_text(job: Job) -> None:
     if recipe.data_free:
         return
     if tokenizer is None:
-        raise UserError("calibration needs the model's tokenizer: pass tokenizer=, or use metric weights, which needs no text")
+        raise UserError(
+            "calibration needs the model's tokenizer: pass tokenizer=, or metric weights, which takes no text"
+        )
     local = Path(recipe.calibration or "").expanduser()
     with job.stages.stage("text", 1):
         digest = None
