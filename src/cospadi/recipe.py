@@ -74,7 +74,7 @@ class Recipe(BaseModel):
     metric: Literal["two-sided", "fisher", "output", "weights"] | None = Field(
         None,
         description="what an error is measured in: of the weights (no text is needed), of the projection's output, of "
-        "the outputs weighed by what they cost in the loss (fisher), or together with how they do so together (two-sided) "
+        "the outputs weighed by what they cost in the loss (fisher), or of that with all their products (two-sided) "
         "(default: two-sided where D = I, fisher where it is stored)",
     )
     compensate: bool | None = Field(

@@ -6,8 +6,8 @@ model compressed so far gives it, and the stored values of all its projections f
     mean over tokens of (y' - y) Gamma_h (y' - y)^T
 
 with y the block's output in the dense model, y' its own, and Gamma_h what errors of the output cost in the loss (I
-where no gradients were taken), by Adam (Kingma and Ba 2015) with a cosine schedule. Of the states on the way the one with the
-lowest error on sequences that were set aside is kept, the first one among them, so that a block never gets worse.
+where no gradients were taken), by Adam (Kingma and Ba 2015) with a cosine schedule. Of the states on the way the one with
+the lowest error on sequences that were set aside is kept, the first one among them, so that a block never gets worse.
 """
 
 from __future__ import annotations
