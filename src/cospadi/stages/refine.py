@@ -6,8 +6,9 @@ model compressed so far gives it, and the stored values of all its projections f
     mean over tokens of (y' - y) Gamma_h (y' - y)^T
 
 with y the block's output in the dense model, y' its own, and Gamma_h what errors of the output cost in the loss (I
-where no gradients were taken), by Adam (Kingma and Ba 2015) with a cosine schedule. Of the states on the way the one with
-the lowest error on sequences that were set aside is kept, the first one among them, so that a block never gets worse.
+where no gradients were taken), by Adam (Kingma and Ba 2015) with a cosine schedule. Of the states on the way the one
+with the lowest error on sequences that were set aside is kept, the first one among them, so that a block never gets
+worse.
 """
 
 from __future__ import annotations
@@ -123,7 +124,10 @@ class _Part:
     atoms: Tensor | None
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        codes = self.codes if self.chosen is None else self.codes * self.chosen
+        """W (d2, d1) as it will be stored; gradients pass the rounding as if it were not there (Bengio 2013)."""
+        rounded = self.entry.form.codec.rounded(self.codes.detach())
+        codes = self.codes + (rounded - self.codes.detach())
+        codes = codes if self.chosen is None else codes * self.chosen
         return (codes if self.atoms is None else codes @ self.atoms).to(dtype)
 
 
