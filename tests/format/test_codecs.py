@@ -91,9 +91,8 @@ def twelve(dense_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPat
     fields = {
         "ratio": 0.3,
         "iterations": 4,
-        "rho": 2.2,
-        "fisher_sequences": 1,
-        "budget_iterations": 2,
+        "gradient_sequences": 1,
+        "refine": 2,
         "value_bits": 12,
     }
     text = {"calibration": str(text_file), "sequences": 4, "length": 32}

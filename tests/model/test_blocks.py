@@ -119,7 +119,7 @@ def test_model_whose_blocks_do_not_simply_follow_each_other_is_loaded_whole(
         layer_types=["full_attention"] * 2, max_position_embeddings=64,
     )  # fmt: skip
     folder = make_model(config)
-    recipe = default | {"rho": 2.2, "include": ["*.q_proj", "*.up_proj", "*.down_proj"]}
+    recipe = default | {"include": ["*.q_proj", "*.up_proj", "*.down_proj"]}
     with caplog.at_level(logging.WARNING, "cospadi"):
         result = cospadi.compress(folder, recipe, tmp_path / "out")
     told = "blocks of this model read more than the block before them gives: loaded whole and solved without compensat"

@@ -30,7 +30,7 @@ MIXED = {"share": "layers:2", "exclude": ["*.1.*k_proj"]}
 @pytest.fixture
 def recipe(text_file: Path) -> dict[str, Any]:
     """All stages of the default recipe, as short as they can be."""
-    fields: dict[str, Any] = {"ratio": 0.3, "iterations": 2, "rho": 2.2, "fisher_sequences": 1, "budget_iterations": 1}
+    fields: dict[str, Any] = {"ratio": 0.3, "iterations": 2, "rho": 2.2, "gradient_sequences": 1, "budget_iterations": 1}
     return fields | MIXED | {"calibration": str(text_file), "sequences": 4, "length": 32}
 
 
