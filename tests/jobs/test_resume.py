@@ -115,6 +115,19 @@ def test_pieces_damaged_between_runs_are_computed_again_and_said(
     assert caplog.text.count("is not as it was written: computed again") == damaged
 
 
+@pytest.mark.parametrize(
+    "key", ["text", "gradients", "gradients/0000", "gradients/0001", "factors/*.0.*down*", "refined/0000", "refined/0001"]
+)
+def test_a_piece_that_is_lost_is_made_again(
+    key: str, interrupted: tuple[Path, dict[str, str]], dense_folder: Path, recipe: dict[str, Any]
+) -> None:
+    output, wanted = interrupted
+    (lost,) = output.with_name("out.work").glob(f"pieces/{key.replace('/', '%2F')}.safetensors")
+    lost.unlink()
+    cospadi.compress(dense_folder, recipe, output, resume=True)
+    assert hashes(output) == wanted
+
+
 def test_no_resume_begins_anew(
     interrupted: tuple[Path, dict[str, str]], dense_folder: Path, recipe: dict[str, Any]
 ) -> None:
@@ -223,10 +236,10 @@ def test_a_disk_that_fills_up_stops_the_job_which_goes_on_when_there_is_room(
     dense_folder: Path, recipe: dict[str, Any], unfinished: tuple[Path, dict[str, str]], small_disk: Callable[..., Path]
 ) -> None:
     needed = sum(path.stat().st_size for path in unfinished[0].with_name("reference").iterdir())
-    disk = small_disk(6 * needed)
+    disk = small_disk(9 * needed)
     ballast, outcomes = disk / "ballast", []
-    for tenths in range(2, 40, 2):  # room for so much of what the output takes
-        ballast.write_bytes(b"x" * int((6 - tenths / 10) * needed))
+    for tenths in range(2, 80, 2):  # room for so much of what the output takes
+        ballast.write_bytes(b"x" * int((9 - tenths / 10) * needed))
         try:
             cospadi.compress(dense_folder, recipe, disk / "out")
         except (OSError, SafetensorError, cospadi.UserError) as error:
