@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 import cospadi
 from cospadi import cli
+from cospadi.solvers import SOLVERS
 
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)
@@ -131,7 +132,7 @@ def dense_folder(make_model: Callable[..., Path]) -> Path:
 def compressed_folder(dense_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That Llama compressed without text, one projection of each block left dense; never changed."""
     output = tmp_path_factory.mktemp("compressed") / "out"
-    cospadi.compress(dense_folder, {"data_free": True, "iterations": 1, "ratio": 0.3, "exclude": ["*.k_proj"]}, output)
+    cospadi.compress(dense_folder, {"metric": "weights", "iterations": 1, "ratio": 0.3, "exclude": ["*.k_proj"]}, output)
     return output
 
 
@@ -139,15 +140,21 @@ def compressed_folder(dense_folder: Path, tmp_path_factory: pytest.TempPathFacto
 def quick(text_file: Path) -> dict[str, Any]:
     """Recipe fields of a calibrated run that takes a moment: the default solver, the same ratio everywhere."""
     fields: dict[str, Any] = {"ratio": 0.3, "iterations": 2}
-    fields |= {"allocate": "uniform", "weight_columns": "none", "compensate": False}
+    fields |= {"allocate": "uniform", "metric": "output", "compensate": False, "refine": 0}
     return fields | {"calibration": str(text_file), "sequences": 8, "length": 32}
 
 
 @pytest.fixture(scope="session")
 def default(text_file: Path) -> dict[str, Any]:
-    """Recipe fields of a short run of the default recipe: budgets and columns by their cost in the loss."""
-    fields: dict[str, Any] = {"ratio": 0.3, "iterations": 4, "fisher_sequences": 2}
+    """Recipe fields of a short run of the default recipe: budgets by what weights are worth, gradients both ways, blocks refined."""
+    fields: dict[str, Any] = {"ratio": 0.3, "iterations": 4, "gradient_sequences": 2, "refine": 2}
     return fields | {"calibration": str(text_file), "sequences": 8, "length": 32}
+
+
+def with_solver(recipe: dict[str, Any], solver: str) -> dict[str, Any]:
+    """A recipe with another solver, and a metric that it knows: of outputs, or of weights alone."""
+    known = SOLVERS[solver].metrics
+    return recipe | {"solver": solver, "metric": "output" if "output" in known else "weights"}
 
 
 @pytest.fixture(scope="session")
@@ -193,7 +200,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.fixture(scope="session")
 def short_recipe(text_file: Path) -> dict[str, Any]:
     """All stages of the default recipe with few short solves; every group's last one is independent of the others'."""
-    fields: dict[str, Any] = {"ratio": 0.3, "iterations": 3, "rho": 2.2, "fisher_sequences": 1, "compensate": False}
+    fields: dict[str, Any] = {"ratio": 0.3, "iterations": 3, "gradient_sequences": 1, "refine": 2}
     return fields | {"calibration": str(text_file), "sequences": 4, "length": 32}
 
 

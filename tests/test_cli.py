@@ -25,10 +25,10 @@ from cospadi.format import schema
 from cospadi.stages import write
 
 COMMAND = [sys.executable, "-c", "from cospadi_cli import main; main()"]
-TEXT = ["--sequences", "8", "--length", "32", "--fisher-sequences", "2"]
-UNIFORM = ["--allocate", "uniform", "--weight-columns", "none", "--no-compensate"]
+TEXT = ["--sequences", "8", "--length", "32", "--gradient-sequences", "2", "--refine", "2"]
+UNIFORM = ["--allocate", "uniform", "--metric", "output", "--refine", "0"]
 QUICK = ["--iterations", "2", "--ratio", "0.3", *TEXT, *UNIFORM]
-FREE = ["--data-free", "--iterations", "1"]
+FREE = ["--metric", "weights", "--iterations", "1"]
 
 
 def check_mistake(answer: Answer, *mentioned: str) -> None:
@@ -146,7 +146,7 @@ def test_tables_are_for_reading(
     done = run("compress", dense_folder, "-o", tmp_path / "out", "--calibration", text_file, "--iterations", "2", *TEXT)
     assert done.code == 0
     assert re.search(r"ratio reached +0\.[12]\d{3}", done.out)
-    stages = ["load", "text", "fisher", "calibrate", "budgets", "solve", "write"]
+    stages = ["load", "text", "gradients", "calibrate", "solve", "refine", "write"]
     assert sorted(re.findall(r"time, (\w+) +[\d.]+ s", done.out)) == sorted(stages)
     assert "model.layers.1.mlp.up_proj: k " in done.err
 
@@ -280,10 +280,10 @@ def asked(run: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_flags_say_what_a_recipe_file_says(asked: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     words = ["--ratio", "0.3", "--value-bits", "16", "--iterations", "7", "--no-propagate", "--share", "layers:3"]
-    words += ["--include", "*.q_proj", "--include", "*.[k,v]_proj", "--target", "q,k", "--target", "v", "--data-free"]
+    words += ["--include", "*.q_proj", "--include", "*.[k,v]_proj", "--target", "q,k", "--target", "v", "--metric", "weights"]
     words += ["--allocate", "uniform", "--rho", "3", "--calibration", "words.txt", "--seed", "5"]
     fields = {"ratio": 0.3, "value_bits": 16, "iterations": 7, "compensate": False, "share": "layers:3"}
-    fields |= {"include": ["*.q_proj", "*.[k,v]_proj"], "target": "q,k,v", "data_free": True}
+    fields |= {"include": ["*.q_proj", "*.[k,v]_proj"], "target": "q,k,v", "metric": "weights"}
     fields |= {"allocate": "uniform", "rho": 3, "calibration": "words.txt", "seed": 5}
     assert asked(*words)["recipe"] == Recipe.build(fields)
     assert asked()["recipe"] == Recipe()
@@ -414,7 +414,7 @@ def test_hub_text_while_offline_names_the_two_ways_out(
         (["--share", "layers:1"], ["share: use none, input, layers:N or input,layers:N", "at least 2", "'layers:1'"]),
         (["--share", "everything"], ["share: use none, input, layers:N or input,layers:N", "'everything'"]),
         (["--share", "layers:2", "--compensate"], ["compensate is not possible", "several blocks", "--no-compensate"]),
-        (["--data-free", "--propagate"], ["compensate is not possible: there is no text"]),
+        (["--metric", "weights", "--propagate"], ["compensate is not possible: there is no text"]),
         (["--solver", "svd", "--compensate"], ["compensate is not possible: there is no text"]),
         (["--length", "65"], ["--length 65 is more than the model's 64 positions"]),
         (["--device", "cuda:99"], ["--device cuda:99"]),

@@ -40,7 +40,7 @@ from cospadi.format.form import Form
 from cospadi.solvers import SOLVERS
 
 PACKAGE = str(Path(cospadi.__file__).parent)
-FREE = {"data_free": True, "iterations": 1}
+FREE = {"metric": "weights", "iterations": 1}
 MEMORY = 2**31
 """Bytes that an example may take beside what the process has."""
 SECONDS = 10
@@ -561,12 +561,12 @@ def test_dense_model_of_any_content(
         path.write_bytes(data.draw(damaged_file(whole)))
     before = set(tmp_path.rglob("*"))
     with in_time():
-        check_answer(run("plan", folder, "--data-free"))
+        check_answer(run("plan", folder, "--metric", "weights"))
         check_answer(run("eval", folder, "--text", text_file))
         text = ["--calibration", text_file, "--sequences", 2, "--length", 8, "--allocate", "uniform", "--target", "q"]
         # A tokenizer of another vocabulary is told by `eval` only, so far.
         flags = (
-            ["--data-free"] if path.name == "tokenizer.json" else data.draw(st.sampled_from([["--data-free"], text]))
+            ["--metric", "weights"] if path.name == "tokenizer.json" else data.draw(st.sampled_from([["--metric", "weights"], text]))
         )
         answer = run("compress", folder, "-o", tmp_path / "out", "--iterations", 1, *flags)
     check_answer(answer)
@@ -648,8 +648,8 @@ CHEAP = {
     "plan": ["--iterations", "1", "--target", "q"],
     "generate": ["--tokens", "2"],
 }
-TEXT = ["--sequences", "2", "--length", "8", "--fisher-sequences", "1", "--calibration", "words.txt"]
-UNIFORM = ["--allocate", "uniform", "--weight-columns", "none"]
+TEXT = ["--sequences", "2", "--length", "8", "--gradient-sequences", "1", "--calibration", "words.txt"]
+UNIFORM = ["--allocate", "uniform", "--metric", "output"]
 DIGITS = ["0", "-0", "1", "2", "3.5", "-5", "1e-320", "1e999", "nan", "-inf", "", "16", "many", "9" * 5000]
 ENDLESS = [str(2**31), str(2**63), str(2**64), str(10**30)]
 DIGITS += ENDLESS
@@ -674,7 +674,7 @@ def command_line(draw: st.DrawFn) -> list[str]:
     odd_ones = [first, *draw(st.lists(st.sampled_from(parameters), max_size=1))]
     words, arguments = [*CHEAP.get(name, [])], []
     if name in ("compress", "plan"):
-        words += draw(st.sampled_from([["--data-free"], [*TEXT, *UNIFORM], TEXT]))
+        words += draw(st.sampled_from([["--metric", "weights"], [*TEXT, *UNIFORM], TEXT]))
     for parameter in parameters:
         words_for_it = DIGITS if is_number(name, parameter.name) else [*WORDS, *PLACES]
         word = draw(st.sampled_from(words_for_it) | st.text(max_size=5)) if parameter in odd_ones else None

@@ -17,7 +17,7 @@ from cospadi.model import load
 def test_demo_ranks_the_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cospadi.commands.demo.WINDOWS", 8)
     monkeypatch.setattr("cospadi.commands.demo.SEQUENCES", 10)
-    ours_in_short = {"fisher_sequences": 2, "iterations": 8, "rho": 2.2}  # one rho is a quarter of the budgets' runs
+    ours_in_short = {"gradient_sequences": 2, "iterations": 8, "refine": 10}
     monkeypatch.setattr("cospadi.commands.demo.OURS", ours_in_short)
     dense, low_rank, paper, ours = run_demo(ratio=0.5, iterations=2, stages=Stages())
     assert dense.perplexity < 20
@@ -46,7 +46,7 @@ def test_stories260k(shared_model: Callable[[str], Path], tmp_path: Path) -> Non
     found = {}
     for solver, update in (("svd-llm", "power"), ("ksvd", "power"), ("ksvd", "mod")):
         recipe = {"ratio": 0.2, "solver": solver, "share": "none", "update": update, "iterations": 6, "sequences": 48}
-        recipe |= {"allocate": "uniform", "weight_columns": "none", "compensate": False}
+        recipe |= {"allocate": "uniform", "metric": "output", "compensate": False, "refine": 0}
         recipe |= {"calibration": str(data / "stories_calibration.jsonl")}
         output = tmp_path / f"{solver}-{update}"
         result = cospadi.compress(folder, recipe, output)

@@ -1,8 +1,9 @@
-"""The loss's gradient at projections' outputs against plain autograd, and what the model looks like afterwards."""
+"""Gradients of the loss at outputs of projections against plain autograd, and what the model looks like afterwards."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,20 @@ from conftest import VOCABULARY, llama_config, randomise
 from torch import nn
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, Qwen2Config, Qwen3MoeConfig
 
-from cospadi.calibration.fisher import FLOOR, output_fisher
+import cospadi
+from cospadi.calibration import gradients, walk
+from cospadi.calibration.gradients import (
+    FLOOR,
+    INPUT,
+    SHRINKAGE,
+    conditioned,
+    diagonal_of,
+    gradient_grams,
+    gradient_grams_by_blocks,
+)
+from cospadi.calibration.spill import Spill
 from cospadi.errors import UserError
+from cospadi.model import load
 from cospadi.model.projections import decoder_blocks, find_projections
 
 SIZES: dict[str, Any] = {
@@ -44,13 +57,21 @@ def sequences() -> torch.Tensor:
     return torch.randint(0, 256, (3, 10), generator=torch.Generator().manual_seed(2))
 
 
-def plain_fisher(model: Any, names: list[str], sequences: torch.Tensor) -> dict[str, np.ndarray]:
-    """By torch.autograd.grad with respect to kept outputs; the loss is written out."""
-    sums: dict[str, Any] = dict.fromkeys(names, 0.0)
+def plain_gamma(model: Any, names: list[str], sequences: torch.Tensor) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Means over tokens of g g^T and of x^2, by torch.autograd.grad with respect to kept outputs; the loss is written
+    out."""
+    sums: dict[str, Any] = {name: [0.0, 0.0] for name in names}
     for tokens in sequences:
         kept: list[tuple[str, torch.Tensor]] = []
+
+        def keep(name: str, args: Any, output: Any, kept: Any = kept) -> None:
+            kept.append((name, output))
+            if args:
+                x = args[0].detach().double().numpy()
+                sums[name][1] = sums[name][1] + (x**2).reshape(-1, x.shape[-1]).sum(0)
+
         handles = [
-            model.get_submodule(name).register_forward_hook(lambda _m, _a, out, n=name, k=kept: k.append((n, out)))
+            model.get_submodule(name).register_forward_hook(lambda _m, args, out, n=name: keep(n, args, out))
             for name in names
         ]
         logits = model(input_ids=tokens[None], use_cache=False).logits[0].double()
@@ -58,35 +79,64 @@ def plain_fisher(model: Any, names: list[str], sequences: torch.Tensor) -> dict[
             handle.remove()
         chances = torch.log_softmax(logits, dim=-1)
         loss = -sum(chances[i, tokens[i + 1]] for i in range(len(tokens) - 1))
-        gradients = torch.autograd.grad(loss, [output for _, output in kept])
-        for (name, _), gradient in zip(kept, gradients, strict=True):
-            sums[name] = sums[name] + (gradient.double().numpy() ** 2).reshape(-1, gradient.shape[-1]).sum(0)
-    return {name: total / sequences.numel() for name, total in sums.items()}
+        found = torch.autograd.grad(loss, [output for _, output in kept])
+        for (name, _), gradient in zip(kept, found, strict=True):
+            rows = gradient.double().numpy().reshape(-1, gradient.shape[-1])
+            sums[name][0] = sums[name][0] + rows.T @ rows
+    return {name: (gamma / sequences.numel(), x / sequences.numel()) for name, (gamma, x) in sums.items()}
 
 
+@pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_fisher_agrees_with_plain_autograd(family: str, sequences: torch.Tensor) -> None:
+def test_gamma_agrees_with_plain_autograd(family: str, full: bool, sequences: torch.Tensor) -> None:
     model = build(family)
     projections = find_projections(model)
-    done: list[int] = []
-    found = output_fisher(model, projections, sequences, done.append)
-    expected = plain_fisher(model, [p.name for p in projections], sequences)
+    done: list[float] = []
+    found = gradient_grams(model, projections, sequences, full, done.append)
+    expected = plain_gamma(model, [p.name for p in projections], sequences)
     assert done == [1, 1, 1]
-    assert set(found) == {p.name for p in projections}
+    assert set(found) == {p.name for p in projections} | {f"{p.name}{INPUT}" for p in projections}
     for p in projections:
-        assert found[p.name].shape == (p.d2,)
-        assert found[p.name].dtype == torch.float64
-        floored = np.maximum(expected[p.name], FLOOR * expected[p.name].mean())
-        np.testing.assert_allclose(found[p.name].numpy(), floored, rtol=1e-3, atol=1e-6 * floored.max())
+        gamma, inputs = expected[p.name]
+        assert found[p.name].shape == ((1, p.d2, p.d2) if full else (p.d2,))
+        assert found[p.name].dtype == torch.float32
+        wanted = gamma[None] if full else np.diagonal(gamma)
+        np.testing.assert_allclose(found[p.name].numpy(), wanted, rtol=1e-3, atol=1e-5 * np.diagonal(gamma).max())
+        np.testing.assert_allclose(diagonal_of(found[p.name], p.d2).numpy(), np.diagonal(gamma), rtol=1e-3, atol=1e-7)
+        np.testing.assert_allclose(found[f"{p.name}{INPUT}"].numpy(), inputs, rtol=1e-4)
 
 
-def test_fisher_is_what_an_error_costs_in_the_loss(sequences: torch.Tensor) -> None:
-    """The gradient of the loss with respect to a bias is the sum of what `output_fisher` squares, one token alone."""
+def test_a_wide_projection_has_blocks(sequences: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 outputs in 27, 27 and 26; what lies between them is left out, and the last block is filled up with zeros."""
+    model = build("llama")
+    projections = [p for p in find_projections(model) if p.kind in ("mlp.up_proj", "self_attn.k_proj")]
+    whole = gradient_grams(model, projections, sequences, True)
+    monkeypatch.setattr(gradients, "WIDEST", 30)
+    found = gradient_grams(model, projections, sequences, True)
+    for p in projections:
+        if p.d2 <= 30:
+            assert torch.equal(found[p.name], whole[p.name])
+            continue
+        assert found[p.name].shape == (3, 27, 27)
+        assert not found[p.name][2, 26:].any()
+        assert not found[p.name][2, :, 26:].any()
+        for block, start in enumerate((0, 27, 54)):
+            end = min(start + 27, 80)
+            torch.testing.assert_close(
+                found[p.name][block, : end - start, : end - start], whole[p.name][0, start:end, start:end]
+            )
+        assert torch.equal(diagonal_of(found[p.name], p.d2), diagonal_of(whole[p.name], p.d2))
+        blocks = conditioned(found[p.name], p.d2, 1.0)
+        assert [block.shape for block in blocks] == [(27, 27), (27, 27), (26, 26)]
+
+
+def test_gamma_is_what_an_error_costs_in_the_loss(sequences: torch.Tensor) -> None:
+    """The gradient of the loss with respect to a bias is what `gradient_grams` multiplies, one token alone."""
     model = build("qwen2")
     tokens = sequences[:1, :2]  # only the first token's output, where it does not go through the second
     name = "model.layers.1.mlp.down_proj"
     projection = next(p for p in find_projections(model) if p.name == name)
-    found = output_fisher(model, [projection], tokens)[name] * 2
+    found = gradient_grams(model, [projection], tokens, True)[name][0] * 2
     layer, step = model.get_submodule(name), 1e-3
     shift = torch.zeros(projection.d2)
     handle = layer.register_forward_hook(lambda _module, _args, output: output + shift)
@@ -101,8 +151,40 @@ def test_fisher_is_what_an_error_costs_in_the_loss(sequences: torch.Tensor) -> N
             losses.append(float(nn.functional.cross_entropy(logits, tokens[0, 1:])))
         slopes.append((losses[0] - losses[1]) / (2 * step))
     handle.remove()
-    squared = np.square(slopes)
-    np.testing.assert_allclose(found.numpy(), np.maximum(squared, FLOOR * squared.mean()), rtol=0.05, atol=1e-4)
+    np.testing.assert_allclose(found.numpy(), np.outer(slopes, slopes), rtol=0.05, atol=1e-3)
+
+
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("widest", [2048, 30])
+def test_by_blocks_it_is_that_of_the_whole_model(
+    widest: int, full: bool, make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradients, "WIDEST", widest)
+    folder, tokens = make_model(llama_config(num_hidden_layers=3), torch.float32), torch.arange(24).view(2, 12)
+    dense = load.load_model(folder, torch.device("cpu"))
+    blocks = load.open_blocks(folder, torch.device("cpu"), tmp_path)
+    projections = find_projections(dense)
+    expected = gradient_grams(dense, projections, tokens, full)
+    calls = walk.learn_calls(blocks, [(tokens, 1)])
+    assert calls is not None
+    spill = Spill(1000, tmp_path / "spill")  # some in memory, some not
+    done: list[float] = []
+    found = list(gradient_grams_by_blocks(blocks, calls, projections, tokens, full, spill, done.append))
+    assert [index for index, _ in found] == [2, 1, 0]
+    assert sum(done) == pytest.approx(2)
+    of_blocks = {name: gamma for _, some in found for name, gamma in some.items()}
+    own = {name: of_blocks.pop(name) for name in (f"model.layers.{index}" for index in range(3))}
+    assert of_blocks.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(of_blocks[name], values, rtol=1e-4, atol=1e-5 * float(values.abs().max()))
+    plain = plain_gamma(dense, list(own), tokens)
+    for name, gamma in own.items():
+        wanted = np.diagonal(plain[name][0])
+        np.testing.assert_allclose(diagonal_of(gamma, 48).numpy(), wanted, rtol=1e-3, atol=1e-6)
+        if full and widest > 48:
+            np.testing.assert_allclose(gamma[0].numpy(), plain[name][0], rtol=1e-3, atol=1e-5 * wanted.max())
+    assert spill.used == 0
+    assert all(parameter.is_meta for parameter in blocks.model.parameters())
 
 
 def state(model: nn.Module) -> list[Any]:
@@ -116,26 +198,26 @@ def state(model: nn.Module) -> list[Any]:
 
 
 @pytest.mark.parametrize("fails", ["never", "forward", "progress"])
-def test_fisher_leaves_the_model_as_it_was(fails: str, sequences: torch.Tensor) -> None:
+def test_gradients_leave_the_model_as_it_was(fails: str, sequences: torch.Tensor) -> None:
     model = build("llama")
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
     before, weights = state(model), [parameter.clone() for parameter in model.parameters()]
     with torch.no_grad():
         expected = model(input_ids=sequences).logits
 
-    def stop(_done: int) -> None:
+    def stop(_done: float) -> None:
         raise RuntimeError("stop here")
 
     projections = find_projections(model)
     if fails == "never":
-        output_fisher(model, projections, sequences)
+        gradient_grams(model, projections, sequences, True)
     elif fails == "progress":
         with pytest.raises(RuntimeError, match="stop here"):
-            output_fisher(model, projections, sequences, stop)
+            gradient_grams(model, projections, sequences, True, stop)
     else:
         handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: stop(0))
         with pytest.raises(RuntimeError, match="stop here"):
-            output_fisher(model, projections, sequences)
+            gradient_grams(model, projections, sequences, True)
         handle.remove()
     assert state(model) == before
     assert all(map(torch.equal, model.parameters(), weights))
@@ -144,28 +226,46 @@ def test_fisher_leaves_the_model_as_it_was(fails: str, sequences: torch.Tensor) 
 
 
 @torch.no_grad()
-def test_fisher_works_where_gradients_are_off_and_the_model_is_frozen(sequences: torch.Tensor) -> None:
+def test_gradients_work_where_gradients_are_off_and_the_model_is_frozen(sequences: torch.Tensor) -> None:
     model = build("llama").requires_grad_(False)
     projections = find_projections(model)
-    found = output_fisher(model, projections, sequences)
+    found = gradient_grams(model, projections, sequences, True)
     with torch.enable_grad():
         model.requires_grad_(True)
-        expected = output_fisher(model, projections, sequences)
+        expected = gradient_grams(model, projections, sequences, True)
     for name, values in expected.items():
         torch.testing.assert_close(found[name], values)
 
 
-def test_outputs_without_effect_are_floored(sequences: torch.Tensor) -> None:
+@pytest.mark.parametrize("full", [True, False])
+def test_no_output_is_worth_nothing_and_what_is_off_the_diagonal_counts_less(
+    full: bool, sequences: torch.Tensor
+) -> None:
     """Columns of down_proj that are zero make the matching outputs of up_proj mean nothing."""
     model = build("llama")
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[:, :5] = 0
     name = "model.layers.0.mlp.up_proj"
-    projections = find_projections(model)
-    found = output_fisher(model, projections, sequences)[name].numpy()
-    exact = plain_fisher(model, [name], sequences)[name]
-    assert (exact[:5] == 0).all()
-    np.testing.assert_allclose(found[:5], FLOOR * exact.mean(), rtol=1e-3)
+    raw = gradient_grams(model, find_projections(model), sequences, full)[name]
+    before = raw.clone()
+    exact, _ = plain_gamma(model, [name], sequences)[name]
+    assert (np.diagonal(exact)[:5] == 0).all()
+    (found,) = conditioned(raw, 80, 7.0)
+    assert torch.equal(raw, before)
+    diagonal = np.maximum(np.diagonal(exact), FLOOR * np.diagonal(exact).mean())
+    if not full:
+        np.testing.assert_allclose(found.numpy(), diagonal, rtol=1e-3)
+        return
+    expected = (1 - SHRINKAGE) * exact
+    np.fill_diagonal(expected, diagonal)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-3, atol=1e-5 * diagonal.max())
+    assert float(torch.linalg.eigvalsh(found.double())[0]) > 0
+
+
+def test_what_no_token_reaches_is_worth_what_is_said() -> None:
+    for zero in (torch.zeros(6), torch.zeros(2, 3, 3)):
+        (found,) = conditioned(zero, 6, 2.5)
+        assert torch.equal(found, torch.full((6,), 2.5))
 
 
 class Experts(nn.Module):
@@ -197,19 +297,19 @@ class Experts(nn.Module):
         return type("Output", (), {"logits": self.head(x)})
 
 
-def test_unreached_experts_get_the_mean_of_their_kind() -> None:
+@pytest.mark.parametrize("full", [True, False])
+def test_unreached_experts_have_zeros(full: bool) -> None:
     model = Experts()
     projections = find_projections(model)
     sequences = torch.randint(0, 20, (2, 7), generator=torch.Generator().manual_seed(3))
-    renamed = [type(p)(p.name, p.block, "expert" if "experts" in p.kind else p.kind, p.d1, p.d2) for p in projections]
-    found = output_fisher(model, renamed, sequences)
+    found = gradient_grams(model, projections, sequences, full)
     reached = [f"blocks.{block}.experts.{expert}" for block in (0, 1) for expert in (0, 1)]
-    plain = plain_fisher(model, reached, sequences)
-    mean = np.mean([values.mean() for values in plain.values()])
+    plain = plain_gamma(model, reached, sequences)
+    for name, (gamma, _) in plain.items():
+        np.testing.assert_allclose(diagonal_of(found[name], 6).numpy(), np.diagonal(gamma), rtol=1e-3)
     for block in (0, 1):
-        np.testing.assert_allclose(found[f"blocks.{block}.experts.2"].numpy(), np.full(6, mean), rtol=1e-2)
-    alone = [p for p in projections if p.name.endswith("experts.2")]
-    assert all((values == 1).all() for values in output_fisher(model, alone, sequences).values())
+        assert not found[f"blocks.{block}.experts.2"].any()
+        assert not found[f"blocks.{block}.experts.2{INPUT}"].any()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -219,5 +319,16 @@ def test_a_gradient_that_is_not_finite_is_a_user_error(value: float, sequences: 
         model.model.layers[1].mlp.down_proj.weight[0, 0] = value
     before = state(model)
     with pytest.raises(UserError, match=r"gradient at the output of model\.layers\.\d\.\S+ is not finite"):
-        output_fisher(model, find_projections(model), sequences)
+        gradient_grams(model, find_projections(model), sequences, True)
     assert state(model) == before
+
+
+@pytest.mark.parametrize("metric", ["fisher", "two-sided"])
+def test_a_job_whose_gradients_are_not_finite_ends_with_a_sentence(
+    metric: str, make_model: Callable[..., Path], default: dict[str, Any], tokenizer: Any
+) -> None:
+    model = load.load_model(make_model(), torch.device("cpu"))
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")  # which no projection reads
+    with pytest.raises(UserError, match=r"gradient at the output of model\.layers\.\d\S* is not finite"):
+        cospadi.compress(model, default | {"metric": metric, "allocate": "uniform"}, tokenizer=tokenizer)

@@ -135,11 +135,11 @@ def test_saved_again_in_shards_it_loads_and_verifies(whole: Path, prompt: Tensor
 
 
 @pytest.mark.parametrize("share", ["input", "layers:2", "input,layers:2"])
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", [name for name, found in SOLVERS.items() if "weights" in found.metrics])
 def test_shared_dictionaries_survive_saving_again(
     solver: str, share: str, make_llama: Callable[..., Path], prompt: Tensor, tmp_path: Path
 ) -> None:
-    recipe = {"ratio": 0.3, "iterations": 1, "data_free": True, "solver": solver, "share": share}
+    recipe = {"ratio": 0.3, "iterations": 1, "metric": "weights", "solver": solver, "share": share}
     first, second = tmp_path / "first", tmp_path / "second"
     cospadi.compress(make_llama(), recipe, first)
     model = load(first)
@@ -186,7 +186,7 @@ def test_equal_runs_write_equal_files(companions: Path, default: dict[str, Any],
 
 
 def test_another_seed_gives_other_factors(companions: Path, tmp_path: Path) -> None:
-    recipe = {"iterations": 1, "data_free": True, "solver": "ksvd"}
+    recipe = {"iterations": 1, "metric": "weights", "solver": "ksvd"}
     for seed in (1, 2):
         cospadi.compress(companions, recipe | {"seed": seed}, tmp_path / str(seed))
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in "12")
@@ -229,7 +229,7 @@ def test_generation_config_that_transformers_would_not_save_is_copied(
     dense = make_llama()
     content = '{"do_sample": false, "temperature": 0.6, "top_p": 0.9}'
     (dense / "generation_config.json").write_text(content)
-    cospadi.compress(dense, {"iterations": 1, "data_free": True}, tmp_path / "out")
+    cospadi.compress(dense, {"iterations": 1, "metric": "weights"}, tmp_path / "out")
     assert (tmp_path / "out" / "generation_config.json").read_text() == content
 
 
@@ -369,7 +369,7 @@ def test_other_format_version_is_refused(file: str, version: object, damaged: Pa
 
 
 def test_manifest_of_another_checkpoint_is_refused(damaged: Path, companions: Path, tmp_path: Path) -> None:
-    recipe = {"iterations": 1, "data_free": True}
+    recipe = {"iterations": 1, "metric": "weights"}
     cospadi.compress(companions, recipe, tmp_path / "other")
     shutil.copy(tmp_path / "other" / "cospadi.json", damaged)
     refused(damaged, "cospadi.json", "another checkpoint")
@@ -562,7 +562,7 @@ def test_without_the_package_loading_stops_instead_of_inventing_weights(whole: P
 def test_folders_made_for_an_output_that_fails_go_with_it(
     companions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, recipe = tmp_path / "new" / "below" / "out", {"iterations": 1, "data_free": True}
+    output, recipe = tmp_path / "new" / "below" / "out", {"iterations": 1, "metric": "weights"}
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules["cospadi.compress"], "blocks_to_solve", fail)  # before anything is finished
         with pytest.raises(OSError, match="No space left"):
@@ -575,7 +575,7 @@ def test_folders_made_for_an_output_that_fails_go_with_it(
 
 
 def test_a_name_as_long_as_the_system_allows_is_written(companions: Path, tmp_path: Path) -> None:
-    cospadi.compress(companions, {"iterations": 1, "data_free": True}, tmp_path / ("n" * 255))
+    cospadi.compress(companions, {"iterations": 1, "metric": "weights"}, tmp_path / ("n" * 255))
     verify.verify(tmp_path / ("n" * 255))
 
 
@@ -589,7 +589,7 @@ def fail(*_: object) -> None:
 def test_finished_work_alone_is_left_when_writing_fails(
     error: BaseException, companions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = {"iterations": 1, "data_free": True}
+    recipe = {"iterations": 1, "metric": "weights"}
 
     def stop(*_: object) -> None:
         assert (tmp_path / "out.work" / "output" / "model.safetensors").exists()
@@ -609,7 +609,7 @@ def test_finished_work_alone_is_left_when_writing_fails(
 def test_output_that_was_there_survives_a_failure_and_is_replaced_by_success(
     companions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, recipe = tmp_path / "out", {"iterations": 1, "data_free": True}
+    output, recipe = tmp_path / "out", {"iterations": 1, "metric": "weights"}
     output.mkdir()
     (output / "precious.txt").write_text("old")
     with pytest.raises(cospadi.UserError, match=r"out is not empty\. .*--overwrite"):
@@ -644,7 +644,7 @@ def test_output_survives_when_the_new_folder_cannot_take_its_place(
 
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(OSError, match="Input/output error"):
-        cospadi.compress(companions, {"iterations": 1, "data_free": True}, output, overwrite=True)
+        cospadi.compress(companions, {"iterations": 1, "metric": "weights"}, output, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "out.work"}
     assert (output / "precious.txt").read_text() == "old"
 
@@ -653,7 +653,7 @@ def test_compressing_a_model_over_its_own_folder_leaves_a_whole_checkpoint(
     make_llama: Callable[..., Path], prompt: Tensor, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(make_llama(), tmp_path / "model"))
-    recipe = {"iterations": 1, "data_free": True}
+    recipe = {"iterations": 1, "metric": "weights"}
     result = cospadi.compress(folder, recipe, folder, overwrite=True)
     verify.verify(folder)
     assert torch.equal(logits(load(folder), prompt), logits(result.model, prompt))
@@ -662,14 +662,14 @@ def test_compressing_a_model_over_its_own_folder_leaves_a_whole_checkpoint(
 def test_output_that_is_a_file_is_refused(companions: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     with pytest.raises(cospadi.UserError, match="out is a file"):
-        cospadi.compress(companions, {"data_free": True}, tmp_path / "out", overwrite=True)
+        cospadi.compress(companions, {"metric": "weights"}, tmp_path / "out", overwrite=True)
 
 
 def test_output_that_links_to_another_folder_is_written(companions: Path, tmp_path: Path) -> None:
     (tmp_path / "scratch").mkdir()
     (tmp_path / "scratch" / "old.txt").write_text("old")
     (tmp_path / "out").symlink_to(tmp_path / "scratch")
-    cospadi.compress(companions, {"iterations": 1, "data_free": True}, tmp_path / "out", overwrite=True)
+    cospadi.compress(companions, {"iterations": 1, "metric": "weights"}, tmp_path / "out", overwrite=True)
     verify.verify(tmp_path / "out")
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")]
 
@@ -713,7 +713,7 @@ def test_frozen_trained_values_are_still_saved_packed(whole: Path, prompt: Tenso
 
 def test_a_compressed_model_in_memory_is_not_compressed_again(whole: Path) -> None:
     with pytest.raises(UserError, match="already compressed or quantized"):
-        cospadi.compress(load(whole), {"data_free": True})
+        cospadi.compress(load(whole), {"metric": "weights"})
 
 
 def test_load_gives_a_model_that_runs(whole: Path, prompt: Tensor) -> None:

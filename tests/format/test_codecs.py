@@ -91,9 +91,8 @@ def twelve(dense_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPat
     fields = {
         "ratio": 0.3,
         "iterations": 4,
-        "rho": 2.2,
-        "fisher_sequences": 1,
-        "budget_iterations": 2,
+        "gradient_sequences": 1,
+        "refine": 2,
         "value_bits": 12,
     }
     text = {"calibration": str(text_file), "sequences": 4, "length": 32}
@@ -107,7 +106,7 @@ def folder(twelve: cospadi.Compressed) -> Path:
 
 
 def dense_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """(D S)^T of every projection, float32, decoded by numpy from what config.json and docs/format.md say."""
+    """S^T of every projection, where D = I, float32, decoded by numpy from what config.json and docs/format.md say."""
     tensors, found = load_file(folder / "model.safetensors"), {}
     for name, entry in schema.read_config(folder).items():
         bits = np.unpackbits(tensors[f"{name}.values"].numpy(), bitorder="little")[: 12 * entry.nnz].reshape(-1, 12)
@@ -115,7 +114,8 @@ def dense_weights(folder: Path) -> dict[str, torch.Tensor]:
         mask = np.unpackbits(tensors[f"{name}.support"].numpy(), axis=1, bitorder="little")[:, : entry.k].astype(bool)
         coefficients = np.zeros(mask.shape, np.float32)
         coefficients[mask] = patterns.view(np.float32)
-        found[name] = torch.from_numpy(coefficients) @ tensors[f"{entry.owner}.dictionary"].float()
+        assert entry.dictionary == "identity"
+        found[name] = torch.from_numpy(coefficients)
     return found
 
 
@@ -157,11 +157,12 @@ def test_f12_is_saved_again_as_it_was(folder: Path, tmp_path: Path) -> None:
     [
         ({"values": "f13"}, "f13 is not known to this cospadi. It knows bf16, f14, f12"),
         ({"support": "4:2"}, "4:2 is not known to this cospadi. It knows mask, full"),
-        ({"dictionary": "none"}, "none is not known to this cospadi. It knows stored"),
+        ({"dictionary": "none"}, "none is not known to this cospadi. It knows stored, identity"),
         ({"values": "f14"}, r"config\.json asks for U8"),
         ({"support": "full"}, "has all of S, for which nnz is 0"),
         ({"layout": "sparse-dictionary"}, "layout"),
         ({"owner": "nobody"}, "names nobody as the owner of its dictionary"),
+        ({"dictionary": "stored"}, r"dictionary is in none of the checkpoint's files"),
     ],
     ids=str,
 )

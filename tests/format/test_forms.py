@@ -17,7 +17,7 @@ import torch
 from conftest import Answer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_checkpoint import edit_bytes, edit_json, flip, load, logits, refused
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -43,10 +43,12 @@ K = 13
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
-def random_part(form: Form, d2: int, k: int, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor, int]:
+def random_part(
+    form: Form, d2: int, k: int, generator: torch.Generator, scale: float = 1.0
+) -> tuple[dict[str, Tensor], Tensor, int]:
     """Tensors of a random S as they are stored, S transposed in float64 as rounded, and its number of values."""
     kind, codec = form.support_kind, form.codec
-    dense = torch.randn(d2, k, generator=generator)
+    dense = scale * torch.randn(d2, k, generator=generator)
     chosen = torch.rand(d2, k, generator=generator) < 0.4 if kind.chosen else None
     values = kind.gather(chosen, dense)
     support, stored = kind.pack(chosen), codec.encode(values)
@@ -67,7 +69,13 @@ def test_bytes_are_what_the_formula_says_and_decoding_undoes_encoding(
     form: Form, d1: int, d2s: list[int], k: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    dictionary = form.dictionary_kind.encode(torch.randn(d1, k, generator=generator))
+    kind = form.dictionary_kind
+    k = kind.atoms(d1) or k
+    dictionary = None if kind.atoms(d1) else torch.randn(d1, k, generator=generator)
+    atoms, dictionary = kind.decode(kind.encode(dictionary)), kind.encode(dictionary)
+    assert (dictionary is None) == (atoms is None) == (kind.shape(d1, k) is None)
+    if atoms is not None:
+        assert torch.equal(kind.encode(atoms.T), dictionary)
     found = [random_part(form, d2, k, generator) for d2 in d2s]
     parts = form.nbytes(d1, d2s, k, [count for _, _, count in found])
     assert parts.dictionary == (0 if dictionary is None else dictionary.nbytes)
@@ -116,22 +124,34 @@ def entry_of(form: Form, d1: int, d2: int, k: int, count: int, owner: str) -> St
 
 
 def write(form: Form, dense: Path, folder: Path) -> Any:
-    """A model of one form with random factors, q, k and v over one dictionary; returns the dense one it stands for."""
+    """A model of one form with random factors, q, k and v over one dictionary if there is one; returns the dense one it
+    stands for."""
+    return write_mixed(lambda _kind: form, dense, folder)
+
+
+def write_mixed(form_of: Callable[[str], Form | None], dense: Path, folder: Path) -> Any:
+    """The same with a form for each kind of projection; None leaves it dense."""
     expected = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
     model: Any = AutoModelForCausalLM.from_pretrained(dense)
     generator = torch.Generator().manual_seed(0)
     entries, tensors, atoms = {}, {}, {}
     for p in find_projections(model):
-        owner = p.name.replace("k_proj", "q_proj").replace("v_proj", "q_proj")
-        if owner == p.name:
-            stored = form.dictionary_kind.encode(torch.randn(p.d1, K, generator=generator) * (p.d1 * K) ** -0.5)
-            atoms[owner] = form.dictionary_kind.decode(stored, p.d1).double()
-            if stored is not None:
+        form = form_of(p.kind)
+        if form is None:
+            continue
+        kind = form.dictionary_kind
+        k, owner, scale = kind.atoms(p.d1), p.name, p.d1**-0.5
+        if k is None:
+            k, scale = K, 1.0
+            owner = p.name.replace("k_proj", "q_proj").replace("v_proj", "q_proj")
+            if owner == p.name:
+                stored = kind.encode(torch.randn(p.d1, k, generator=generator) * (p.d1 * k) ** -0.5)
                 tensors[f"{owner}.{form.names.dictionary}"] = stored
-        own, coefficients, count = random_part(form, p.d2, K, generator)
+                atoms[owner] = kind.decode(stored).double()
+        own, coefficients, count = random_part(form, p.d2, k, generator, scale)
         tensors |= {f"{p.name}.{part}": tensor for part, tensor in own.items()}
-        entries[p.name] = entry_of(form, p.d1, p.d2, K, count, owner)
-        expected.get_submodule(p.name).weight.data.copy_(coefficients @ atoms[owner])
+        entries[p.name] = entry_of(form, p.d1, p.d2, k, count, owner)
+        expected.get_submodule(p.name).weight.data.copy_(coefficients @ atoms[owner] if owner in atoms else coefficients)
     swap_in_layers(model, entries, torch.bfloat16, "cpu")
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -141,7 +161,7 @@ def write(form: Form, dense: Path, folder: Path) -> Any:
     return expected.eval()
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.support}-{form.values}")
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.dictionary}-{form.support}-{form.values}")
 def test_a_model_of_every_form_loads_computes_and_saves(
     form: Form, dense_folder: Path, prompt: Tensor, tmp_path: Path
 ) -> None:
@@ -177,7 +197,11 @@ def test_a_model_of_every_form_loads_computes_and_saves(
             assert again[tensor].dtype == stored[tensor].dtype
 
 
-@pytest.fixture(scope="module", params=[f for f in FORMS if f not in IN_VERSION_1], ids=lambda f: f.support + f.values)
+@pytest.fixture(
+    scope="module",
+    params=[form for form in FORMS if form not in IN_VERSION_1],
+    ids=lambda form: f"{form.dictionary}-{form.support}-{form.values}",
+)
 def whole(request: Any, dense_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that version 1 cannot tell; never changed."""
     folder: Path = tmp_path_factory.mktemp("whole") / "model"
@@ -200,7 +224,7 @@ def change_entry(folder: Path, change: Callable[[dict[str, Any]], Any], name: st
     [
         ({"values": "f13"}, "f13 is not known to this cospadi. It knows bf16"),
         ({"support": "cube"}, "cube is not known to this cospadi. It knows mask, full"),
-        ({"dictionary": "free"}, "free is not known to this cospadi. It knows stored"),
+        ({"dictionary": "free"}, "free is not known to this cospadi. It knows stored, identity"),
         ({"dictionary": None}, "dictionary"),
         ({"support": ["mask"]}, "support"),
         ({"layout": "low-rank"}, "layout"),
@@ -219,14 +243,73 @@ def test_a_malformed_entry_is_refused(fields: dict[str, Any], mentioned: str, da
     refused(damaged, "config.json", GATE, mentioned)
 
 
+@pytest.fixture(params=product(SUPPORTS, CODECS), ids="-".join)
+def without_dictionary(request: Any, dense_folder: Path, tmp_path: Path) -> Path:
+    """A checkpoint whose dictionaries are all I, to damage."""
+    write(Form("identity", *request.param), dense_folder, tmp_path / "identity")
+    return tmp_path / "identity"
+
+
+def test_what_the_identity_rules_out_is_refused(without_dictionary: Path, tmp_path: Path) -> None:
+    """Another number of atoms, a dictionary that another projection or a file would have."""
+    up = GATE.replace("gate", "up")
+    for fields, problem in (
+        ({"k": 47}, "k is 47, and dictionary identity has 48 atoms"),
+        ({"k": 96}, "k is 96, and dictionary identity has 48 atoms"),
+        ({"owner": up}, f"names {up} as the owner of its dictionary; dictionary identity is stored nowhere"),
+        ({"owner": "nobody"}, "names nobody as the owner of its dictionary; dictionary identity is stored nowhere"),
+        ({"dictionary": "stored"}, f"tensor {GATE}."),
+    ):
+        damaged = Path(shutil.copytree(without_dictionary, tmp_path / "damaged", dirs_exist_ok=True))
+        change_entry(damaged, lambda entry, fields=fields: entry.update(fields))
+        refused(damaged, GATE, problem)
+    damaged = Path(shutil.copytree(without_dictionary, tmp_path / "damaged", dirs_exist_ok=True))
+    tensors = load_file(damaged / "model.safetensors")
+    tensors[f"{GATE}.dictionary"] = torch.eye(48, dtype=torch.bfloat16)
+    save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
+    refused(damaged, "model.safetensors has", "cospadi.json says")
+    (damaged / "cospadi.json").unlink()
+    refused(damaged, f"tensor {GATE}.dictionary is there, which config.json denies")
+
+
+@pytest.mark.parametrize("runtime", ["auto", "packed", "unpacked", "dense"])
+def test_a_model_of_every_dictionary_and_of_dense_projections(
+    runtime: str, dense_folder: Path, prompt: Tensor, tmp_path: Path
+) -> None:
+    """Side by side in one model, and of the projections that read one input."""
+    forms = {
+        "self_attn.q_proj": Form("stored", "mask", "f14"),
+        "self_attn.k_proj": Form("identity", "mask", "f12"),
+        "self_attn.v_proj": Form("stored", "mask", "f14"),
+        "mlp.gate_proj": Form("identity", "mask", "f14"),
+        "mlp.up_proj": Form("stored", "full", "bf16"),
+        "mlp.down_proj": Form("identity", "full", "bf16"),
+    }
+    expected = logits(write_mixed(forms.get, dense_folder, tmp_path / "mixed"), prompt)
+    entries = schema.read_config(tmp_path / "mixed")
+    assert {entry.dictionary for entry in entries.values()} == set(DICTIONARIES)
+    assert not any(name.endswith("o_proj") for name in entries)
+    assert entries["model.layers.0.self_attn.v_proj"].owner == "model.layers.0.self_attn.q_proj"
+    assert verify.verify(tmp_path / "mixed") == len(safetensors.tensor_sizes(tmp_path / "mixed"))
+    model = load(tmp_path / "mixed", dtype=torch.float32)
+    set_runtime(model, runtime)
+    torch.testing.assert_close(logits(model, prompt), expected, rtol=1e-3, atol=1e-4)
+    load(tmp_path / "mixed").save_pretrained(tmp_path / "again")
+    for name in ("model.safetensors", "config.json", "cospadi.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "mixed" / name).read_bytes()
+
+
 @pytest.mark.parametrize("field", ["dictionary", "support", "values", "d1", "d2", "k", "owner"])
 def test_an_entry_that_lacks_a_field_is_refused(field: str, damaged: Path) -> None:
     change_entry(damaged, lambda entry: entry.pop(field))
     refused(damaged, "config.json", GATE, field)
 
 
-@pytest.mark.parametrize("fields", [{"d1": 49}, {"d2": 81}, {"k": K + 8}, {"values": "bf16"}, {"bias": True}], ids=str)
+@pytest.mark.parametrize("fields", [{"d1": 49}, {"d2": 81}, {"k": K + 8}, {"values": None}, {"bias": True}], ids=str)
 def test_an_entry_that_does_not_fit_model_or_tensors_is_refused(fields: dict[str, Any], damaged: Path) -> None:
+    if "values" in fields:  # another codec
+        own = schema.read_config(damaged)[GATE].values
+        fields = {"values": next(name for name in CODECS if name != own)}
     change_entry(damaged, lambda entry: entry.update(fields))
     refused(damaged, GATE)
 
@@ -284,16 +367,18 @@ def dense_model(dense: Path, compressed: Path) -> Any:
         bits = np.unpackbits(tensors[f"{name}.support"].numpy(), axis=1, bitorder="little")[:, : entry.k]
         coefficients = torch.zeros(entry.d2, entry.k, dtype=torch.float64)
         coefficients[torch.from_numpy(bits).bool()] = decoded_by_integers(tensors[f"{name}.values"], entry.nnz)
-        weight = coefficients @ tensors[f"{entry.owner}.dictionary"].double()
+        atoms = tensors.get(f"{entry.owner}.dictionary")
+        assert (atoms is None) == (entry.dictionary == "identity")
+        weight = coefficients if atoms is None else coefficients @ atoms.double()
         model.get_submodule(name).weight.data.copy_(weight)
     return model.eval()
 
 
-@pytest.mark.parametrize("solver", ["mod-htp", "ksvd"])
+@pytest.mark.parametrize("solver", ["htp", "mod-htp", "ksvd"])
 def test_twelve_bits_from_recipe_to_loaded_model(
     solver: str, dense_folder: Path, run: Callable[..., Answer], prompt: Tensor, tmp_path: Path
 ) -> None:
-    flags = ["--ratio", 0.3, "--value-bits", 12, "--solver", solver, "--iterations", 2, "--data-free", "--json"]
+    flags = ["--ratio", 0.3, "--value-bits", 12, "--solver", solver, "--iterations", 2, "--metric", "weights", "--json"]
     out = tmp_path / "out"
     done, planned = run("compress", dense_folder, *flags, "-o", out), run("plan", dense_folder, *flags)
     assert (done.code, planned.code) == (0, 0), done.err + planned.err
@@ -306,7 +391,7 @@ def test_twelve_bits_from_recipe_to_loaded_model(
     manifest = json.loads((out / "cospadi.json").read_text())
     assert config["format_version"] == manifest["format_version"] == 2
     assert {entry["values"] for entry in config["projections"].values()} == {"f12"}
-    assert {entry["layout"] for entry in manifest["projections"].values()} == {"sparse-dictionary"}
+    assert {entry["layout"] for entry in manifest["projections"].values()} == {"identity mask" if solver == "htp" else "sparse-dictionary"}
     inspected = json.loads(run("inspect", out, "--json").out)
     assert {item["value_bits"] for item in inspected["projections"].values()} == {12}
     assert inspected["compressed_bytes"] == plan["compressed_bytes"]
@@ -349,23 +434,27 @@ def test_a_short_solve_of_the_default_recipe_with_twelve_bits(
     assert verify.verify(tmp_path / "out") == len(safetensors.tensor_sizes(tmp_path / "out"))
 
 
-@pytest.fixture
-def masked(dense_folder: Path, tmp_path: Path) -> Path:
-    """A checkpoint of masks and 12-bit values, to damage."""
-    write(Form("stored", "mask", "f12"), dense_folder, tmp_path / "masked")
+@pytest.fixture(params=DICTIONARIES)
+def masked(request: Any, make_llama: Callable[..., Path], tmp_path: Path) -> Path:
+    """A checkpoint of masks that do not fill their bytes and of 12-bit values, to damage."""
+    dense = make_llama(hidden_size=36, num_attention_heads=2, num_key_value_heads=1)
+    write(Form(request.param, "mask", "f12"), dense, tmp_path / "masked")
     return tmp_path / "masked"
 
 
 def test_damaged_masks_and_values_of_version_2_are_refused(masked: Path, tmp_path: Path) -> None:
+    k = schema.read_config(masked)[GATE].k
+    assert k % 8
+
     def move(part: bytearray) -> None:
         used = next(bit for bit in range(8) if part[0] >> bit & 1)
         part[0] ^= 1 << used
-        part[1] |= 1 << K % 8
+        part[k // 8] |= 1 << k % 8
 
     odd = next(name for name, entry in schema.read_config(masked).items() if entry.nnz % 2)
     for tensor, change, problem in (
         (f"{GATE}.support", flip(7, 2), "bits set, config.json says"),
-        (f"{GATE}.support", move, f"bits set past atom {K - 1}"),
+        (f"{GATE}.support", move, f"bits set past atom {k - 1}"),
         (f"{odd}.values", flip(-1, 7), "past its last value"),
     ):
         damaged = Path(shutil.copytree(masked, tmp_path / "damaged", dirs_exist_ok=True))

@@ -24,7 +24,7 @@ import transformers.models.llama.modeling_llama
 import cospadi
 from cospadi.format import verify
 
-STAGES = ("start", "text", "fisher", "quick", "curve", "candidates", "losses", "factors", "output", "written")
+STAGES = ("start", "text", "gradients", "factors", "refined", "output", "written")
 """What a job has finished when it is killed, in its order; "output" is while the output is written."""
 
 

@@ -31,9 +31,7 @@ def main(model: str, recipe: str, output: str, cache_bytes: str, limit: str = "0
     before, address_space = status("VmRSS"), status("VmSize") + int(limit)
     if int(limit):
         resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
-    cospadi.compress(
-        model, json.loads(Path(recipe).read_text()) | {"budget_iterations": 1}, output, cache_bytes=int(cache_bytes)
-    )
+    cospadi.compress(model, json.loads(Path(recipe).read_text()), output, cache_bytes=int(cache_bytes))
     print(json.dumps({"before": before, "peak": status("VmHWM"), "address_space": address_space}))
 
 

@@ -155,7 +155,7 @@ def test_a_job_on_a_cluster_that_loses_a_node_makes_the_same_bytes(
 
     def put_and_kill(self: JobDirectory, key: str, *rest: Any) -> Piece:
         done.append(key)
-        if key.startswith("curve/") and len(cluster.worker_nodes) == 2:  # others of that stage are at work everywhere
+        if key == "factors/model.layers.0.self_attn.q_proj" and len(cluster.worker_nodes) == 2:
             lose_a_node(cluster)
         return put(self, key, *rest)
 

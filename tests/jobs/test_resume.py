@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 import cospadi
 from cospadi.format import safetensors
 from cospadi.jobs.ledger import JobDirectory
-from cospadi.stages import budgets, costs, measure
+from cospadi.stages import costs, measure, refine
 
 
 def test_killed_at_thirty_random_moments_gives_the_same_bytes(
@@ -36,13 +36,13 @@ def test_killed_at_thirty_random_moments_gives_the_same_bytes(
     moments = Counter(told["moments"])
     assert sum(moments.values()) >= 30
     assert len(moments) >= 6, moments  # they did hit different stages
-    assert {"curve", "factors"} <= set(moments)
+    assert {"gradients", "factors", "refined"} <= set(moments)
 
 
 @pytest.fixture(scope="module")
 def recipe(text_file: Path) -> dict[str, Any]:
     """All stages of the default recipe, each as short as it can be."""
-    fields: dict[str, Any] = {"ratio": 0.3, "iterations": 2, "rho": 2.2, "fisher_sequences": 1}
+    fields: dict[str, Any] = {"ratio": 0.3, "iterations": 2, "gradient_sequences": 1, "refine": 2}
     return fields | {"calibration": str(text_file), "sequences": 4, "length": 32}
 
 
@@ -81,8 +81,8 @@ def test_nothing_finished_is_computed_again(
     for module, names in (
         (sys.modules["cospadi.compress"], ("factorize",)),
         (measure.walk, ("paired_grams", "grams")),
-        (budgets, ("approximate", "cost_curve")),
-        (costs, ("approximate", "output_fisher_by_blocks")),
+        (costs, ("gradient_grams_by_blocks",)),
+        (refine, ("refine_block",)),
     ):
         for name in names:
             monkeypatch.setattr(module, name, stop)
@@ -99,7 +99,7 @@ def test_pieces_damaged_between_runs_are_computed_again_and_said(
 ) -> None:
     output, wanted = interrupted
     pieces = sorted(output.with_name("out.work").glob("pieces/*.safetensors"))
-    assert len(pieces) >= 8  # the text, fisher twice, and groups' factors
+    assert len(pieces) >= 8  # the text, gradients of each block, groups' factors, refined blocks
     damaged = 0
     for number, piece in enumerate(pieces):
         content = bytearray(piece.read_bytes())
@@ -113,6 +113,19 @@ def test_pieces_damaged_between_runs_are_computed_again_and_said(
         cospadi.compress(dense_folder, recipe, output)
     assert hashes(output) == wanted
     assert caplog.text.count("is not as it was written: computed again") == damaged
+
+
+@pytest.mark.parametrize(
+    "key", ["text", "gradients", "gradients/0000", "gradients/0001", "factors/*.0.*down*", "refined/0000", "refined/0001"]
+)
+def test_a_piece_that_is_lost_is_made_again(
+    key: str, interrupted: tuple[Path, dict[str, str]], dense_folder: Path, recipe: dict[str, Any]
+) -> None:
+    output, wanted = interrupted
+    (lost,) = output.with_name("out.work").glob(f"pieces/{key.replace('/', '%2F')}.safetensors")
+    lost.unlink()
+    cospadi.compress(dense_folder, recipe, output, resume=True)
+    assert hashes(output) == wanted
 
 
 def test_no_resume_begins_anew(
@@ -165,7 +178,7 @@ def test_two_runs_at_once_in_one_place(
 def test_stopped_while_the_output_takes_its_place(
     moment: str, dense_folder: Path, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, recipe = tmp_path / "out", recipe | {"allocate": "uniform"}
+    output, recipe = tmp_path / "out", recipe | {"refine": 0}
     cospadi.compress(dense_folder, recipe, tmp_path / "reference")
     output.mkdir()
     (output / "precious.txt").write_text("old")
@@ -223,10 +236,10 @@ def test_a_disk_that_fills_up_stops_the_job_which_goes_on_when_there_is_room(
     dense_folder: Path, recipe: dict[str, Any], unfinished: tuple[Path, dict[str, str]], small_disk: Callable[..., Path]
 ) -> None:
     needed = sum(path.stat().st_size for path in unfinished[0].with_name("reference").iterdir())
-    disk = small_disk(6 * needed)
+    disk = small_disk(9 * needed)
     ballast, outcomes = disk / "ballast", []
-    for tenths in range(2, 40, 2):  # room for so much of what the output takes
-        ballast.write_bytes(b"x" * int((6 - tenths / 10) * needed))
+    for tenths in range(2, 80, 2):  # room for so much of what the output takes
+        ballast.write_bytes(b"x" * int((9 - tenths / 10) * needed))
         try:
             cospadi.compress(dense_folder, recipe, disk / "out")
         except (OSError, SafetensorError, cospadi.UserError) as error:
@@ -244,4 +257,4 @@ def test_a_disk_that_fills_up_stops_the_job_which_goes_on_when_there_is_room(
 def test_a_place_that_cannot_be_written_is_refused_at_once(dense_folder: Path, small_disk: Callable[..., Path]) -> None:
     disk = small_disk(2**20, "ro")
     with pytest.raises(cospadi.UserError, match=r"Read-only file system|no permission"):
-        cospadi.compress(dense_folder, {"data_free": True}, disk / "out")
+        cospadi.compress(dense_folder, {"metric": "weights"}, disk / "out")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import with_solver
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -129,7 +130,7 @@ def test_every_family_round_trips_through_disk(
 
     layers = compressed_layers(loaded)
     assert len(layers) + len(result.plan.left_dense) == 2 * PROJECTIONS_A_BLOCK.get(family, 7)
-    assert all(layer.form.layout == "sparse-dictionary" for layer in layers.values())
+    assert all(layer.form.layout == "identity mask" for layer in layers.values())
     assert torch.equal(logits(loaded, prompt), logits(result.model, prompt))
     check_equals_dense_stand_in(dense, output, prompt)
     check_bytes(result, output)
@@ -200,7 +201,7 @@ def test_source_dtype_is_kept_and_factors_are_bf16(
     tmp_path: Path,
 ) -> None:
     dense, output = make_model(FAMILIES["qwen2"](), dtype=dtype), tmp_path / "out"
-    result = cospadi.compress(dense, quick | {"solver": solver}, output)
+    result = cospadi.compress(dense, with_solver(quick, solver), output)
     loaded = load(output)
     assert loaded.dtype == dtype
     assert logits(loaded, prompt).dtype == dtype
@@ -216,7 +217,7 @@ def test_source_dtype_is_kept_and_factors_are_bf16(
     assert tensors["model.layers.0.self_attn.q_proj.bias"].dtype == dtype
 
 
-@pytest.mark.parametrize("solver", [name for name, found in SOLVERS.items() if found.support == "mask"])
+@pytest.mark.parametrize("solver", [name for name, of in SOLVERS.items() if of.support == "mask" and not of.identity])
 def test_a_wide_projection_may_get_more_atoms_than_inputs(
     solver: str, make_llama: Callable[..., Path], quick: dict[str, Any], prompt: Tensor, tmp_path: Path
 ) -> None:
@@ -236,11 +237,11 @@ def test_solvers_are_told_how_to_undo_the_whitening(
         problems.append(problem)
         return SOLVERS["eigen"].solve(problem, k, s, options)
 
-    monkeypatch.setitem(SOLVERS, "spy", Solver(spy, SOLVERS["mod-htp"].flops, "mask"))
+    monkeypatch.setitem(SOLVERS, "spy", Solver(spy, SOLVERS["mod-htp"].flops))
     weight = stored(dense_folder)["model.layers.0.mlp.up_proj.weight"].double().T
     recipe = quick | {"solver": "spy", "include": ["*.0.mlp.up_proj"]}
     cospadi.compress(dense_folder, recipe)
-    cospadi.compress(dense_folder, recipe | {"data_free": True})
+    cospadi.compress(dense_folder, recipe | {"metric": "weights"})
     whitened, plain = problems
     assert whitened.unwhiten is not None
     undone = whitened.unwhiten(whitened.target)
@@ -249,11 +250,12 @@ def test_solvers_are_told_how_to_undo_the_whitening(
 
 
 @pytest.mark.parametrize("value_bits", [14, 16])
+@pytest.mark.parametrize("solver", ["htp", "mod-htp"])
 def test_stored_errors_are_those_of_the_stored_factors(
-    value_bits: int, make_model: Callable[..., Path], tmp_path: Path
+    solver: str, value_bits: int, make_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     dense, output = make_model(dtype=torch.float32), tmp_path / "out"
-    recipe = {"ratio": 0.3, "iterations": 2, "data_free": True, "value_bits": value_bits}
+    recipe = {"ratio": 0.3, "iterations": 2, "metric": "weights", "value_bits": value_bits, "solver": solver}
     result = cospadi.compress(dense, recipe, output)
     before = stored(dense)
     for name, layer in compressed_layers(load(output)).items():
@@ -323,7 +325,7 @@ def test_projections_of_a_group_share_one_stored_dictionary(
     tmp_path: Path,
 ) -> None:
     dense, output = make_llama(num_hidden_layers=3), tmp_path / "out"
-    result = cospadi.compress(dense, quick | {"solver": solver, "share": share}, output)
+    result = cospadi.compress(dense, with_solver(quick, solver) | {"share": share}, output)
     groups = [[m.name for m in group.members] for group in result.plan.groups]
     assert [[f"{n.split('.')[2]}.{n.rpartition('.')[2]}" for n in names] for names in groups] == SHARES[share]
     loaded = load(output)
@@ -333,6 +335,9 @@ def test_projections_of_a_group_share_one_stored_dictionary(
     shared = "left" if SOLVERS[solver].support == "full" else "dictionary"
     check_foretold(dense, result)
     tensors, layers = stored(output), compressed_layers(loaded)
+    if SOLVERS[solver].identity:
+        assert not any(name.endswith(("dictionary", "left")) for name in tensors)
+        return
     for names in groups:
         assert [f"{name}.{shared}" in tensors for name in names] == [True] + [False] * (len(names) - 1)
         assert len({id(getattr(layers[name], shared)) for name in names}) == 1
@@ -350,7 +355,7 @@ def test_group_has_the_error_of_one_problem_in_the_inputs_own_gram(
         .double()
     )
     recipe = quick | {"solver": "svd", "target": ["gate", "up"], "include": ["*.0.*"]}
-    result = cospadi.compress(dense, recipe | {"data_free": True})
+    result = cospadi.compress(dense, recipe | {"metric": "weights"})
     (group,) = result.plan.groups
     best = torch.linalg.svdvals(weight)[group.k :].norm()
     layers = compressed_layers(result.model).values()
@@ -381,7 +386,7 @@ def test_group_members_may_sit_where_a_pattern_leaves_a_gap(
 def test_selection_compresses_exactly_what_was_asked(
     selection: dict[str, list[str]], expected: set[str] | None, dense_folder: Path
 ) -> None:
-    recipe = {"ratio": 0.3, "iterations": 1, "data_free": True} | selection
+    recipe = {"ratio": 0.3, "iterations": 1, "metric": "weights"} | selection
     if expected is None:
         with pytest.raises(cospadi.UserError, match="leaves nothing to compress"):
             cospadi.compress(dense_folder, recipe)
@@ -402,13 +407,13 @@ def test_pattern_that_matches_nothing_is_refused_with_what_there_is(
     selection: dict[str, list[str]], sentence: str, dense_folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(cospadi.UserError, match=sentence):
-        cospadi.compress(dense_folder, {"data_free": True} | selection, tmp_path / "out")
+        cospadi.compress(dense_folder, {"metric": "weights"} | selection, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_projection_too_small_for_the_ratio_is_named(dense_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(cospadi.UserError, match=r"model\.layers\.0\.self_attn\.q_proj: .* too small for ratio 0\.99"):
-        cospadi.compress(dense_folder, {"data_free": True, "ratio": 0.99}, tmp_path / "out")
+        cospadi.compress(dense_folder, {"metric": "weights", "ratio": 0.99}, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -423,7 +428,7 @@ def test_quantized_model_is_refused(make_model: Callable[..., Path], quick: dict
 
 
 def test_compressed_model_is_not_compressed_again(dense_folder: Path, quick: dict[str, Any], tmp_path: Path) -> None:
-    cospadi.compress(dense_folder, {"data_free": True, "iterations": 1, "target": ["up"]}, tmp_path / "once")
+    cospadi.compress(dense_folder, {"metric": "weights", "iterations": 1, "target": ["up"]}, tmp_path / "once")
     with pytest.raises(cospadi.UserError, match=r"already quantized \(cospadi\)"):
         cospadi.compress(tmp_path / "once", quick, tmp_path / "twice")
 
@@ -442,7 +447,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(make_model: Callable[..
     model = load(dense)
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
     with pytest.raises(cospadi.UserError, match=r"model\.layers\.1\.mlp\.up_proj is not finite"):
-        cospadi.compress(model, {"data_free": True, "iterations": 1}, tmp_path / "out")
+        cospadi.compress(model, {"metric": "weights", "iterations": 1}, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -462,7 +467,7 @@ def test_trained_model_with_odd_sizes_round_trips(
     shared_model: Callable[[str], Path], prompt: Tensor, tmp_path: Path
 ) -> None:
     dense, output = shared_model("stories260k"), tmp_path / "out"
-    result = cospadi.compress(dense, {"ratio": 0.3, "iterations": 1, "data_free": True}, output)
+    result = cospadi.compress(dense, {"ratio": 0.3, "iterations": 1, "metric": "weights"}, output)
     assert torch.equal(logits(load(output), prompt), logits(result.model, prompt))
     check_equals_dense_stand_in(dense, output, prompt)
     check_bytes(result, output)
@@ -472,7 +477,7 @@ def test_trained_model_with_odd_sizes_round_trips(
 def test_whole_model_compiles_exports_and_trains(
     dense_folder: Path, quick: dict[str, Any], prompt: Tensor, solver: str, tmp_path: Path
 ) -> None:
-    cospadi.compress(dense_folder, quick | {"solver": solver}, tmp_path / "out")
+    cospadi.compress(dense_folder, with_solver(quick, solver), tmp_path / "out")
     model = load(tmp_path / "out", dtype=torch.float32)
     expected = logits(model, prompt)
 
@@ -482,9 +487,9 @@ def test_whole_model_compiles_exports_and_trains(
     exported = torch.export.export(model, (), {"input_ids": prompt, "use_cache": False}, strict=False)
     torch.testing.assert_close(exported.module()(input_ids=prompt, use_cache=False).logits, expected)
 
-    model(input_ids=prompt, labels=prompt).loss.backward()
     layer = model.get_submodule("model.layers.0.mlp.up_proj")
-    factor = layer.left if SOLVERS[solver].support == "full" else layer.dictionary
+    factor = layer.unpack_values() if SOLVERS[solver].identity else layer.atoms
+    model(input_ids=prompt, labels=prompt).loss.backward()
     assert factor.grad.abs().max() > 0
 
 

@@ -42,7 +42,7 @@ from cospadi.solvers.products import rough_products, self_product
 from cospadi.solvers.support import keep_largest_entries, member_portions, row_blocks
 
 FORM = Form("stored", "mask", "f14")
-SPARSE = [name for name, solver in SOLVERS.items() if solver.support == "mask"]
+SPARSE = [name for name, solver in SOLVERS.items() if solver.support == "mask" and not solver.identity]
 
 
 def exact_errors(errors: list[float]) -> list[float]:

@@ -1,8 +1,8 @@
-"""What groups are measured by: Gram matrices that outlive the groups before, whitenings that are not mixed up."""
+"""What groups are measured by: Gram matrices that stay until no later group reads them, whitenings that are not mixed
+up, each on the dense model or on the one that is compressed so far."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 import cospadi
-from cospadi.calibration.grams import accumulate_grams, whiten
+from cospadi.calibration.grams import IDENTITY, Whitening, accumulate_grams, whiten
 from cospadi.format.manifest import hash_files
-from cospadi.jobs.ledger import JobDirectory, Ledger
+from cospadi.jobs.ledger import Ledger
 from cospadi.jobs.pool import Engine
 from cospadi.jobs.progress import Stages
 from cospadi.model import load
 from cospadi.recipe import Recipe
-from cospadi.stages.measure import whitenings
+from cospadi.stages.measure import Block, WalkedBlock, blocks_to_solve
 from cospadi.stages.open import opened
 from cospadi.stages.text import read_text
 
@@ -30,8 +30,13 @@ MIXED = {"share": "layers:2", "exclude": ["*.1.*k_proj"]}
 @pytest.fixture
 def recipe(text_file: Path) -> dict[str, Any]:
     """All stages of the default recipe, as short as they can be."""
-    fields: dict[str, Any] = {"ratio": 0.3, "iterations": 2, "rho": 2.2, "fisher_sequences": 1, "budget_iterations": 1}
-    return fields | MIXED | {"calibration": str(text_file), "sequences": 4, "length": 32}
+    fields: dict[str, Any] = {"ratio": 0.3, "iterations": 2, "gradient_sequences": 1, "refine": 2}
+    return fields | {"calibration": str(text_file), "sequences": 4, "length": 32}
+
+
+@pytest.fixture
+def mixed(recipe: dict[str, Any]) -> dict[str, Any]:
+    return recipe | MIXED | {"refine": 0}
 
 
 @pytest.fixture
@@ -39,63 +44,100 @@ def folder(make_llama: Callable[..., Path]) -> Path:
     return make_llama(num_hidden_layers=2)
 
 
-def measured(folder: Path, recipe: dict[str, Any], ledger: Ledger, cache_bytes: int, keep_grams: bool) -> list[Any]:
-    """(first member, last block, L) of each group as it is measured."""
-    with opened(
-        folder, Recipe.build(recipe), None, Stages(), Engine(), ledger, cache_bytes, keep_grams=keep_grams
-    ) as job:
+Measured = list[tuple[tuple[str, ...], Whitening, Tensor]]
+
+
+def measured(folder: Path, recipe: dict[str, Any], cache_bytes: int = 0) -> tuple[Measured, Tensor, Tensor | None]:
+    """Inputs, whitening and weight of each group as it is measured, the dense weights side by side, and the text."""
+    with opened(folder, Recipe.build(recipe), None, Stages(), Engine(), Ledger(), cache_bytes) as job:
         read_text(job)
-        return [
-            (job.inputs(group), found.whitenings[job.inputs(group)].factor, job.sequences)
-            for found in whitenings(job, job.uniform.groups)
-            for group in found.groups
-        ]
+        groups = job.uniform.groups
+        found, dense = [], []
+        for block in blocks_to_solve(job, groups, groups):
+            assert isinstance(block, WalkedBlock if job.walks else Block)
+            for some in block.sets:
+                for group, whitening, weight in block.measure(some):
+                    found.append((job.inputs(group), whitening, weight.double()))
+                    dense.append(job.weight(group).double().flatten())
+        assert len(found) == len(groups)
+        return found, torch.cat(dense), job.sequences
 
 
-def test_a_gram_stays_until_no_later_group_reads_it(folder: Path, recipe: dict[str, Any]) -> None:
-    """Against the Gram matrices of the model run whole."""
-    found = measured(folder, recipe, Ledger(), 0, False)
-    assert {len(inputs) for inputs, _, _ in found} == {1, 2}
+def check_grams(folder: Path, found: Measured, sequences: Tensor) -> None:
+    """Against the Gram matrices of the dense model run whole."""
     model = load.load_model(folder, torch.device("cpu"))
-    for inputs, factor, sequences in found:
+    for inputs, whitening, _ in found:
         grams = accumulate_grams(model, inputs, sequences, 4)
         expected = whiten(sum(grams.values(), torch.zeros(())) / len(inputs), sequences.numel(), 1e-6)
         assert isinstance(expected.factor, Tensor)
-        torch.testing.assert_close(factor, expected.factor, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(whitening.gram, expected.gram, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(whitening.factor, expected.factor, rtol=1e-4, atol=1e-4)
+        assert whitening.scale == sequences.numel() ** 0.5
 
 
-def test_kept_whitenings_are_those_of_their_own_groups(folder: Path, recipe: dict[str, Any], tmp_path: Path) -> None:
-    ledger = JobDirectory(tmp_path / "kept.work")
-    ledger.begin({}, {})
-    first = measured(folder, recipe, ledger, 0, True)
-    again = measured(folder, recipe, ledger, 0, True)
-    ledger.close()
-    assert all(ledger.get("whitening/" + "+".join(inputs)) for inputs, _, _ in first)
-    for (inputs, factor, _), (same, kept, _) in zip(first, again, strict=True):
-        assert inputs == same
-        assert torch.equal(factor, kept)
+def test_a_gram_stays_until_no_later_group_reads_it(folder: Path, mixed: dict[str, Any]) -> None:
+    found, dense, sequences = measured(folder, mixed)
+    assert {len(inputs) for inputs, _, _ in found} == {1, 2}
+    assert torch.equal(torch.cat([weight.flatten() for _, _, weight in found]), dense)
+    assert sequences is not None
+    check_grams(folder, found, sequences)
 
 
-def test_groups_that_end_apart_are_compressed_and_the_same_with_kept_grams(
-    folder: Path, recipe: dict[str, Any], tmp_path: Path
+def test_a_walk_without_compensation_measures_the_dense_model(folder: Path, recipe: dict[str, Any]) -> None:
+    """Refined blocks are for what comes after them; Grams and weights are those of the dense model."""
+    found, dense, sequences = measured(folder, recipe)
+    assert torch.equal(torch.cat([weight.flatten() for _, _, weight in found]), dense)
+    assert sequences is not None
+    check_grams(folder, found, sequences)
+
+
+def test_with_compensation_nothing_is_corrected_before_anything_was_compressed(
+    folder: Path, recipe: dict[str, Any]
 ) -> None:
-    cospadi.compress(folder, recipe, tmp_path / "plain")
-    cospadi.compress(folder, recipe, tmp_path / "kept", cache_bytes=0, keep_grams=True)
-    assert hash_files(tmp_path / "plain") == hash_files(tmp_path / "kept")
+    """Nothing was swapped in: both streams are of the dense model, and W' = W."""
+    found, dense, sequences = measured(folder, recipe | {"compensate": True})
+    torch.testing.assert_close(
+        torch.cat([weight.flatten() for _, _, weight in found]), dense, rtol=1e-4, atol=1e-4
+    )
+    assert sequences is not None
+    check_grams(folder, found, sequences)
 
 
-def test_the_length_of_short_runs_is_part_of_the_job(folder: Path, recipe: dict[str, Any], tmp_path: Path) -> None:
-    """Other short runs are another job, and another manifest; the usual length goes without saying."""
-    usual = Recipe.build({})
-    assert "budget_iterations" not in usual.model_dump(mode="json")
-    assert Recipe.build(budget_iterations=3).model_dump(mode="json")["budget_iterations"] == 3
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["cospadi.compress"], "finish", _stop)
-        with pytest.raises(KeyboardInterrupt):
-            cospadi.compress(folder, recipe, tmp_path / "out")
-    with pytest.raises(cospadi.UserError, match="budget iterations 1, not 2"):
-        cospadi.compress(folder, recipe | {"budget_iterations": 2}, tmp_path / "out")
+def test_without_text_nothing_is_whitened(folder: Path, mixed: dict[str, Any]) -> None:
+    found, _, sequences = measured(folder, mixed | {"metric": "weights"})
+    assert sequences is None
+    assert all(whitening is IDENTITY for _, whitening, _ in found)
 
 
-def _stop(*_: object) -> None:
-    raise KeyboardInterrupt
+def test_a_model_that_runs_whole_is_measured_the_same(
+    folder: Path, mixed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_block, _, _ = measured(folder, mixed)
+    monkeypatch.setattr("cospadi.stages.text.learn_calls", lambda *_: None)
+    for cache_bytes in (0, 10**9):  # a pass for each block, one for all
+        whole, _, sequences = measured(folder, mixed, cache_bytes)
+        assert [inputs for inputs, _, _ in whole] == [inputs for inputs, _, _ in by_block]
+        assert sequences is not None
+        check_grams(folder, whole, sequences)
+
+
+def test_groups_that_end_apart_are_compressed_wherever_states_wait(
+    folder: Path, mixed: dict[str, Any], tmp_path: Path
+) -> None:
+    cospadi.compress(folder, mixed, tmp_path / "memory")
+    cospadi.compress(folder, mixed, tmp_path / "disk", cache_bytes=0)
+    assert hash_files(tmp_path / "memory") == hash_files(tmp_path / "disk")
+
+
+def test_a_factor_is_made_only_for_who_asks(
+    folder: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights themselves are solved from G: a Cholesky factor of each would be for nothing."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("factored")
+
+    monkeypatch.setattr("cospadi.calibration.grams._cholesky", refuse)
+    cospadi.compress(folder, recipe | {"metric": "output"})
+    with pytest.raises(AssertionError, match="factored"):
+        cospadi.compress(folder, recipe | {"metric": "output", "solver": "ksvd"})

@@ -152,9 +152,15 @@ def _summed_gradients(model: nn.Module, projections: Sequence[Projection], full:
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-            if output.requires_grad:
-                sums[f"{name}{INPUT}"] += read_by_linear(args, kwargs).detach().flatten(0, -2).float().square().sum(0)
-                output.register_hook(lambda gradient: _add(sums[name], gradient, full, name))  # type: ignore[no-untyped-call]
+            if not output.requires_grad:
+                return
+            squares = read_by_linear(args, kwargs).detach().flatten(0, -2).float().square().sum(0)
+
+            def add(gradient: Tensor) -> None:  # once, though checkpointed blocks run twice
+                sums[f"{name}{INPUT}"] += squares
+                _add(sums[name], gradient, full, name)
+
+            output.register_hook(add)  # type: ignore[no-untyped-call]
 
         return hook
 

@@ -11,11 +11,11 @@ import torch
 from cospadi.errors import CheckpointError
 from cospadi.format.manifest import MANIFEST, hash_files, read_manifest
 from cospadi.format.safetensors import open_file, weight_files
-from cospadi.format.schema import BIAS, StoredProjection, read_config
+from cospadi.format.schema import BIAS, SENTINEL, StoredProjection, read_config
 
 
 def check_files(files: Sequence[Path], projections: Mapping[str, StoredProjection]) -> set[str]:
-    """Check the compressed projections' tensors: presence, biases too, dtype, shape, popcount of masks, padding bits.
+    """Check the compressed projections' tensors: presence, biases too, no others, dtype, shape, popcount of masks, padding bits.
 
     Returns:
         The names of all tensors in the files.
@@ -33,6 +33,9 @@ def check_files(files: Sequence[Path], projections: Mapping[str, StoredProjectio
             present.update(names)
             for tensor in names:
                 if tensor not in expected:
+                    module, _, part = tensor.rpartition(".")
+                    if module in projections and part not in (BIAS, SENTINEL):
+                        raise CheckpointError(f"{path}: tensor {tensor} is there, which config.json denies")
                     continue
                 name, (dtype, shape) = expected[tensor]
                 view = file.get_slice(tensor)

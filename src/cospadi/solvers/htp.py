@@ -29,6 +29,8 @@ LAST_STEPS = 8
 """The same after the last one, in full float32."""
 SMALLEST_QUICK = 32
 """Smaller side of W from which bf16 products are taken: below, they gain nothing."""
+FLAT = 1e-6
+"""Curvature, in that of one entry alone, which is not told from none: a singular G has directions without an error."""
 BLOCK_ENTRIES = {"cpu": 2**20, "cuda": 2**27}
 """Entries of S whose threshold is looked for at once; on a CPU few enough to stay in cache."""
 
@@ -59,7 +61,7 @@ def htp(problem: MetricProblem, nonzeros: int, options: SolverOptions) -> Factor
         n = scheduled(iteration / options.iterations / DESCENT, target.numel(), nonzeros)
         last = iteration == options.iterations
         if iteration > 1:
-            codes += _best_step(metric, residual, residual, metric.apply(residual)) * residual
+            codes += _step(metric, residual, metric.dot(residual, residual), metric.apply(residual)) * residual
         if n > nonzeros:
             keep_largest_entries(codes, n, blocks)
         else:
@@ -92,7 +94,7 @@ def _descend(metric: _Metric, codes: Tensor, residual: Tensor, steps: int, exact
     squared = metric.dot(direction, direction)
     for step in range(steps):
         moved = metric.apply(direction, exact=exact)
-        length = squared / metric.dot(direction, moved).clamp(min=TINY)
+        length = _step(metric, direction, squared, moved)
         codes += length * direction
         residual -= length * moved
         if step + 1 < steps:
@@ -101,9 +103,10 @@ def _descend(metric: _Metric, codes: Tensor, residual: Tensor, steps: int, exact
             direction = gradient + squared / before.clamp(min=TINY) * direction
 
 
-def _best_step(metric: _Metric, direction: Tensor, gradient: Tensor, moved: Tensor) -> Tensor:
-    """The length of a step that lowers the error most."""
-    return metric.dot(direction, gradient) / metric.dot(direction, moved).clamp(min=TINY)
+def _step(metric: _Metric, direction: Tensor, slope: Tensor, moved: Tensor) -> Tensor:
+    """The length of a step that lowers the error most; 0 where the error is flat, as far as rounding lets one see."""
+    curvature, squared = metric.dot(direction, moved), metric.dot(direction, direction)
+    return torch.where(curvature > FLAT * squared, slope / curvature.clamp(min=TINY), 0.0)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,9 @@ log = logging.getLogger("cospadi")
 POOLED = 0.5
 """How far a group's share of the nonzeros goes from that of an equal density to that of one threshold for all."""
 
+LEAST = 4
+"""Nonzeros that every group has."""
+
 BINS = 2**15
 """Of the histogram of saliencies: float32 patterns, whose upper 16 bits order as the numbers do."""
 
@@ -41,10 +44,14 @@ def allocate(job: Job, costs: Costs | None) -> Plan:
     part = (total - int(before.sum())) / max(1, int(inside.sum()))
     pooled = (before + part * inside).tolist()
     wanted = [
-        int((1 - POOLED) * group.nonzeros + POOLED * share) for group, share in zip(uniform.groups, pooled, strict=True)
+        max(LEAST, int((1 - POOLED) * group.nonzeros + POOLED * share))
+        for group, share in zip(uniform.groups, pooled, strict=True)
     ]
+    while (surplus := sum(wanted) - total) > 0:  # what tiny groups have got to their least
+        largest = wanted.index(max(wanted))
+        wanted[largest] -= min(surplus, wanted[largest] - LEAST)
     room = [group.d1 * sum(group.d2s) for group in uniform.groups]
-    counts = rounded_portions([max(4, count) for count in wanted], total, room)
+    counts = rounded_portions(wanted, total, room)
     groups = [
         free_group(group.members, group.stored, group.k, count)
         for group, count in zip(uniform.groups, counts, strict=True)

@@ -55,8 +55,10 @@ class Costs:
 
 def estimate_costs(job: Job) -> Costs:
     """Take gradients of the loss, in the dense model, on the first of the calibration sequences."""
-    if (kinds := job.ledger.get("gradients")) is None:
-        text, projections, full = check_text(job), job.uniform.projections, job.recipe.metric == "two-sided"
+    projections, kinds = job.uniform.projections, job.ledger.get("gradients")
+    pieces = [job.ledger.get(_key(index)) for index in sorted({p.block for p in projections})]
+    if kinds is None or None in pieces:
+        text, full = check_text(job), job.recipe.metric == "two-sided"
         means: dict[str, list[float]] = {}
         with job.stages.stage("gradients", len(text)) as progress:
             if job.calls is None:
