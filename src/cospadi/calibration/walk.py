@@ -16,6 +16,7 @@ the same problem for a corrected weight W', which is damped here: (G + a I)^-1 (
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -97,30 +98,27 @@ class Stream:
         """Replacement weights in the block of that name, by their names there."""
         return in_block(name, self.weights.items())
 
+    def advance(self, block: nn.Module, name: str, index: int, calls: Calls) -> None:
+        """Carry it through a block of that name and index, whose replacement weights leave."""
+        here = self.inside(name)
+        advance(block, index, calls, self.flow, here)
+        for inner in here:
+            del self.weights[f"{name}.{inner}"]
+        self.block = index + 1
 
-def walk(
-    blocks: Blocks, calls: Calls, indices: Iterable[int], streams: Sequence[Stream] = (), through_last: bool = True
-) -> Iterator[tuple[int, nn.Module]]:
+
+def walk(blocks: Blocks, calls: Calls, indices: Iterable[int]) -> Iterator[tuple[int, nn.Module]]:
     """The loop over the decoder blocks, of which one at a time is in memory.
 
     Args:
         indices: of the blocks, in the order of the walk.
-        streams: carried through each block once the caller is done with it.
-        through_last: whether through the last block, too.
 
     Yields:
         Index and block, whose weights are there until the next one is asked for, or until `Blocks.release`.
     """
-    order = list(indices)
-    for index in order:
+    for index in indices:
         with blocks.loaded(index) as block:
             yield index, block
-            for stream in streams if through_last or index != order[-1] else ():
-                here = stream.inside(blocks.name_of(index))
-                advance(block, index, calls, stream.flow, here)
-                for name in here:
-                    del stream.weights[f"{blocks.name_of(index)}.{name}"]
-                stream.block = index + 1
 
 
 @torch.no_grad()
@@ -158,6 +156,24 @@ def learn_calls(blocks: Blocks, texts: Sequence[tuple[Tensor, int]]) -> Calls | 
             else:  # the blocks are told something about the tokens
                 return None
     return Calls(given, rest)
+
+
+@torch.no_grad()
+def pass_seconds(blocks: Blocks, sequences: Tensor, batch_size: int) -> float:
+    """Seconds of a plain forward pass of a text through the dense model: the first batch, the shorter of two runs less
+    what reading weights took, times the number of batches."""
+    batch, took = sequences[:batch_size].to(blocks.device), []
+    for _ in range(2):
+        start, reading = _now(blocks.device), blocks.seconds_reading
+        blocks.model(input_ids=batch, use_cache=False)
+        took.append(_now(blocks.device) - start - (blocks.seconds_reading - reading))
+    return min(took) * len(sequences) / len(batch)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _same(left: Any, right: Any) -> bool:
