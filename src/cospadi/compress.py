@@ -119,9 +119,8 @@ def compress(
         if isinstance(ledger, JobDirectory):
             ledger.remove()
         in_memory = job.blocks.model if target is None or loaded else None
-        return Compressed(
-            plan, manifest, errors, before, after, stages.seconds, job.pass_seconds, target, job.blocks.device, in_memory
-        )
+        seconds, device = stages.seconds, job.blocks.device
+        return Compressed(plan, manifest, errors, before, after, seconds, job.pass_seconds, target, device, in_memory)
 
 
 def measure_plan(

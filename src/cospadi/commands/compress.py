@@ -30,7 +30,7 @@ def compressed_json(result: Compressed, recipe: Recipe) -> dict[str, Any]:
 
 
 def compressed_table(result: Compressed, recipe: Recipe) -> Table:
-    """The closing table of `compress`; a pass is a plain forward pass of the calibration text through the dense model."""
+    """The closing table of `compress`. A pass is a plain forward pass of the calibration text in the dense model."""
     report = compressed_json(result, recipe)
     table = tables.new_table("", "value", *(["passes"] if result.pass_seconds else []))
     table.add_row("selected projections, dense", tables.megabytes(report["dense_bytes"]))

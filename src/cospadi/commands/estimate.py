@@ -8,7 +8,6 @@ with an addition counts as two FLOPs.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import resource
@@ -33,8 +32,6 @@ from cospadi.solvers import find_solver
 from cospadi.solvers.flops import Flops, cholesky, triangular
 from cospadi.solvers.products import self_product_flops
 from cospadi.stages.refine import CHECKS, HELD_OUT, STEP_TOKENS
-
-log = logging.getLogger("cospadi")
 
 STAGES = ("load", "text", "gradients", "calibrate", "solve", "refine", "write")
 
@@ -88,13 +85,10 @@ def estimate(
     if timing:
         started = time.process_time()  # what `compress` imports is what this process has imported
         sizes = [size_of(group) for group in plan.compressed]
-        block = forward_flops(shape, 1, text.length, [0])
-        try:
-            speed = measure_speed(skeleton.model, recipe, text.batch, text.length, block, sizes)
-        except Exception as error:  # a model's class may raise anything without its weights
-            log.debug("nothing was timed: %s", error)
-            log.warning("a block of this model does not run without its weights: no time is told")
-        else:
+        forward = forward_flops(shape, 1, text.length, [0])
+        backward = 4.0 * shape.parameters[0] + 10.0 * text.length * shape.attention
+        speed = measure_speed(skeleton.model, recipe, text.batch, text.length, (forward, forward + backward), sizes)
+        if speed is not None:
             seconds = seconds_of(costs, speed)
             seconds["load"] += started
     return Estimate(flops_of(costs), seconds, memory, disk)
@@ -109,11 +103,13 @@ class Reader:
 
     Attributes:
         before: parameters of the block's projections that have run when it is there.
+        after: the same and those of its readers.
     """
 
     block: int
     d1: int
     before: int
+    after: int
 
 
 @dataclass(frozen=True)
@@ -175,14 +171,13 @@ def shape_of(model: Any, owner: Mapping[str, str], selected: Set[str]) -> Shape:
 
     projections = {projection.name: projection for projection in find_projections(model)}
     read = {owner[name] for name in owner if name in selected}
-    readers, before, block = [], 0, -1
-    for name in owner:
-        projection = projections[name]
-        if projection.block != block:
-            block, before = projection.block, 0
-        if name in read:
-            readers.append(Reader(block, projection.d1, before))
-        before += projection.d1 * projection.d2
+    inputs: dict[str, Reader] = {}  # of all projections
+    done = dict.fromkeys(range(len(blocks)), 0)
+    for name, first in owner.items():
+        p = projections[name]
+        before = done[p.block]
+        done[p.block] += p.d1 * p.d2
+        inputs[first] = Reader(p.block, p.d1, inputs[first].before if first in inputs else before, done[p.block])
     return Shape(
         parameters=tuple(sum(map(active, block.parameters())) for block in blocks),
         attention=heads * int(getattr(config, "head_dim", None) or hidden // heads),
@@ -195,7 +190,7 @@ def shape_of(model: Any, owner: Mapping[str, str], selected: Set[str]) -> Shape:
             if not name.startswith(f"{prefix}.")
         ),
         dtype=next(blocks.parameters()).dtype,
-        readers=tuple(readers),
+        readers=tuple(reader for first, reader in inputs.items() if first in read),
         projections=tuple(projections[name] for name in owner if name in selected),
     )
 
@@ -360,15 +355,15 @@ def solve_of(recipe: Recipe, group: Group) -> Iterator[Cost]:
 
 
 def refinement_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text) -> Iterator[Cost]:
-    """Steps of all blocks: forward and back for activations and selected weights, but not to the block's input."""
+    """Steps of all blocks: forward, and back to the selected weights, but not beyond the first one's input."""
     steps, checked = tuned_tokens(recipe, text)
     batches = -(-steps // text.batch_tokens) + -(-checked // text.batch_tokens)
     selected = {block: sum(p.d1 * p.d2 for p in shape.projections if p.block == block) for block in shape.blocks}
-    seconds = [(r.block, r.before) for r in shape.readers if r.before]  # parameters that read a block's input
     weighed = 2.0 * shape.hidden * output_widths(shape.hidden)[0] if recipe.metric == "two-sided" else 0.0
-    for block in shape.blocks:
-        first = next((before for index, before in seconds if index == block), 0)
-        back = 2 * (shape.parameters[block] - first + selected[block]) + 10 * text.length * shape.attention
+    for block in sorted({reader.block for reader in shape.readers}):
+        first = next(reader for reader in shape.readers if reader.block == block)
+        back = 2 * (shape.parameters[block] - first.after + selected[block])
+        back += 0 if first.before else 10 * text.length * shape.attention
         forward = forward_flops(shape, steps, text.length, [block])
         yield Cost("refine", "backward", Flops(forward + steps * (back + 2 * weighed)))
         yield Cost("refine", "forward", Flops(forward_flops(shape, checked, text.length, [block]) + checked * weighed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from cospadi.recipe import Recipe
 from cospadi.solvers import Flops, MetricProblem, Problem, SolverOptions, find_solver
 from cospadi.solvers.flops import cholesky, triangular
 from cospadi.solvers.products import self_product_flops
+
+log = logging.getLogger("cospadi")
 
 TIMED_ITERATIONS = 8
 """Of the solver runs that are timed, at most."""
@@ -43,9 +46,8 @@ class Size:
 
     def smaller(self) -> Size:
         """The same proportions at nine tenths."""
-        return Size(
-            int(0.9 * self.d1), tuple(max(1, int(0.9 * d2)) for d2 in self.d2s), int(0.9 * self.k), 0.9 * self.s
-        )
+        d2s = tuple(max(1, int(0.9 * d2)) for d2 in self.d2s)
+        return Size(int(0.9 * self.d1), d2s, int(0.9 * self.k), 0.9 * self.s)
 
 
 def size_of(group: Group) -> Size:
@@ -79,22 +81,31 @@ class Speed:
 
 
 def measure_speed(
-    model: Any, recipe: Recipe, batch: int, length: int, block_flops: float, sizes: Sequence[Size]
-) -> Speed:
+    model: Any, recipe: Recipe, batch: int, length: int, of_block: tuple[float, float], sizes: Sequence[Size]
+) -> Speed | None:
     """Time a decoder block, a Gram, a float64 factorization and two solver runs, at the job's sizes or smaller ones.
 
     Args:
         model: on the meta device; its first block leaves it, and the others are lost.
         recipe: settled.
-        block_flops: of the first block, a token.
+        of_block: FLOPs of the first block, a token: forward, and forward and back.
+
+    Returns:
+        None where the block does not run.
     """
     device = load.pick_device(recipe.device)
     rates = {"factors": _time_factors(max(size.d1 for size in sizes), device)}
     if not recipe.data_free:
-        most = max(1, int(TIMED_FLOPS[device.type] / block_flops))
+        most = max(1, int(TIMED_FLOPS[device.type] / of_block[1]))
         tokens = torch.zeros(max(1, min(batch, most // length)), min(length, most), dtype=torch.int64, device=device)
-        forward, backward = _time_block(model, tokens, block_flops * tokens.numel())
-        rates |= {"forward": forward, "backward": backward}
+        try:
+            forward, backward = _time_block(model, tokens)
+        except Exception as error:  # a model's class may raise anything without its weights
+            log.debug("no block was timed: %s", error)
+            log.warning("a block of this model does not run without its weights: no time is told")
+            return None
+        rates["forward"] = forward / of_block[0] / tokens.numel()
+        rates["backward"] = backward / of_block[1] / tokens.numel()
         rates["grams"] = _time_grams(max(size.d1 for size in sizes), tokens.numel(), device)
     small, *_, large = sorted(sizes, key=lambda size: solver_flops(recipe, size).total) * 2
     return Speed(rates, recipe, (_time_solver(recipe, small, device), _time_solver(recipe, large, device)))
@@ -109,15 +120,15 @@ def solver_flops(recipe: Recipe, size: Size, most: int | None = None) -> Flops:
     return flops
 
 
-def _time_block(model: Any, tokens: Tensor, flops: float) -> tuple[float, float]:
-    """Seconds a FLOP of the model's first block, with made-up weights: forward, and forward and back."""
+def _time_block(model: Any, tokens: Tensor) -> tuple[float, float]:
+    """Seconds of the model's first block, with made-up weights: forward, and forward and back as in refinement."""
     _, blocks = decoder_blocks(model)
     del blocks[1:]
     model.to_empty(device=tokens.device)
     with torch.no_grad():
         for tensor in [*blocks.parameters(), *model.buffers()]:
             tensor.fill_(0.01)
-        seen, _ = walk._run(model, blocks, tokens, stop=True)
+        seen, _ = walk.blocks_called(model, list(blocks), tokens, stop=True)
     _, args, kwargs = seen[0]
     block = blocks[0]
     hidden = torch.randn_like(seen[0][0])
@@ -135,7 +146,7 @@ def _time_block(model: Any, tokens: Tensor, flops: float) -> tuple[float, float]
         (output[0] if isinstance(output, tuple) else output).float().square().sum().backward()
 
     block.requires_grad_(False)
-    return _seconds(forward, tokens.device) / flops, _seconds(backward, tokens.device) / (3 * flops)
+    return _seconds(forward, tokens.device), _seconds(backward, tokens.device)
 
 
 def _time_grams(d1: int, tokens: int, device: torch.device) -> float:
@@ -171,7 +182,7 @@ def _time_solver(recipe: Recipe, size: Size, device: torch.device) -> tuple[floa
         else:
             gammas = [torch.ones(d2, device=device) for d2 in size.d2s] if recipe.wants_gradients else []
         metric = MetricProblem(weight, gram, tuple(gammas), size.d2s)
-        return flops, _seconds(lambda: solver.solve(metric, round(size.s * d2), options), device)
+        return flops, _seconds(lambda: solver.solve(metric, min(round(size.s * d2), d1 * d2), options), device)
     s = size.s if solver.free_support else max(1, round(size.s))
     return flops, _seconds(lambda: solver.solve(Problem(weight), size.k, s, options), device)
 
