@@ -178,11 +178,16 @@ def _summed_gradients(model: nn.Module, projections: Sequence[Projection], full:
             handle.remove()
 
 
+def output_widths(d2: int) -> list[int]:
+    """How many outputs each block of a full Gamma has: the same number, but for the last."""
+    width = -(-d2 // -(-d2 // WIDEST))
+    return [min(width, d2 - start) for start in range(0, d2, width)]
+
+
 def _zeros(d2: int, full: bool, device: torch.device) -> Tensor:
     """A Gamma before any token."""
-    count = -(-d2 // WIDEST)
-    width = -(-d2 // count)
-    return torch.zeros((count, width, width) if full else (d2,), device=device)
+    widths = output_widths(d2)
+    return torch.zeros((len(widths), widths[0], widths[0]) if full else (d2,), device=device)
 
 
 def _add(gamma: Tensor, gradient: Tensor, full: bool, name: str) -> None:

@@ -11,6 +11,7 @@ All of it is matrix products with the scaled G and Gamma. docs/solvers.md has th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -190,7 +191,11 @@ def _off_diagonal(matrix: Tensor, roots: Tensor) -> Tensor:
     return scaled
 
 
-def flops(d1: int, d2: int, nonzeros: int, options: SolverOptions) -> Flops:
-    """Of `htp` with diagonal Gamma, whose quick products count as exact ones do."""
-    count = 2 + (2 + STEPS) * options.iterations - STEPS + LAST_STEPS
-    return Flops(2.0 * d1**2 * d2 * count)
+def flops(d1: int, d2: int, nonzeros: int, options: SolverOptions, widths: Sequence[int] = ()) -> Flops:
+    """Of `htp`, whose quick products count as exact ones do.
+
+    Args:
+        widths: outputs of each block of Gamma; none where it is diagonal.
+    """
+    count = (2 + STEPS) * options.iterations - STEPS + LAST_STEPS
+    return Flops(2.0 * d1 * (d1 * d2 + sum(width**2 for width in widths)) * count)
