@@ -7,7 +7,8 @@ model compressed so far gives it, and the stored values of all its projections f
 
 with y the block's output in the dense model, y' its own, and Gamma_h what errors of the output cost in the loss (I where
 no gradients were taken), by Adam (Kingma and Ba 2015) with a cosine schedule. Of the states on the way the one with the
-lowest error on sequences that were set aside is kept, the first one among them, so that a block never gets worse.
+lowest error on sequences that were set aside is kept, the first one among them, so that a block never gets worse there,
+with its values rounded as they are stored.
 """
 
 from __future__ import annotations
@@ -121,8 +122,13 @@ class _Part:
     chosen: Tensor | None
     atoms: Tensor | None
 
-    def weight(self, dtype: torch.dtype) -> Tensor:
+    def weight(self, dtype: torch.dtype, rounded: bool) -> Tensor:
+        """What the values stand for (d2, d1), or what those would that are stored for them."""
         codes = self.codes if self.chosen is None else self.codes * self.chosen
+        if rounded:
+            kept, codec = codes.bool(), self.entry.form.codec
+            values = codes[kept].cpu()
+            codes = codes.masked_scatter(kept, codec.decode(codec.encode(values), len(values)).to(codes))
         return (codes if self.atoms is None else codes @ self.atoms).to(dtype)
 
 
@@ -161,9 +167,9 @@ def refine_block(
     training = range(len(inputs) - kept) if kept else range(1)
     size = max(1, STEP_TOKENS // max(1, inputs[0].shape[0] * inputs[0].shape[1]))
 
-    def weights() -> dict[str, Tensor]:
+    def weights(rounded: bool = False) -> dict[str, Tensor]:
         dtype = next(block.parameters()).dtype
-        return {f"{item.removeprefix(f'{name}.')}.weight": part.weight(dtype) for item, part in parts.items()}
+        return {f"{item.removeprefix(f'{name}.')}.weight": part.weight(dtype, rounded) for item, part in parts.items()}
 
     def error(batch: int, replaced: Mapping[str, Tensor]) -> tuple[Tensor, int]:
         hidden, target = inputs[batch], wanted[batch]
@@ -172,7 +178,7 @@ def refine_block(
 
     @torch.no_grad()
     def checked() -> float:
-        replaced = weights()
+        replaced = weights(rounded=True)
         return float(sum(error(batch, replaced)[0] for batch in held_out))
 
     with torch.no_grad():
@@ -198,7 +204,8 @@ def refine_block(
             optimizer.zero_grad()
             for batch in chosen:
                 loss, tokens = error(batch, weights())
-                (loss / (unit * tokens * len(chosen))).backward()  # type: ignore[no-untyped-call]
+                if loss.requires_grad:  # some projection of the block has run
+                    (loss / (unit * tokens * len(chosen))).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             on_step(1)
             if step % math.ceil(steps / CHECKS) == 0 or step == steps:
