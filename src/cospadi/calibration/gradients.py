@@ -106,7 +106,7 @@ def gradient_grams_by_blocks(
         if on_sequence:
             on_sequence(step)
     gradients = inputs.pop()
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), no_parameter_gradients(blocks.model):
         for batch, tokens in enumerate(sequences):
             hidden = gradients[batch].requires_grad_()
             tokens = tokens[None].to(blocks.device)
