@@ -132,7 +132,9 @@ def dense_folder(make_model: Callable[..., Path]) -> Path:
 def compressed_folder(dense_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That Llama compressed without text, one projection of each block left dense; never changed."""
     output = tmp_path_factory.mktemp("compressed") / "out"
-    cospadi.compress(dense_folder, {"metric": "weights", "iterations": 1, "ratio": 0.3, "exclude": ["*.k_proj"]}, output)
+    cospadi.compress(
+        dense_folder, {"metric": "weights", "iterations": 1, "ratio": 0.3, "exclude": ["*.k_proj"]}, output
+    )
     return output
 
 

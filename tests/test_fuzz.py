@@ -566,7 +566,9 @@ def test_dense_model_of_any_content(
         text = ["--calibration", text_file, "--sequences", 2, "--length", 8, "--allocate", "uniform", "--target", "q"]
         # A tokenizer of another vocabulary is told by `eval` only, so far.
         flags = (
-            ["--metric", "weights"] if path.name == "tokenizer.json" else data.draw(st.sampled_from([["--metric", "weights"], text]))
+            ["--metric", "weights"]
+            if path.name == "tokenizer.json"
+            else data.draw(st.sampled_from([["--metric", "weights"], text]))
         )
         answer = run("compress", folder, "-o", tmp_path / "out", "--iterations", 1, *flags)
     check_answer(answer)

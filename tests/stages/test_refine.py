@@ -252,7 +252,9 @@ def digest(packed: list[Packed]) -> str:
 
 
 @pytest.mark.parametrize("batches", [1, 2, 3, 17])
-@pytest.mark.parametrize("costs", [None, [torch.logspace(-1, 1, 6)], [torch.eye(4), 2 * torch.eye(2)]], ids=["I", "diagonal", "blocks"])
+@pytest.mark.parametrize(
+    "costs", [None, [torch.logspace(-1, 1, 6)], [torch.eye(4), 2 * torch.eye(2)]], ids=["I", "diagonal", "blocks"]
+)
 def test_a_block_by_hand_gets_better(costs: Any, batches: int) -> None:
     given = toy(["a", "b"], batches)
     weights = [parameter.clone() for parameter in given.block.parameters()]
