@@ -240,7 +240,7 @@ def projections(
     for one in ratio or [0.2, 0.3, 0.4, 0.5]:
         path = RESULTS / f"{model.name}-projections-{one:g}-{iterations}-{threads}.json"
         if not path.exists():
-            stored = json.loads((KSVD_RESULTS / f"{model.name}-ksvd-{one:g}.json").read_text())
+            stored = json.loads((KSVD_RESULTS / f"{model.name}-paper-{one:g}.json").read_text())
             row = _projections_row(model, calibration, one, iterations, stored["relative_errors"], limit)
             row |= {"threads": threads, "device": _device_name(torch.device("cpu")), "versions": _versions()}
             if limit is None:
