@@ -58,13 +58,13 @@ def counted(work: Callable[[], object]) -> int:
 @pytest.mark.parametrize(
     "fields",
     [
-        {},
-        {"metric": "fisher", "allocate": "uniform", "refine": 20, "target": ["gate", "down"]},
+        {"refine": 6},
+        {"metric": "fisher", "allocate": "uniform", "refine": 6, "target": ["gate", "down"]},
         {"refine": 0},
         {"metric": "output", "refine": 0, "compensate": False},
-        {"metric": "output", "compensate": True, "refine": 10},
+        {"metric": "output", "compensate": True, "refine": 4},
         {"method": "svd-llm"},
-        {"solver": "mod-htp", "metric": "output"},
+        {"solver": "mod-htp", "metric": "output", "refine": 4},
         {"solver": "mod-htp", "metric": "weights"},
         {"solver": "sparsegpt", "share": "none", "refine": 5},
     ],
@@ -83,7 +83,7 @@ def test_products_are_as_many_as_torch_counts(
 @pytest.mark.parametrize(
     ("fields", "blocks", "tolerance"),
     [
-        ({}, 2, 0.05),
+        ({"refine": 2}, 2, 0.05),
         ({"refine": 0}, 2, 0.05),
         ({"metric": "output", "refine": 0, "compensate": False}, 2, 0.05),
     ],
@@ -132,7 +132,7 @@ def test_peak_memory_is_within_30_percent(make_llama: Callable[..., Path], text_
     """Of a model whose logits are most of it."""
     folder = make_llama(vocab_size=24000, max_position_embeddings=512)
     words = [str(folder), "--calibration", str(text_file), "--sequences", "8", "--length", "512", "--batch-size", "8"]
-    words += ["--iterations", "4", "--rho", "2"]
+    words += ["--iterations", "4", "--refine", "4"]
     program = (
         "import resource, sys\nfrom cospadi.cli import app\n"
         f"app(['plan', *{words}, '--no-timing', '--json'], standalone_mode=False)\n"
