@@ -69,6 +69,8 @@ class Refinement:
         Returns:
             Layer name -> the weight (d2, d1) that it now has.
         """
+        if not pieces:  # nothing of this block is compressed
+            return {}
         job, index, name = self.job, block.index, block.name
         piece = job.ledger.get(_key(index))
         if piece is None:
