@@ -198,6 +198,11 @@ class Recipe(BaseModel):
                 f"solver {self.solver} does not measure errors in metric {metric}. Use --metric "
                 + " or ".join(solver.metrics)
             )
+        if self.accounting != "exact" and solver.identity:
+            raise UserError(
+                f"accounting {self.accounting} counts a dictionary, and solver {self.solver} stores no dictionary. "
+                "Use --accounting exact, or --method paper"
+            )
         text = metric != "weights"
         by_loss = metric in ("fisher", "two-sided")
         if self.allocate == "pooled" and not (by_loss and solver.identity):
