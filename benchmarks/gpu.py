@@ -1,7 +1,7 @@
 """The GPU kernels: are they right, and how fast are they beside a dense projection?
 
     python benchmarks/gpu.py
-    python benchmarks/gpu.py --shape 2048x8192 --ratio 0.4 --bits 14 --json gpu.json
+    python benchmarks/gpu.py --shape 2048x8192 --ratio 0.4 --bits 14 --dictionary identity --json gpu.json
 
 Needs an NVIDIA GPU and Triton; exits with 2 where they are missing and with 1 where a result is wrong.
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from cospadi.budget import accounting
 from cospadi.format import packing
 from cospadi.format.codecs import codec_of_bits
+from cospadi.format.dictionaries import DICTIONARIES
 from cospadi.format.form import Form
 from cospadi.runtime import reference
 from cospadi.runtime import triton as kernels
@@ -76,6 +78,7 @@ def main(
     shape: Annotated[list[str] | None, typer.Option(help="d1xd2, repeatable")] = None,
     ratio: Annotated[list[float] | None, typer.Option(help="repeatable")] = None,
     bits: Annotated[list[int] | None, typer.Option(help="14 or 16, repeatable")] = None,
+    dictionary: Annotated[list[str] | None, typer.Option(help="identity or stored, repeatable")] = None,
     rows: Annotated[list[int] | None, typer.Option(help="rows of x, repeatable")] = None,
     replays: Annotated[int, typer.Option(min=2)] = 30,
     check_only: bool = False,
@@ -100,7 +103,7 @@ def main(
             f"\nCopy bandwidth {report['copy_gb_s']:.0f} GB/s; weights of at least {cold / 2**20:.0f} MiB in turn; "
             "microseconds, with spread; x dense: how many times faster than dense, or smaller\n"
         )
-        columns = ["d1 x d2", "ratio", "bits", "k", "rows", "dense", "x D", "z S", "both"]
+        columns = ["d1 x d2", "D", "ratio", "bits", "k", "rows", "dense", "x D", "z S", "both"]
         columns += ["x dense", "bytes x dense", "z S GB/s", "of copy"]
         print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
         report["rows"] = [
@@ -110,6 +113,7 @@ def main(
                 one,
                 ratio or [0.2, 0.4, 0.5],
                 bits or [14, 16],
+                dictionary or list(DICTIONARIES),
                 rows or ROWS,
                 cold,
                 replays,
@@ -160,54 +164,60 @@ def time_shape(
     shape: str,
     ratios: list[float],
     widths: list[int],
+    kinds: list[str],
     row_counts: list[int],
     cold: int,
     replays: int,
     bandwidth: float,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """Time one projection; print and return a row for each ratio, width and number of rows."""
+    """Time one projection; print and return a row for each dictionary, ratio, width and number of rows."""
     d1, d2 = map(int, shape.split("x"))
     found = []
     weights = _copies(torch.randn(d2, d1, device=device, dtype=torch.bfloat16), 2 * d1 * d2, cold)
     inputs = {count: torch.randn(count, d1, device=device, dtype=torch.bfloat16) for count in row_counts}
     dense = {count: _time([_linear(x, weight) for weight in weights], replays) for count, x in inputs.items()}
     del weights
-    for ratio in ratios:
-        for bits in widths:
-            k, s = accounting.exact_size(
-                accounting.byte_budget(ratio, d1, [d2]), Form("stored", "mask", codec_of_bits(bits)), d1, [d2], RHO
-            )
+    for kind, ratio, bits in product(kinds, ratios, widths):
+        form = Form(kind, "mask", codec_of_bits(bits))
+        budget = accounting.byte_budget(ratio, d1, [d2])
+        if form.dictionary_kind.atoms(d1) is None:
+            k, s = accounting.exact_size(budget, form, d1, [d2], RHO)
+        else:
+            k, nonzeros = accounting.free_size(budget, form, d1, [d2], RHO)
+            s = nonzeros // d2
+        coefficients = random_coefficients(k, d2, s, bits, device)
+        dictionary_bytes = form.dictionary_kind.nbytes(d1, k)
+        stored = dictionary_bytes + coefficients.bytes
+        sparse = _copies(coefficients, coefficients.bytes, cold)
+        atoms, dictionaries = None, []
+        if dictionary_bytes:
             atoms = torch.randn(k, d1, device=device, dtype=torch.bfloat16) * d1**-0.5
-            coefficients = random_coefficients(k, d2, s, bits, device)
-            stored = 2 * d1 * k + coefficients.bytes
-            dictionaries = _copies(atoms, 2 * d1 * k, cold)
-            sparse = _copies(coefficients, coefficients.bytes, cold)
-            pairs = range(-(-cold // stored))
-            for count, x in inputs.items():
-                z = x @ atoms.T
-                times = {
-                    "dense": dense[count],
-                    "x D": _time([_linear(x, one) for one in dictionaries], replays),
-                    "z S": _time([_sparse(z, one) for one in sparse], replays),
-                    "both": _time([_both(x, dictionaries[i], sparse[i]) for i in pairs], replays),
-                }
-                reached = coefficients.bytes / times["z S"][0] / 1e9
-                row = {"shape": shape, "ratio": ratio, "bits": bits, "k": k, "s": s, "rows": count}
-                row |= {
-                    "seconds": times,
-                    "dense_bytes": 2 * d1 * d2,
-                    "bytes": stored,
-                    "sparse_bytes": coefficients.bytes,
-                }
-                row |= {"speedup": times["dense"][0] / times["both"][0], "sparse_gb_s": reached}
-                found.append(row)
-                shown = " | ".join(f"{middle * 1e6:.1f} ± {spread * 1e6:.1f}" for middle, spread in times.values())
-                print(
-                    f"| {shape} | {ratio} | {bits} | {k} | {count} | {shown} | {row['speedup']:.2f} | "
-                    f"{2 * d1 * d2 / stored:.2f} | {reached:.0f} | {reached / bandwidth:.0%} |",
-                    flush=True,
-                )
+            dictionaries = _copies(atoms, dictionary_bytes, cold)
+        pairs = range(-(-cold // stored))
+        for count, x in inputs.items():
+            z = x if atoms is None else x @ atoms.T
+            times = {"dense": dense[count], "x D": (0.0, 0.0)}
+            times["z S"] = times["both"] = _time([_sparse(z, one) for one in sparse], replays)
+            if dictionaries:
+                times["x D"] = _time([_linear(x, one) for one in dictionaries], replays)
+                times["both"] = _time([_both(x, dictionaries[i], sparse[i]) for i in pairs], replays)
+            reached = coefficients.bytes / times["z S"][0] / 1e9
+            row = {"shape": shape, "dictionary": kind, "ratio": ratio, "bits": bits, "k": k, "s": s, "rows": count}
+            row |= {
+                "seconds": times,
+                "dense_bytes": 2 * d1 * d2,
+                "bytes": stored,
+                "sparse_bytes": coefficients.bytes,
+            }
+            row |= {"speedup": times["dense"][0] / times["both"][0], "sparse_gb_s": reached}
+            found.append(row)
+            shown = " | ".join(f"{middle * 1e6:.1f} ± {spread * 1e6:.1f}" for middle, spread in times.values())
+            print(
+                f"| {shape} | {kind} | {ratio} | {bits} | {k} | {count} | {shown} | {row['speedup']:.2f} | "
+                f"{2 * d1 * d2 / stored:.2f} | {reached:.0f} | {reached / bandwidth:.0%} |",
+                flush=True,
+            )
     return found
 
 

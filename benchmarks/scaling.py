@@ -1,6 +1,6 @@
 """How the cost of a job grows: estimates against what happens, runs at growing sizes, extrapolation to large models.
 
-    python benchmarks/scaling.py check MODEL CALIBRATION --sequences 32 --iterations 20
+    python benchmarks/scaling.py check MODEL CALIBRATION --sequences 32
     python benchmarks/scaling.py run
     python benchmarks/scaling.py table
     python benchmarks/scaling.py figure
@@ -30,7 +30,6 @@ import typer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cospadi.budget.plan import make_plan, outlook, owner_without_weights
-from cospadi.commands import agenda as agendas
 from cospadi.commands import estimate as estimating
 from cospadi.commands.tables import duration
 from cospadi.compress import compress
@@ -59,11 +58,10 @@ def check(
     model: str,
     calibration: str,
     sequences: Annotated[int, typer.Option()] = 256,
-    iterations: Annotated[int, typer.Option()] = 60,
     option: Annotated[list[str] | None, typer.Option(help="one more of compress, as --option=--solver=eigen")] = None,
 ) -> None:
     """What `cospadi plan` says against what `cospadi compress` then does."""
-    words = [model, "--calibration", calibration, "--sequences", str(sequences), "--iterations", str(iterations)]
+    words = [model, "--calibration", calibration, "--sequences", str(sequences)]
     words += [*(option or []), "--json"]
     command = [sys.executable, "-m", "cospadi"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -86,7 +84,6 @@ def check(
     row = {
         "model": Path(model).name,
         "sequences": sequences,
-        "iterations": iterations,
         "options": option or [],
         "estimate": foreseen,
         "seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
@@ -96,7 +93,7 @@ def check(
         "disk_bytes": largest,
         "machine": _machine(),
     }
-    _save(f"check-{row['model']}-{sequences}-{iterations}{''.join(option or [])}", row)
+    _save(f"check-{row['model']}-{sequences}{''.join(option or [])}", row)
 
 
 def _size(folder: Path) -> int:
@@ -116,13 +113,13 @@ def run(
     width: Annotated[list[int] | None, typer.Option(help="repeatable")] = None,
     depth: Annotated[list[int] | None, typer.Option(help="repeatable")] = None,
 ) -> None:
-    """Compress random Llamas: one block of growing width with a uniform budget, and more blocks in the default way."""
+    """Compress random Llamas: one block of growing width, and more blocks."""
     torch.set_num_threads(1)
-    uniform = {"allocate": "uniform", "weight_columns": "none", "iterations": 20, "sequences": 16}
+    fields = {"sequences": 16, "gradient_sequences": 4, "refine": 20}
     for one in width or WIDTHS:
-        _grown("width", one, one, 1, uniform)
+        _grown("width", one, one, 1, fields)
     for one in depth or DEPTHS:
-        _grown("depth", one, 128, one, {"iterations": 20, "sequences": 16, "fisher_sequences": 8})
+        _grown("depth", one, 128, one, fields)
 
 
 def _grown(series: str, size: int, width: int, depth: int, fields: dict[str, Any]) -> None:
@@ -171,9 +168,9 @@ def _random_llama(folder: Path, width: int, depth: int) -> None:
 def table() -> None:
     """Print the rows as Markdown."""
     checks = [row for row in _rows() if "estimate" in row]
-    print("| model | n | T | | estimated | measured | estimated / measured |\n|---|---|---|---|---|---|---|")
+    print("| model | n | | estimated | measured | estimated / measured |\n|---|---|---|---|---|---|")
     for row in checks:
-        name = f"| {row['model']} {' '.join(row['options'])} | {row['sequences']} | {row['iterations']} |"
+        name = f"| {' '.join([row['model'], *row['options']])} | {row['sequences']} |"
         found = row["estimate"]
         for what, form, scale in (("seconds", ".1f", 1.0), ("memory_bytes", ".0f", 1e6), ("disk_bytes", ".2f", 1e6)):
             if what not in row:  # nobody watched the disk
@@ -238,33 +235,25 @@ def extrapolate(
     tflops: Annotated[float, typer.Option(help="10^12 FLOPs a second that a node sustains in products")] = 100.0,
     factor_tflops: Annotated[float, typer.Option(help="the same in factorizations, float64")] = 2.0,
     gigabytes: Annotated[float, typer.Option(help="10^9 bytes a second that the disk reads or writes")] = 2.0,
-    nodes: int = 16,
 ) -> None:
     """Costs of large Llamas by the default recipe, at assumed speeds."""
-    print("| model | stage | products | factorizations | 1 node | spread over nodes? |\n|---|---|---|---|---|---|")
+    print("| model | stage | products | factorizations | time |\n|---|---|---|---|---|")
     totals = []
     for name, sizes in LARGE.items():
         seconds, flops, memory, disk = _large(Recipe(), sizes, tflops, factor_tflops, gigabytes)
         for stage, spent in flops.items():
-            where = {"short runs": "yes", "solve": "with --no-compensate"}.get(stage, "no")
-            print(f"| {name} | {stage} | {spent.products:.2g} | {spent.others:.2g} ", end="")
-            print(f"| {duration(seconds[stage])} | {where} |")
-        print(f"| {name} | disk | - | - | {duration(seconds['disk'])} | no |")
-        freed, *_ = _large(Recipe(compensate=False), sizes, tflops, factor_tflops, gigabytes)
-        some = sum(seconds.values()) - seconds["short runs"] * (1 - 1 / nodes)
-        fewest = sum(freed.values()) - (freed["short runs"] + freed["solve"]) * (1 - 1 / nodes)
-        totals.append((name, sum(seconds.values()), some, fewest, memory, disk))
-    print(f"\n| model | 1 node | {nodes} nodes | {nodes} nodes, --no-compensate | memory | disk |")
-    print("|---|---|---|---|---|---|")
-    for name, one, some, fewest, memory, disk in totals:
-        print(f"| {name} | {duration(one)} | {duration(some)} | {duration(fewest)} ", end="")
-        print(f"| {memory / 1e9:,.0f} GB | {disk / 1e9:,.0f} GB |")
+            print(f"| {name} | {stage} | {spent.products:.2g} | {spent.others:.2g} | {duration(seconds[stage])} |")
+        print(f"| {name} | disk | - | - | {duration(seconds['disk'])} |")
+        totals.append((name, sum(seconds.values()), memory, disk))
+    print("\n| model | time | memory | disk |\n|---|---|---|---|")
+    for name, time_of_all, memory, disk in totals:
+        print(f"| {name} | {duration(time_of_all)} | {memory / 1e9:,.0f} GB | {disk / 1e9:,.0f} GB |")
 
 
 def _large(
     recipe: Recipe, sizes: tuple[int, int, int, int], tflops: float, factor_tflops: float, gigabytes: float
 ) -> tuple[dict[str, float], dict[str, Flops], int, int]:
-    """Seconds and FLOPs of every stage, "short runs" being those of the budgets; bytes of memory and of disk."""
+    """Seconds and FLOPs of every stage, and seconds of "disk"; bytes of memory and of disk."""
     hidden, inside, depth, heads = sizes
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=inside, num_hidden_layers=depth, num_attention_heads=heads,
@@ -272,22 +261,17 @@ def _large(
     )  # fmt: skip
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    projections = find_projections(model)
+    projections, recipe = find_projections(model), recipe.settled()
     owner = owner_without_weights(model, projections)
     plan = make_plan(projections, recipe, owner)
-    shape, text = agendas.shape_of(model, owner), agendas.text_of(recipe, 8192)
-    agenda = agendas.agenda_of(recipe, plan, shape, text, False, CACHE_BYTES, False)
+    shape, text = estimating.shape_of(model, owner, set(owner)), estimating.text_of(recipe, 8192)
     stored = sum(parameter.nbytes for parameter in model.parameters())
     output = stored + sum(group.parts.total - group.dense_bytes for group in plan.compressed)
-    costs = estimating.costs_of(shape, recipe, text, agenda, CACHE_BYTES, stored, output)
-    flops = dict.fromkeys([*estimating.STAGES, "short runs"], Flops())
-    for cost in costs:
-        short = cost.stage == "budgets" and cost.kind != "passes"
-        flops["short runs" if short else cost.stage] += cost.flops * cost.count
-    memory = estimating.memory_of(shape, recipe, plan, text, agenda, CACHE_BYTES)
-    disk = estimating.disk_of(shape, plan, text, agenda, CACHE_BYTES, False, output)
-    traffic = sum(cost.nbytes * cost.count for cost in costs)
-    flops = {stage: spent for stage, spent in flops.items() if spent.total}
+    costs = list(estimating.costs_of(shape, recipe, plan, text, stored, output))
+    flops = {stage: spent for stage, spent in estimating.flops_of(costs).items() if spent.total}
+    memory = estimating.memory_of(shape, recipe, plan, text, CACHE_BYTES)
+    disk = estimating.disk_of(shape, recipe, plan, text, CACHE_BYTES, output)
+    traffic = sum(cost.nbytes for cost in costs)
     seconds = {
         stage: spent.products / tflops / 1e12 + spent.others / factor_tflops / 1e12 for stage, spent in flops.items()
     }

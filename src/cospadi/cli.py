@@ -268,6 +268,19 @@ def evaluate(
 
 
 @app.command()
+def methods(as_json: Json = False) -> None:
+    """List the named recipes of --method: what each is and what it sets."""
+    _talk("off", loads_models=False)
+    from cospadi.commands.tables import new_table
+    from cospadi.recipe import METHODS
+
+    table = new_table("method", "what it is", "what it sets")
+    for name, method in METHODS.items():
+        table.add_row(name, method.says, " ".join(f"{field}={value}" for field, value in method.fields.items()) or "-")
+    _show({name: {"is": method.says, "sets": method.fields} for name, method in METHODS.items()}, as_json, table)
+
+
+@app.command()
 def inspect(folder: Folder, as_json: Json = False) -> None:
     """List what is in a compressed checkpoint: bytes, ratio and error a projection; totals."""
     _talk("off", loads_models=False)

@@ -119,7 +119,8 @@ def compress(
         if isinstance(ledger, JobDirectory):
             ledger.remove()
         in_memory = job.blocks.model if target is None or loaded else None
-        return Compressed(plan, manifest, errors, before, after, stages.seconds, target, job.blocks.device, in_memory)
+        seconds, device = stages.seconds, job.blocks.device
+        return Compressed(plan, manifest, errors, before, after, seconds, job.pass_seconds, target, device, in_memory)
 
 
 def measure_plan(
@@ -167,6 +168,7 @@ class Compressed:
         errors: projection -> relative error in the whitened metric, of the stored factors.
         bytes_before, bytes_after: of the whole checkpoint's tensors as stored; None where nothing was read or written.
         seconds: stage -> seconds.
+        pass_seconds: of one plain forward pass of the calibration text through the dense model; None without text.
         folder: where it was written; None for a result in memory.
         device: where the model computes.
         in_memory: the model, if it was made in memory.
@@ -178,6 +180,7 @@ class Compressed:
     bytes_before: int | None
     bytes_after: int | None
     seconds: dict[str, float]
+    pass_seconds: float | None
     folder: Path | None
     device: torch.device
     in_memory: nn.Module | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import reprlib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -31,20 +31,37 @@ it."""
 PLAIN: dict[str, Any] = {"share": "none", "allocate": "uniform", "metric": "output", "compensate": False, "refine": 0}
 """The frame that the peers' papers measure in: each projection alone, the same ratio everywhere, plain calibration."""
 
-METHODS: dict[str, dict[str, Any]] = {
-    "sparse": {},
-    "mod-htp": {"solver": "mod-htp", "refine": 0},
-    "paper": PLAIN | {"solver": "ksvd"},
-    "compot": PLAIN | {"solver": "procrustes", "iterations": 20},
-    "rocket": PLAIN | {"solver": "eigen"},
-    "svd-llm": PLAIN | {"solver": "svd-llm"},
-    "svd": PLAIN | {"solver": "svd", "metric": "weights"},
-    "magnitude": PLAIN | {"solver": "magnitude", "metric": "weights"},
-    "wanda": PLAIN | {"solver": "wanda"},
-    "sparsegpt": PLAIN | {"solver": "sparsegpt"},
-    "alps": PLAIN | {"solver": "alps", "iterations": 300},
+
+class Method(NamedTuple):
+    """A named recipe.
+
+    Attributes:
+        says: what it is, in a line.
+        fields: what it sets of the fields that are not given.
+    """
+
+    says: str
+    fields: dict[str, Any]
+
+
+METHODS: dict[str, Method] = {
+    "sparse": Method("D = I, the metric of the loss, blocks refined: the default", {}),
+    "paper": Method("K-SVD, a dictionary a projection (CoSpaDi, arXiv 2509.22075)", PLAIN | {"solver": "ksvd"}),
+    "mod-htp": Method(
+        "dictionaries by MOD, shared by what reads the same, outputs weighed", {"solver": "mod-htp", "refine": 0}
+    ),
+    "compot": Method("an orthogonal dictionary (arXiv 2602.15200)", PLAIN | {"solver": "procrustes", "iterations": 20}),
+    "rocket": Method("leading eigenvectors as dictionary (arXiv 2602.11008)", PLAIN | {"solver": "eigen"}),
+    "svd-llm": Method(
+        "low rank: truncated SVD in the metric of the outputs (ICLR 2025)", PLAIN | {"solver": "svd-llm"}
+    ),
+    "svd": Method("low rank: truncated SVD of the weights", PLAIN | {"solver": "svd", "metric": "weights"}),
+    "sparsegpt": Method("one pass with error feedback (arXiv 2301.00774)", PLAIN | {"solver": "sparsegpt"}),
+    "wanda": Method("the largest |w| times the norm of its input (arXiv 2306.11695)", PLAIN | {"solver": "wanda"}),
+    "alps": Method("ADMM on the layer's problem (NeurIPS 2024)", PLAIN | {"solver": "alps", "iterations": 300}),
+    "magnitude": Method("the largest |w|", PLAIN | {"solver": "magnitude", "metric": "weights"}),
 }
-"""Named recipes: what each sets of the fields that are not given."""
+"""All of them, the default first."""
 
 
 class Recipe(BaseModel):
@@ -73,8 +90,8 @@ class Recipe(BaseModel):
     )
     metric: Literal["two-sided", "fisher", "output", "weights"] | None = Field(
         None,
-        description="what an error is measured in: of the weights (no text is needed), of the projection's output, of the "
-        "outputs weighed by what they cost in the loss (fisher), or together with how they do so together (two-sided) "
+        description="what an error is measured in: of the weights (no text is needed), of the projection's output, of "
+        "the outputs weighed by what they cost in the loss (fisher), or of that with all their products (two-sided) "
         "(default: two-sided where D = I, fisher where it is stored)",
     )
     compensate: bool | None = Field(
@@ -138,7 +155,7 @@ class Recipe(BaseModel):
         method = fields.get("method", "sparse")
         if not isinstance(method, str) or method not in METHODS:
             raise ValueError(f"method {method!s:.40} is not known. Use one of {', '.join(METHODS)}")
-        return METHODS[method] | fields
+        return METHODS[method].fields | fields
 
     @field_validator("include", "exclude", "target", mode="before")
     @classmethod
@@ -261,7 +278,7 @@ class Recipe(BaseModel):
         if isinstance(source, Recipe):
             fields = source.model_dump(exclude_unset=True)
             if "method" in overrides:  # what the old one has set goes with it
-                preset = METHODS[source.method]
+                preset = METHODS[source.method].fields
                 fields = {name: value for name, value in fields.items() if preset.get(name, cls) != value}
         elif isinstance(source, dict) or source is None:
             fields = dict(source or {})

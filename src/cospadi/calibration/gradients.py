@@ -8,10 +8,9 @@ outputs add up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -141,16 +140,12 @@ def gradient_grams_by_blocks(
 def summed_loss(model: nn.Module, predicted: Tensor, tokens: Tensor) -> Tensor:
     """Next-token loss of one sequence, (1, tokens), summed over its tokens."""
     if not predicted.requires_grad:
-        raise UserError(
-            f"{type(model).__name__} gives no gradients. Use --metric output, which needs none"
-        )
+        raise UserError(f"{type(model).__name__} gives no gradients. Use --metric output, which needs none")
     return nn.functional.cross_entropy(predicted[0, :-1].float(), tokens[0, 1:], reduction="sum")
 
 
 @contextmanager
-def _summed_gradients(
-    model: nn.Module, projections: Sequence[Projection], full: bool
-) -> Iterator[dict[str, Tensor]]:
+def _summed_gradients(model: nn.Module, projections: Sequence[Projection], full: bool) -> Iterator[dict[str, Tensor]]:
     """Inside this block, g g^T of the gradients at the projections' outputs is added up over tokens, or its diagonal,
     and the squares of their inputs."""
     sums: dict[str, Tensor] = {}
@@ -183,11 +178,16 @@ def _summed_gradients(
             handle.remove()
 
 
+def output_widths(d2: int) -> list[int]:
+    """How many outputs each block of a full Gamma has: the same number, but for the last."""
+    width = -(-d2 // -(-d2 // WIDEST))
+    return [min(width, d2 - start) for start in range(0, d2, width)]
+
+
 def _zeros(d2: int, full: bool, device: torch.device) -> Tensor:
     """A Gamma before any token."""
-    count = -(-d2 // WIDEST)
-    width = -(-d2 // count)
-    return torch.zeros((count, width, width) if full else (d2,), device=device)
+    widths = output_widths(d2)
+    return torch.zeros((len(widths), widths[0], widths[0]) if full else (d2,), device=device)
 
 
 def _add(gamma: Tensor, gradient: Tensor, full: bool, name: str) -> None:

@@ -16,6 +16,7 @@ the same problem for a corrected weight W', which is damped here: (G + a I)^-1 (
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -97,30 +98,27 @@ class Stream:
         """Replacement weights in the block of that name, by their names there."""
         return in_block(name, self.weights.items())
 
+    def advance(self, block: nn.Module, name: str, index: int, calls: Calls) -> None:
+        """Carry it through a block of that name and index, whose replacement weights leave."""
+        here = self.inside(name)
+        advance(block, index, calls, self.flow, here)
+        for inner in here:
+            del self.weights[f"{name}.{inner}"]
+        self.block = index + 1
 
-def walk(
-    blocks: Blocks, calls: Calls, indices: Iterable[int], streams: Sequence[Stream] = (), through_last: bool = True
-) -> Iterator[tuple[int, nn.Module]]:
+
+def walk(blocks: Blocks, calls: Calls, indices: Iterable[int]) -> Iterator[tuple[int, nn.Module]]:
     """The loop over the decoder blocks, of which one at a time is in memory.
 
     Args:
         indices: of the blocks, in the order of the walk.
-        streams: carried through each block once the caller is done with it.
-        through_last: whether through the last block, too.
 
     Yields:
         Index and block, whose weights are there until the next one is asked for, or until `Blocks.release`.
     """
-    order = list(indices)
-    for index in order:
+    for index in indices:
         with blocks.loaded(index) as block:
             yield index, block
-            for stream in streams if through_last or index != order[-1] else ():
-                here = stream.inside(blocks.name_of(index))
-                advance(block, index, calls, stream.flow, here)
-                for name in here:
-                    del stream.weights[f"{blocks.name_of(index)}.{name}"]
-                stream.block = index + 1
 
 
 @torch.no_grad()
@@ -141,7 +139,7 @@ def learn_calls(blocks: Blocks, texts: Sequence[tuple[Tensor, int]]) -> Calls | 
             count = len(batch)
             if count in compared:
                 continue
-            seen, outputs = _run(blocks.model, blocks.modules, batch.to(blocks.device), stop=False)
+            seen, outputs = blocks_called(blocks.model, blocks.modules, batch.to(blocks.device), stop=False)
             if len(seen) != len(blocks) or seen[0][0].ndim != 3 or len(seen[0][0]) != count:
                 return None
             follow = zip(outputs, seen[1:], strict=False)
@@ -160,6 +158,24 @@ def learn_calls(blocks: Blocks, texts: Sequence[tuple[Tensor, int]]) -> Calls | 
     return Calls(given, rest)
 
 
+@torch.no_grad()
+def pass_seconds(blocks: Blocks, sequences: Tensor, batch_size: int) -> float:
+    """Seconds of a plain forward pass of a text through the dense model: of its first two batches, less what reading
+    weights took, scaled to all. To be called when the model has run before."""
+    some = sequences[: 2 * batch_size]
+    start, reading = _now(blocks.device), blocks.seconds_reading
+    for batch in torch.split(some, batch_size):
+        blocks.model(input_ids=batch.to(blocks.device), use_cache=False)
+    took = _now(blocks.device) - start - (blocks.seconds_reading - reading)
+    return took * len(sequences) / len(some)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def _same(left: Any, right: Any) -> bool:
     """Whether two calls' arguments are equal, tensors by their values."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):
@@ -171,7 +187,7 @@ def _same(left: Any, right: Any) -> bool:
     return left is right or (type(left) is type(right) and not isinstance(left, Tensor) and bool(left == right))
 
 
-def _run(
+def blocks_called(
     model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor, stop: bool
 ) -> tuple[list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]], list[Any]]:
     """What some blocks are called with, (hidden states, other args, kwargs), and their outputs; `stop` at the first."""
@@ -205,7 +221,7 @@ def embed(blocks: Blocks, sequences: Tensor, batch_size: int, spill: Spill) -> F
     items = []
     with blocks.passed_by():
         for batch in torch.split(sequences, batch_size):
-            seen, _ = _run(blocks.model, blocks.modules[:1], batch.to(blocks.device), stop=True)
+            seen, _ = blocks_called(blocks.model, blocks.modules[:1], batch.to(blocks.device), stop=True)
             items.append(spill.put(seen[0][0]))
     return Flow(spill, blocks.device, items)
 

@@ -25,13 +25,14 @@ def compressed_json(result: Compressed, recipe: Recipe) -> dict[str, Any]:
         "relative_errors": result.errors,
         "left_dense": [projection.name for projection in result.plan.left_dense],
         "seconds": {stage: round(seconds, 3) for stage, seconds in result.seconds.items()},
+        "pass_seconds": result.pass_seconds and round(result.pass_seconds, 3),
     }
 
 
 def compressed_table(result: Compressed, recipe: Recipe) -> Table:
-    """The closing table of `compress`."""
+    """The closing table of `compress`. A pass is a plain forward pass of the calibration text in the dense model."""
     report = compressed_json(result, recipe)
-    table = tables.new_table("", "value")
+    table = tables.new_table("", "value", *(["passes"] if result.pass_seconds else []))
     table.add_row("selected projections, dense", tables.megabytes(report["dense_bytes"]))
     table.add_row("selected projections, compressed", tables.megabytes(report["compressed_bytes"]))
     if report["left_dense"]:
@@ -41,6 +42,7 @@ def compressed_table(result: Compressed, recipe: Recipe) -> Table:
     table.add_row("whole checkpoint, before", tables.megabytes(report["checkpoint_bytes_before"]))
     table.add_row("whole checkpoint, after", tables.megabytes(report["checkpoint_bytes_after"]))
     table.add_row("mean relative error", f"{report['mean_relative_error']:.4f}")
-    for stage, seconds in result.seconds.items():
-        table.add_row(f"time, {stage}", tables.duration(seconds))
+    for stage, seconds in [*result.seconds.items(), ("all", sum(result.seconds.values()))]:
+        passes = [f"{seconds / result.pass_seconds:.2f}"] if result.pass_seconds else []
+        table.add_row(f"time, {stage}", tables.duration(seconds), *passes)
     return table

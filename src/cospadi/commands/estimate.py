@@ -1,35 +1,39 @@
 """What a job will cost, before it runs: FLOPs, memory and disk by formula, time as FLOPs over this machine's speed.
 
 All formulas but the solvers' stand here; docs/scaling.md explains them. Names: n calibration sequences of L tokens are
-N tokens, and those that gradients and losses are taken on M; a decoder block multiplies every token with P parameters
-and its attention is w wide; hidden states are h wide and the vocabulary has V tokens; a group is A (d1 x d2) with k
-atoms and T iterations. A multiplication with an addition counts as two FLOPs.
+N tokens, and those that gradients are taken on M; a decoder block multiplies every token with P parameters and its
+attention is w wide; hidden states are h wide and the vocabulary has V tokens; a group is W (d1 x d2). A multiplication
+with an addition counts as two FLOPs.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from cospadi.budget.plan import Group, Plan, owner_without_weights
-from cospadi.commands.agenda import Agenda, Shape, Text, agenda_of, shape_of, text_of
-from cospadi.commands.speed import Speed, dimensions, measure_speed, solver_flops
+from cospadi.calibration.gradients import output_widths
+from cospadi.calibration.text import sequence_length
+from cospadi.commands.speed import Size, Speed, measure_speed, size_of, solver_flops
 from cospadi.model import companions, load
-from cospadi.model.projections import find_projections
+from cospadi.model.projections import Projection, decoder_blocks, find_projections
 from cospadi.recipe import CACHE_BYTES, Recipe
 from cospadi.solvers import find_solver
 from cospadi.solvers.flops import Flops, cholesky, triangular
-from cospadi.solvers.products import bf16_is_fast, self_product_flops
-from cospadi.stages.budgets import SPANS
+from cospadi.solvers.products import self_product_flops
+from cospadi.stages.refine import CHECKS, HELD_OUT, STEP_TOKENS
 
-STAGES = ("load", "fisher", "calibrate", "budgets", "solve", "write")
+STAGES = ("load", "text", "gradients", "calibrate", "solve", "refine", "write")
 
 
 @dataclass(frozen=True)
@@ -50,54 +54,188 @@ class Estimate:
 
 
 def estimate(
-    model: str | Path,
-    recipe: Recipe,
-    plan: Plan,
-    *,
-    final: bool = False,
-    cache_bytes: int = CACHE_BYTES,
-    keep_grams: bool = False,
-    timing: bool = True,
+    model: str | Path, recipe: Recipe, plan: Plan, *, cache_bytes: int = CACHE_BYTES, timing: bool = True
 ) -> Estimate:
     """Look ahead at the costs of `compress` for a model, from its config and headers, with one worker.
 
-    What only the text or the weights can tell is taken as asked or as likely: that the text has all sequences, that
-    blocks follow each other, that budgets choose each rho as often, that no Gram is singular.
+    What only the text or the weights can tell is taken as asked: that the text has all sequences, that blocks follow
+    each other, that no Gram is singular.
 
     Args:
-        plan: the uniform plan, or the one that is to be followed.
-        final: whether it is to be followed, so that no budgets are measured.
-        timing: run the pieces for some seconds on the recipe's device; else nothing is said about time.
+        plan: what each group gets; the uniform one costs as much as any other.
+        timing: run pieces of the job for some seconds on the recipe's device; else nothing is said about time.
 
     Raises:
         UserError: as `compress` would.
     """
-    skeleton = load.load_skeleton(model, recipe.revision)
-    projections = find_projections(skeleton.model)
-    selected = {member.name for group in plan.compressed for member in group.members}
-    shape = shape_of(skeleton.model, owner_without_weights(skeleton.model, projections), selected)
+    recipe, skeleton = recipe.settled(), load.load_skeleton(model, recipe.revision)
+    selected = {projection.name for projection in plan.projections}
+    owner = owner_without_weights(skeleton.model, find_projections(skeleton.model))
+    shape = shape_of(skeleton.model, owner, selected)
     text = text_of(recipe, load.positions(skeleton.model.config))
-    agenda = agenda_of(recipe, plan, shape, text, final, cache_bytes, keep_grams)
-    folder = load.resolve(model, recipe.revision, weights=False)
-    others = sum(path.stat().st_size for pattern in companions.COMPANIONS for path in folder.glob(pattern))
     stored = sum(parameter.nbytes for parameter in skeleton.model.parameters())
     stored = sum(skeleton.sizes.values()) if skeleton.sizes else stored
     output = stored + sum(group.parts.total - shape.item * group.dense_bytes // 2 for group in plan.compressed)
-    costs = costs_of(shape, recipe, text, agenda, cache_bytes, stored, output)
-    flops = dict.fromkeys(STAGES, Flops())
-    for cost in costs:
-        flops[cost.stage] += cost.flops * cost.count
-    memory = memory_of(shape, recipe, plan, text, agenda, cache_bytes)
-    disk = disk_of(shape, plan, text, agenda, cache_bytes, keep_grams, output + others)
+    costs = list(costs_of(shape, recipe, plan, text, stored, output))
+    folder = load.resolve(model, recipe.revision, weights=False)
+    others = sum(path.stat().st_size for pattern in companions.COMPANIONS for path in folder.glob(pattern))
+    memory = memory_of(shape, recipe, plan, text, cache_bytes)
+    disk = disk_of(shape, recipe, plan, text, cache_bytes, output + others)
     seconds = None
     if timing:
         started = time.process_time()  # what `compress` imports is what this process has imported
-        speed = measure_speed(shape, recipe, text, agenda)
-        seconds = dict.fromkeys(STAGES, 0.0) | {"load": started}
-        for cost in costs:
-            seconds[cost.stage] += cost.seconds(speed)
-    return Estimate(flops, seconds, memory, disk)
+        sizes = [size_of(group) for group in plan.compressed]
+        forward = forward_flops(shape, 1, text.length, [0])
+        backward = 4.0 * shape.parameters[0] + 10.0 * text.length * shape.attention
+        speed = measure_speed(skeleton.model, recipe, text.batch, text.length, (forward, forward + backward), sizes)
+        if speed is not None:
+            seconds = seconds_of(costs, speed)
+            seconds["load"] += started
+    return Estimate(flops_of(costs), seconds, memory, disk)
 
+
+# What the formulas ask of a model and a text
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A distinct input of width d1 that selected projections of a block read.
+
+    Attributes:
+        before: parameters of the block's projections that have run when it is there.
+        after: the same and those of its readers.
+    """
+
+    block: int
+    d1: int
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the formulas ask of a model.
+
+    Attributes:
+        parameters: P of each block; of several experts those that a token meets.
+        attention: w, heads times their width.
+        hidden, vocabulary: h and V.
+        block_bytes: of the largest block's parameters.
+        edge_bytes: of the largest module outside the blocks.
+        dtype: of the model.
+        readers: distinct inputs of selected projections, in running order.
+        projections: the selected ones.
+    """
+
+    parameters: tuple[int, ...]
+    attention: int
+    hidden: int
+    vocabulary: int
+    block_bytes: int
+    edge_bytes: int
+    dtype: torch.dtype
+    readers: tuple[Reader, ...]
+    projections: tuple[Projection, ...]
+
+    @property
+    def item(self) -> int:
+        """Bytes of a hidden state's entry."""
+        return self.dtype.itemsize
+
+    @property
+    def blocks(self) -> range:
+        """Those up to the last one with something to compress."""
+        return range(1 + max(projection.block for projection in self.projections))
+
+    @property
+    def widest(self) -> int:
+        """The largest input."""
+        return max(reader.d1 for reader in self.readers)
+
+
+def shape_of(model: Any, owner: Mapping[str, str], selected: Set[str]) -> Shape:
+    """What the formulas ask of a model, which may be on the meta device.
+
+    Args:
+        owner: projection -> the first reader of its input, of all projections in running order.
+        selected: the projections to compress.
+    """
+    prefix, blocks = decoder_blocks(model)
+    config = model.config.get_text_config(decoder=True)
+    hidden, heads = int(config.hidden_size), int(getattr(config, "num_attention_heads", 1))
+    met = int(getattr(config, "num_experts_per_tok", 0) or 0)
+
+    def active(parameter: Tensor) -> int:
+        fraction = min(1.0, met / parameter.shape[0]) if parameter.ndim == 3 and met else 1.0
+        return int(parameter.numel() * fraction) if parameter.ndim > 1 else 0
+
+    projections = {projection.name: projection for projection in find_projections(model)}
+    read = {owner[name] for name in owner if name in selected}
+    inputs: dict[str, Reader] = {}  # of all projections
+    done = dict.fromkeys(range(len(blocks)), 0)
+    for name, first in owner.items():
+        p = projections[name]
+        before = done[p.block]
+        done[p.block] += p.d1 * p.d2
+        inputs[first] = Reader(p.block, p.d1, inputs[first].before if first in inputs else before, done[p.block])
+    return Shape(
+        parameters=tuple(sum(map(active, block.parameters())) for block in blocks),
+        attention=heads * int(getattr(config, "head_dim", None) or hidden // heads),
+        hidden=hidden,
+        vocabulary=int(config.vocab_size),
+        block_bytes=max(sum(parameter.nbytes for parameter in block.parameters()) for block in blocks),
+        edge_bytes=max(
+            sum(parameter.nbytes for parameter in module.parameters(recurse=False))
+            for name, module in model.named_modules()
+            if not name.startswith(f"{prefix}.")
+        ),
+        dtype=next(blocks.parameters()).dtype,
+        readers=tuple(reader for first, reader in inputs.items() if first in read),
+        projections=tuple(projections[name] for name in owner if name in selected),
+    )
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text that a job runs: `sequences` of `length` tokens in batches, `checked` of them for gradients."""
+
+    sequences: int
+    length: int
+    batch: int
+    checked: int
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.length
+
+    @property
+    def checked_tokens(self) -> int:
+        return self.checked * self.length
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.batch * self.length
+
+    @property
+    def learned(self) -> int:
+        """Tokens that are run through the whole model to learn how blocks are called: two batches of each size that
+        occurs; and two batches that are timed."""
+        sizes = [min(self.batch, self.sequences - start) for start in range(0, self.sequences, self.batch)]
+        runs = sum(size * min(2, sizes.count(size)) for size in set(sizes))
+        alone = 0 if self.checked == 0 else max(0, min(2, self.checked) - min(2, sizes.count(1)))
+        return (runs + alone + 2 * self.batch) * self.length
+
+
+def text_of(recipe: Recipe, positions: int) -> Text:
+    """The text that a settled recipe asks for; none for a recipe without calibration."""
+    if recipe.data_free:
+        return Text(0, 1, recipe.batch_size, 0)
+    checked = min(recipe.gradient_sequences, recipe.sequences) if recipe.wants_gradients else 0
+    length, batch = sequence_length(recipe.length, positions), min(recipe.batch_size, recipe.sequences)
+    return Text(recipe.sequences, length, batch, checked)
+
+
+# FLOPs and time
 
 DISK_BYTES_A_SECOND = 1e9
 """Of files that are hashed, or copied by way of the page cache."""
@@ -105,77 +243,63 @@ DISK_BYTES_A_SECOND = 1e9
 
 @dataclass(frozen=True)
 class Cost:
-    """Some equal pieces of a job.
+    """A piece of a job.
 
     Attributes:
-        kind: what is done, for the speed: "passes" (through the model, with Grams), "factors" (float64), "solver",
-            "disk".
-        flops: of each. count: how many.
+        kind: what is done, for the speed: "forward" (through the model), "backward" (forward and back), "grams",
+            "factors" (float64), "solver", "disk".
+        size: of the group that is solved.
         nbytes: read or written.
     """
 
     stage: str
     kind: str
     flops: Flops = Flops()  # noqa: RUF009
-    count: float = 1.0
+    size: Size | None = None
     nbytes: float = 0.0
 
-    def seconds(self, speed: Speed) -> float:
-        """Of all pieces."""
-        flops = self.flops.total
-        of_each = {
-            "passes": flops * speed.passes,
-            "factors": flops * speed.factors,
-            "solver": speed.solving(flops),
-            "disk": self.nbytes / DISK_BYTES_A_SECOND,
-        }
-        return self.count * of_each[self.kind]
+
+def flops_of(costs: list[Cost]) -> dict[str, Flops]:
+    """Stage -> FLOPs."""
+    return {stage: sum((cost.flops for cost in costs if cost.stage == stage), Flops()) for stage in STAGES}
 
 
-def costs_of(
-    shape: Shape, recipe: Recipe, text: Text, agenda: Agenda, cache_bytes: int, stored: int, output: int
-) -> list[Cost]:
-    """All that a job does, piece by piece.
+def seconds_of(costs: list[Cost], speed: Speed) -> dict[str, float]:
+    """Stage -> seconds."""
+    seconds = dict.fromkeys(STAGES, 0.0)
+    for cost in costs:
+        if cost.size is not None:
+            seconds[cost.stage] += speed.solving(cost.size, cost.flops)
+        else:
+            seconds[cost.stage] += cost.nbytes / DISK_BYTES_A_SECOND
+            seconds[cost.stage] += cost.flops.total * speed.rates.get(cost.kind, 0.0)
+    return seconds
+
+
+def costs_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text, stored: int, output: int) -> Iterator[Cost]:
+    """All that a job by a settled recipe does, as compress.py and the stages do it.
 
     Args:
         stored, output: bytes of the checkpoint's tensors before and after.
     """
-    return [
-        *passes_of(shape, text, agenda),
-        *solves_of(recipe, agenda, text.sequences > 0),
-        *disk_traffic(shape, text, agenda, cache_bytes, stored, output),
-    ]
+    reads = 4 + 2 * (text.checked > 0) + 3 * (text.sequences > 0)  # each weight by whatever loads its block
+    yield Cost("load", "disk", nbytes=reads * stored)
+    if text.sequences:
+        tokens = text.learned
+        yield Cost("text", "forward", Flops(forward_flops(shape, tokens, text.length) + head_flops(shape, tokens)))
+        yield from gradients_of(shape, recipe, text)
+        yield from walks_of(shape, recipe, text)
+    for group in plan.compressed:
+        yield from solve_of(recipe, group)
+    if recipe.refine:
+        yield from refinement_of(shape, recipe, plan, text)
+    yield Cost("write", "disk", nbytes=5 * output)
 
 
-def passes_of(shape: Shape, text: Text, agenda: Agenda) -> Iterator[Cost]:
-    """All that runs text through the model.
-
-    The walk in the model compressed so far passes for each input twice up to it, for the dense and for the compressed
-    model, with G and C, and twice through all of a block behind each but the last.
-    """
-    n, m, length = text.tokens, text.checked_tokens, text.length
-
-    def whole(tokens: float) -> Flops:
-        return Flops(forward_flops(shape, tokens, length) + head_flops(shape, tokens))
-
-    grams = sum(self_product_flops(n, reader.d1) for reader in shape.readers)
-    whitening = Flops(0.0, sum(cholesky(reader.d1) for reader in shape.readers))
-    yield Cost("load", "passes", whole(agenda.learned * length))
-    yield Cost("fisher", "passes", Flops(fisher_flops(shape, m, length)), agenda.rounds)
-    yield Cost("calibrate", "passes", Flops(forward_flops(shape, n, length) + grams), agenda.walks)
-    if agenda.compensated:
-        attended = 4.0 * length * shape.attention
-        up_to = sum(2 * n * (2.0 * reader.before + (attended if reader.before else 0)) for reader in shape.readers)
-        crosses = sum(2.0 * n * reader.d1**2 for reader in shape.readers)
-        through = 2 * forward_flops(shape, n, length, slice(0, -1))
-        yield Cost("calibrate", "passes", Flops(up_to + grams + crosses + through))
-    yield Cost("calibrate", "factors", whitening, agenda.walks + agenda.compensated)
-    yield Cost("budgets", "passes", whole(m), agenda.candidates)
-
-
-def forward_flops(shape: Shape, tokens: float, length: int, blocks: slice = slice(None)) -> float:
+def forward_flops(shape: Shape, tokens: float, length: int, blocks: range | list[int] | None = None) -> float:
     """Of a forward pass through blocks: 2 P a token, and 4 L w for attention, as if no token were masked."""
-    return sum(tokens * (2 * p + 4 * length * shape.attention) for p in shape.parameters[blocks])
+    some = range(len(shape.parameters)) if blocks is None else blocks
+    return sum(tokens * (2 * shape.parameters[index] + 4 * length * shape.attention) for index in some)
 
 
 def head_flops(shape: Shape, tokens: float) -> float:
@@ -183,131 +307,132 @@ def head_flops(shape: Shape, tokens: float) -> float:
     return 2.0 * tokens * shape.hidden * shape.vocabulary
 
 
-def fisher_flops(shape: Shape, tokens: float, length: int) -> float:
-    """Of one round of gradients: blocks run twice, and back for activations only, with two and a half the attention."""
-    back = sum(tokens * (2 * p + 10 * length * shape.attention) for p in shape.parameters)
-    return 2 * forward_flops(shape, tokens, length) + back + 2 * head_flops(shape, tokens)
+def gradients_of(shape: Shape, recipe: Recipe, text: Text) -> Iterator[Cost]:
+    """Blocks run twice, and back for activations only, with two and a half the attention; Gamma of every output."""
+    m, length = text.checked_tokens, text.length
+    back = sum(m * (2 * p + 10 * length * shape.attention) for p in shape.parameters)
+    yield Cost("gradients", "forward", Flops(forward_flops(shape, m, length) + 2 * head_flops(shape, m)))
+    yield Cost("gradients", "backward", Flops(forward_flops(shape, m, length) + back))
+    if recipe.metric == "two-sided":
+        outputs = [p.d2 for p in shape.projections] + [shape.hidden] * len(shape.parameters)
+        widths = [width for d2 in outputs for width in output_widths(d2)]
+        yield Cost("gradients", "grams", Flops(sum(self_product_flops(m, width) for width in widths)))
 
 
-def solves_of(recipe: Recipe, agenda: Agenda, whitened: bool) -> Iterator[Cost]:
-    """All solver runs, with L W before them and D S after each of them."""
-    for run in agenda.runs:
-        stage = "solve" if run.stage == "solve" else "budgets"
-        d1, d2 = run.sizes[0].d1, sum(run.sizes[0].d2s)
-        around = Flops(2.0 * d1**2 * d2 if whitened else 0.0)
-        if run.stage == "solve" and agenda.compensated:  # the corrected weight
+def walks_of(shape: Shape, recipe: Recipe, text: Text) -> Iterator[Cost]:
+    """Text through the dense model, and where blocks need it through the model compressed so far; Grams on the way.
+
+    With compensation both pass up to each input again, for G and C.
+    """
+    n, length = text.tokens, text.length
+    through, past = shape.blocks, shape.blocks[:-1]
+    passed = forward_flops(shape, n, length, through if recipe.refine or not recipe.compensate else past)
+    if recipe.refine or recipe.compensate:
+        passed += forward_flops(shape, n, length, past)
+    grams = sum(self_product_flops(n, reader.d1) for reader in shape.readers)
+    if recipe.compensate:
+        attended = 4.0 * length * shape.attention
+        passed += sum(2 * n * (2.0 * reader.before + (attended if reader.before else 0)) for reader in shape.readers)
+        grams += sum(2.0 * n * reader.d1**2 for reader in shape.readers)
+    yield Cost("calibrate", "forward", Flops(passed))
+    yield Cost("calibrate", "grams", Flops(grams))
+
+
+def solve_of(recipe: Recipe, group: Group) -> Iterator[Cost]:
+    """One group: its solver, and in float64 what stands around it: W' or L W, the way back, the error of the result."""
+    solver, d1, d2, k = find_solver(recipe.solver), group.d1, sum(group.d2s), group.k
+    whitened, around = not recipe.data_free, Flops()
+    if whitened:
+        around += Flops(4.0 * d1**2 * d2)
+        if recipe.compensate:
             around += Flops(2.0 * d1**2 * d2, cholesky(d1) + 2 * triangular(d1, d2))
-        first = dimensions(run.sizes[0])  # what its run leaves for those behind it
-        around += solver_flops(recipe, *first, again=False) + solver_flops(recipe, *first) * -1
-        for size in run.sizes:
-            around += Flops(2.0 * d1 * size.k * d2)
-            if run.stage != "curves" and whitened:
-                around += Flops(0.0, triangular(d1, size.k))
-            if run.stage == "solve":
-                around += Flops((2.0 * d1**2 * size.k if whitened else 0) + 2.0 * d1 * size.k * d2 * agenda.compensated)
-            timed = solver_flops(recipe, *dimensions(size))
-            count = solver_flops(recipe, *dimensions(size), run.iterations).total / timed.total
-            yield Cost(stage, "solver", timed, count * run.count)
-        yield Cost(stage, "factors", around, run.count)
+        if not solver.identity:
+            around += Flops(2.0 * d1**2 * d2, cholesky(d1) + triangular(d1, k))
+    if not solver.identity:  # D S is multiplied out for the error, and for what follows in the walk
+        around += Flops(2.0 * d1 * k * d2) * (1 + bool(recipe.compensate or recipe.refine) + bool(recipe.refine))
+    yield Cost("solve", "factors", around)
+    yield Cost("solve", "solver", solver_flops(recipe, size_of(group)), size_of(group))
 
 
-def disk_traffic(
-    shape: Shape, text: Text, agenda: Agenda, cache_bytes: int, stored: int, output: int
-) -> Iterator[Cost]:
-    """Bytes that are read, hashed or written.
-
-    Each weight is read by whatever loads its block and for each problem it is part of; hidden states, as far as they
-    are beyond half of the cache, go to the disk and come back behind every block.
-    """
-
-    def beyond(flow: int) -> int:
-        return max(0, flow - cache_bytes // 2)
-
-    first = agenda.runs[0].sizes[0].members
-    problems = sum(run.count for run in agenda.runs if run.sizes[0].members == first)
-    reads = 6 + agenda.walks + 2 * agenda.rounds + 2 * (agenda.candidates > 0) + agenda.compensated + problems
-    yield Cost("load", "disk", count=reads, nbytes=stored)
-    yield Cost("write", "disk", count=5, nbytes=output)
-    blocks = len(shape.parameters)
-    flow, checked = text.tokens * shape.hidden * shape.item, text.checked_tokens * shape.hidden * shape.item
-    moved = 2 * blocks * (agenda.walks * beyond(flow) + beyond(agenda.candidates * checked))
-    paired = (2 * blocks + len(shape.readers)) * agenda.compensated * beyond(2 * flow)
-    yield Cost("calibrate", "disk", nbytes=moved + paired + 4 * agenda.rounds * beyond((blocks + 2) * checked))
+def refinement_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text) -> Iterator[Cost]:
+    """Steps of all blocks: forward, and back to the selected weights, but not beyond the first one's input."""
+    steps, checked = tuned_tokens(recipe, text)
+    batches = -(-steps // text.batch_tokens) + -(-checked // text.batch_tokens)
+    selected = {block: sum(p.d1 * p.d2 for p in shape.projections if p.block == block) for block in shape.blocks}
+    weighed = 2.0 * shape.hidden * output_widths(shape.hidden)[0] if recipe.metric == "two-sided" else 0.0
+    for block in sorted({reader.block for reader in shape.readers}):
+        first = next(reader for reader in shape.readers if reader.block == block)
+        back = 2 * (shape.parameters[block] - first.after + selected[block])
+        back += 0 if first.before else 10 * text.length * shape.attention
+        forward = forward_flops(shape, steps, text.length, [block])
+        yield Cost("refine", "backward", Flops(forward + steps * (back + 2 * weighed)))
+        yield Cost("refine", "forward", Flops(forward_flops(shape, checked, text.length, [block]) + checked * weighed))
+    if not find_solver(recipe.solver).identity:  # D S of every batch, and its gradient
+        products = sum(2.0 * group.d1 * group.k * sum(group.d2s) for group in plan.compressed)
+        yield Cost("refine", "grams", Flops(products * (batches + -(-steps // text.batch_tokens))))
 
 
-def memory_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text, agenda: Agenda, cache_bytes: int) -> int:
-    """The largest of what the stages hold, in bytes, beyond what the process has without a model.
+def tuned_tokens(recipe: Recipe, text: Text) -> tuple[int, int]:
+    """Tokens of all steps of one block, and of all looks at what was set aside."""
+    steps, batches = recipe.refine or 0, -(-text.sequences // text.batch)
+    kept = max(1, batches // HELD_OUT)
+    step = min(max(1, STEP_TOKENS // text.batch_tokens), max(1, batches - kept))
+    every = math.ceil(steps / CHECKS)
+    looks = 1 + steps // every + (steps % every > 0)
+    return steps * step * text.batch_tokens, looks * kept * text.batch_tokens
 
-    Each holds one block, its text in a spill that keeps half of the cache in memory, and its own working set.
-    """
-    block, spill = max(shape.block_bytes), cache_bytes // 2
-    batch, length = min(text.batch, text.sequences) * text.length, text.length
-    flow, checked = text.tokens * shape.hidden * shape.item, text.checked_tokens * shape.hidden * shape.item
-    widest = max(reader.d1 for reader in shape.readers)
-    by_block: dict[int, list[int]] = {}
-    for reader in shape.readers:
-        by_block.setdefault(reader.block, []).append(8 * reader.d1**2)
-    grams = max(sum(sizes) for sizes in by_block.values())
-    whitenings = sum(8 * reader.d1**2 for reader in shape.readers) if agenda.kept else grams
-    solving = max(solving_bytes(size, agenda.compensated) for run in agenda.runs for size in run.sizes)
+
+# Memory and disk
+
+
+def memory_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text, cache_bytes: int) -> int:
+    """The largest of what the stages hold, in bytes: each one block, its text in the cache, and its own working set."""
+    batch, length, item = text.batch_tokens, text.length, shape.item
+    flow = text.tokens * shape.hidden * item
+    flows = min(cache_bytes, flow * (1 + bool(recipe.refine or recipe.compensate)))
 
     def activations(tokens: int) -> int:
         """Hidden states, queries and the like, three tensors of the widest, its copy in float32, the product."""
-        return tokens * (shape.item * (4 * shape.hidden + 3 * widest) + 4 * widest) + 4 * widest**2
+        return tokens * (item * (4 * shape.hidden + 3 * shape.widest) + 4 * shape.widest) + 4 * shape.widest**2
 
-    def losses(tokens: int) -> int:
-        """Logits in float32 and their softmax."""
-        return shape.edge_bytes + 8 * tokens * shape.vocabulary
-
-    # Without text the whole job is the solving.
-    stages = [solving]
+    solving = max(solving_bytes(recipe, group) for group in plan.compressed)
+    stages = [solving]  # without text the whole job
     if text.sequences:
-        seen = 2 * len(shape.parameters) * batch * shape.hidden * shape.item
-        stages.append(seen + shape.edge_bytes + batch * shape.vocabulary * shape.item)
-        stages.append(min(flow, spill) + block + grams + whitenings * agenda.kept + activations(batch))
-        stages.append(min(flow, spill) + whitenings + solving)
-    if agenda.rounds:
-        inputs = min((len(shape.parameters) + 2) * checked, spill)
-        tape = 2 * activations(length) + length * shape.vocabulary * (2 * shape.item + 12) + shape.edge_bytes
-        stages.append(inputs + whitenings * agenda.kept + max(block + 2 * activations(length), tape))
-    if agenda.candidates:
-        weights = shape.item * sum(group.dense_bytes // 2 for group in plan.compressed)
-        some = weights if agenda.kept else max(shape.block_bytes)
-        flows = min(agenda.candidates * checked, spill)
-        stages.append(flows + agenda.candidates * some + whitenings + max(solving, losses(batch)))
-    if agenda.compensated:
-        flows, square = min(2 * flow, spill), 8 * widest**2
-        stages.append(flows + 2 * block + 2 * square + 2 * activations(batch))
-        stages.append(flows + 2 * block + 7 * square + solving)
-    return base_bytes() + prepared_bytes(recipe, agenda) + max(stages)
+        seen = 2 * len(shape.parameters) * batch * shape.hidden * item
+        stages.append(seen + shape.edge_bytes + batch * shape.vocabulary * item)
+        grams = max(sum(8 * r.d1**2 for r in shape.readers if r.block == index) for index in shape.blocks)
+        paired = 2 * grams + shape.block_bytes if recipe.compensate else grams
+        stages.append(flows + shape.block_bytes + paired + max(activations(batch), solving))
+    if text.checked:
+        inputs = min(cache_bytes, (len(shape.parameters) + 2) * text.checked_tokens * shape.hidden * item)
+        tape = 2 * activations(length) + length * shape.vocabulary * (2 * item + 12) + shape.edge_bytes
+        gammas = max(gamma_bytes(shape, recipe, index) for index in shape.blocks)
+        stages.append(inputs + max(shape.block_bytes + 3 * gammas + 2 * activations(length), tape))
+    if recipe.refine:
+        selected = max(sum(p.d1 * p.d2 for p in shape.projections if p.block == index) for index in shape.blocks)
+        # W, S, its support, gradient, two moments, the best state and one before it; W again with its gradient
+        stages.append(flows + shape.block_bytes + (36 + 2 * item) * selected + 6 * activations(batch))
+    return base_bytes() + max(stages)
 
 
-PRODUCT_BYTES, MOST_PRODUCTS = 550_000, 1024
-"""Bytes of what torch's CPU library keeps of a bf16 product of a shape, and of how many shapes."""
+def gamma_bytes(shape: Shape, recipe: Recipe, block: int) -> int:
+    """Bytes of what a block's gradients leave: Gamma of its projections and of its own output, float32."""
+    outputs = [p.d2 for p in shape.projections if p.block == block] + [shape.hidden]
+    if recipe.metric != "two-sided":
+        return 4 * sum(outputs)
+    return 4 * sum(len(output_widths(d2)) * output_widths(d2)[0] ** 2 for d2 in outputs)
 
 
-def prepared_bytes(recipe: Recipe, agenda: Agenda) -> int:
-    """Bytes of prepared bf16 products: torch's CPU library keeps the code that it made for each shape.
-
-    A size that groups are measured at counts once for equal groups; the sizes that budgets then choose all differ.
-    """
-    products = find_solver(recipe.solver).quick_products
-    if not products or load.pick_device(recipe.device).type != "cpu" or not bf16_is_fast(torch.device("cpu")):
-        return 0
-    sizes = {((size.d1, *size.d2s), size.k) for run in agenda.runs for size in run.sizes if run.stage != "candidates"}
-    groups = len({run.sizes[0].members for run in agenda.runs})
-    chosen = (len(SPANS) - 1) * groups if agenda.candidates else 0
-    return PRODUCT_BYTES * min(MOST_PRODUCTS, products * (len(sizes) + chosen))
-
-
-def solving_bytes(group: Group, compensated: bool) -> int:
-    """Bytes of a solver run: W, A in two precisions, its decomposition or the codes; W' where it has one."""
+def solving_bytes(recipe: Recipe, group: Group) -> int:
+    """Bytes of a solver run and of packing what it finds: W in its dtype and in float64, and the solver's own."""
     d1, d2, k = group.d1, sum(group.d2s), group.k
-    small = min(d1, d2)
-    start = 28 * d1 * d2 + 32 * small**2
-    iterating = 4 * (d1 + d2) * small + 16 * k * d2 + 20 * k**2
-    packing = 4 * d1 * small + 16 * d1 * k + 24 * k * d2 + 8 * d1 * d2
-    return (16 + 8 * compensated) * d1 * d2 + max(start, iterating, packing)
+    if find_solver(recipe.solver).identity:
+        gammas = sum(width**2 for member in group.d2s for width in output_widths(member))
+        return 40 * d1 * d2 + 10 * (d1**2 + gammas * (recipe.metric == "two-sided"))
+    start = 28 * d1 * d2 + 32 * min(d1, d2) ** 2
+    iterating = 4 * (d1 + d2) * min(d1, d2) + 16 * k * d2 + 20 * k**2
+    packing = 4 * d1 * min(d1, d2) + 16 * d1 * k + 24 * k * d2 + 8 * d1 * d2
+    return (16 + 8 * bool(recipe.compensate)) * d1 * d2 + max(start, iterating, packing)
 
 
 TEXT_LIBRARIES = 80_000_000
@@ -323,29 +448,18 @@ def base_bytes() -> int:
     return (peak if os.uname().sysname == "Darwin" else 1024 * peak) + TEXT_LIBRARIES
 
 
-def disk_of(
-    shape: Shape, plan: Plan, text: Text, agenda: Agenda, cache_bytes: int, keep_grams: bool, output: int
-) -> int:
+def disk_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text, cache_bytes: int, output: int) -> int:
     """The job directory and the output together at their largest, in bytes.
 
-    The job directory keeps tokens and F (float64), for a while the weights that short runs make, the candidates' hidden
-    states behind the last block and the one before it, hidden states beyond half of the cache, in the end the factors
-    beside the output.
+    The job directory keeps tokens and Gamma, hidden states beyond the cache, and the factors, refined ones beside those
+    that were solved, in the end beside the output.
     """
-
-    def beyond(flow: int) -> int:
-        return max(0, flow - cache_bytes // 2)
-
     flow, checked = text.tokens * shape.hidden * shape.item, text.checked_tokens * shape.hidden * shape.item
-    small = 8 * text.tokens + (2 if agenda.rounds else 0) * 8 * sum(sum(group.d2s) for group in plan.groups)
-    quick = shape.item * sum(group.dense_bytes // 2 for group in plan.compressed) if agenda.rounds else 0
-    kept = sum(8 * reader.d1**2 for reader in shape.readers) if keep_grams and not agenda.kept else 0
-    factors = sum(group.parts.total for group in plan.compressed)
-    flows = agenda.candidates * checked
-    passed = min(2, len(shape.parameters) - 1) * flows
-    inputs = beyond((len(shape.parameters) + 2) * checked) if agenda.rounds else 0
-    return small + max(
-        quick + kept + max(beyond(flow), inputs),
-        kept + passed + beyond(flow + flows),
-        kept + factors + max(output, beyond((1 + agenda.compensated) * flow)),
-    )
+    kept = 8 * text.tokens
+    if text.checked:
+        inputs = 4 * sum(projection.d1 for projection in shape.projections)
+        kept += inputs + sum(gamma_bytes(shape, recipe, index) for index in range(len(shape.parameters)))
+    walked = bool(recipe.refine or recipe.compensate)
+    factors = sum(group.parts.total for group in plan.compressed) * (1 + bool(recipe.refine))
+    taped = max(0, (len(shape.parameters) + 2) * checked - cache_bytes)
+    return kept + max(taped, factors + max(output, max(0, flow * (1 + walked) - cache_bytes)))

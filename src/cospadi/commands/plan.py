@@ -74,10 +74,7 @@ def plan(
         )  # fmt: skip
         write_plan(measured, recipe, measure)
     found = outlook(model, recipe, measured)
-    costs = estimate(
-        model, recipe, found.plan, final=measured is not None, cache_bytes=cache_bytes,
-        timing=timing,
-    )  # fmt: skip
+    costs = estimate(model, recipe, found.plan, cache_bytes=cache_bytes, timing=timing)
     notes = [f"Whole checkpoint: {tables.megabytes(found.before)} before, {tables.megabytes(found.after)} after."]
     if found.experts:
         notes.append(f"Left dense, experts that are not nn.Linear: {found.experts}")

@@ -1,32 +1,58 @@
-"""How fast this machine is: seconds a FLOP, from pieces like a job's that take a second in all."""
+"""How fast this machine is: seconds of pieces like a job's, some seconds in all."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.func import functional_call
 
 from cospadi.budget.plan import Group
+from cospadi.calibration import walk
+from cospadi.calibration.gradients import output_widths
 from cospadi.calibration.grams import gram_block
-from cospadi.commands.agenda import Agenda, Shape, Text
 from cospadi.model import load
+from cospadi.model.projections import decoder_blocks
 from cospadi.recipe import Recipe
-from cospadi.solvers import Flops, Problem, SolverOptions, find_solver
+from cospadi.solvers import Flops, MetricProblem, Problem, SolverOptions, find_solver
 from cospadi.solvers.flops import cholesky, triangular
 from cospadi.solvers.products import self_product_flops
 
+log = logging.getLogger("cospadi")
+
 TIMED_ITERATIONS = 8
-"""Of the solver runs that are timed."""
+"""Of the solver runs that are timed, at most."""
 
 TIMED_FLOPS = {"cpu": 2e10, "cuda": 1e12}
 """FLOPs that one timed piece may have: a few hundredths of a second to some tenths."""
 
 TIMED_WIDTH = {"cpu": 1024, "cuda": 4096}
-"""Largest hidden size, and order of a float64 matrix, that is timed."""
+"""Largest order of a float64 matrix that is timed."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A group's problem: W (d1, sum of d2s), and what is stored of it, k and s."""
+
+    d1: int
+    d2s: tuple[int, ...]
+    k: int
+    s: float
+
+    def smaller(self) -> Size:
+        """The same proportions at nine tenths."""
+        d2s = tuple(max(1, int(0.9 * d2)) for d2 in self.d2s)
+        return Size(int(0.9 * self.d1), d2s, int(0.9 * self.k), 0.9 * self.s)
+
+
+def size_of(group: Group) -> Size:
+    """A group's problem."""
+    return Size(group.d1, tuple(group.d2s), group.k, group.s)
 
 
 @dataclass(frozen=True)
@@ -34,72 +60,100 @@ class Speed:
     """How fast this device is.
 
     Attributes:
-        passes, factors: seconds a FLOP of a decoder block with a Gram, and of float64 products and factorizations.
+        rates: kind of work -> seconds a FLOP: "forward" and "backward" (forward and back) of a decoder block, "grams",
+            "factors" of float64 matrices.
+        recipe: the solver's.
         solver: (FLOPs, seconds) of a small and a large solver run of TIMED_ITERATIONS.
     """
 
-    passes: float
-    factors: float
+    rates: dict[str, float]
+    recipe: Recipe
     solver: tuple[tuple[float, float], tuple[float, float]]
 
-    def solving(self, flops: float) -> float:
-        """Seconds of a solver run of TIMED_ITERATIONS: on the line through the two that were timed, or beyond it."""
+    def solving(self, size: Size, flops: Flops) -> float:
+        """Seconds of a solver run that has so many FLOPs: of a timed one on the line through the two, or beyond it."""
         (less, low), (more, high) = self.solver
-        if flops >= more:
-            return high * flops / more
-        return low + (high - low) * max(0.0, flops - less) / max(1.0, more - less)
+        timed = solver_flops(self.recipe, size, TIMED_ITERATIONS).total
+        if timed >= more:
+            return high * flops.total / more
+        seconds = low + (high - low) * max(0.0, timed - less) / max(1.0, more - less)
+        return seconds * flops.total / timed
 
 
-def measure_speed(shape: Shape, recipe: Recipe, text: Text, agenda: Agenda) -> Speed:
-    """Time a decoder block, a float64 factorization and two solver runs, at the job's sizes or smaller ones."""
+def measure_speed(
+    model: Any, recipe: Recipe, batch: int, length: int, of_block: tuple[float, float], sizes: Sequence[Size]
+) -> Speed | None:
+    """Time a decoder block, a Gram, a float64 factorization and two solver runs, at the job's sizes or smaller ones.
+
+    Args:
+        model: on the meta device; its first block leaves it, and the others are lost.
+        recipe: settled.
+        of_block: FLOPs of the first block, a token: forward, and forward and back.
+
+    Returns:
+        None where the block does not run.
+    """
     device = load.pick_device(recipe.device)
-    passes = _time_passes(shape, text, device) if text.sequences else 0.0
-    factors = _time_factors(max(reader.d1 for reader in shape.readers), device)
-    sizes = {dimensions(group) for run in agenda.runs for group in run.sizes}
-    small, *_, large = sorted(sizes, key=lambda size: solver_flops(recipe, *size).total) * 2
-    return Speed(passes, factors, (_time_solver(recipe, small, device), _time_solver(recipe, large, device)))
+    rates = {"factors": _time_factors(max(size.d1 for size in sizes), device)}
+    if not recipe.data_free:
+        most = max(1, int(TIMED_FLOPS[device.type] / of_block[1]))
+        tokens = torch.zeros(max(1, min(batch, most // length)), min(length, most), dtype=torch.int64, device=device)
+        try:
+            forward, backward = _time_block(model, tokens)
+        except Exception as error:  # a model's class may raise anything without its weights
+            log.debug("no block was timed: %s", error)
+            log.warning("a block of this model does not run without its weights: no time is told")
+            return None
+        rates["forward"] = forward / of_block[0] / tokens.numel()
+        rates["backward"] = backward / of_block[1] / tokens.numel()
+        rates["grams"] = _time_grams(max(size.d1 for size in sizes), tokens.numel(), device)
+    small, *_, large = sorted(sizes, key=lambda size: solver_flops(recipe, size).total) * 2
+    return Speed(rates, recipe, (_time_solver(recipe, small, device), _time_solver(recipe, large, device)))
 
 
-def dimensions(group: Group) -> tuple[int, int, int, float]:
-    """d1, d2, k, s of all members side by side."""
-    return group.d1, sum(group.d2s), group.k, group.s
+def solver_flops(recipe: Recipe, size: Size, most: int | None = None) -> Flops:
+    """Of a solver run by a settled recipe, of as many iterations at most."""
+    solver = find_solver(recipe.solver)
+    options = SolverOptions(iterations=min(recipe.iterations or 1, most or 2**31), update=recipe.update)
+    blocks = [[width for d2 in size.d2s for width in output_widths(d2)]] if recipe.metric == "two-sided" else []
+    flops: Flops = solver.flops(size.d1, sum(size.d2s), size.k, size.s, options, *blocks)
+    return flops
 
 
-def solver_flops(
-    recipe: Recipe, d1: int, d2: int, k: int, s: float, iterations: int = TIMED_ITERATIONS, again: bool = True
-) -> Flops:
-    """Of a solver run, `again` where another size was solved before of the same A."""
-    options = SolverOptions(iterations=iterations, update=recipe.update)
-    return find_solver(recipe.solver).flops(d1, d2, k, s, options, again)
+def _time_block(model: Any, tokens: Tensor) -> tuple[float, float]:
+    """Seconds of the model's first block, with made-up weights: forward, and forward and back as in refinement."""
+    _, blocks = decoder_blocks(model)
+    del blocks[1:]
+    model.to_empty(device=tokens.device)
+    with torch.no_grad():
+        for tensor in [*blocks.parameters(), *model.buffers()]:
+            tensor.fill_(0.01)
+        seen, _ = walk.blocks_called(model, list(blocks), tokens, stop=True)
+    _, args, kwargs = seen[0]
+    block = blocks[0]
+    hidden = torch.randn_like(seen[0][0])
+    weights = {name: p.detach().float() for name, p in block.named_parameters() if p.ndim == 2}
+    masks = {name: torch.ones_like(weight) for name, weight in weights.items()}
+
+    def forward() -> None:
+        with torch.no_grad():
+            block(hidden, *args, **kwargs)
+
+    def backward() -> None:
+        codes = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
+        replaced = {name: (code * masks[name]).to(hidden.dtype) for name, code in codes.items()}
+        output = functional_call(block, replaced, (hidden, *args), kwargs)
+        (output[0] if isinstance(output, tuple) else output).float().square().sum().backward()
+
+    block.requires_grad_(False)
+    return _seconds(forward, tokens.device), _seconds(backward, tokens.device)
 
 
-def _time_passes(shape: Shape, text: Text, device: torch.device) -> float:
-    """Seconds a FLOP of a block like the model's: attention, a gated product in and out, the Gram of its input."""
-    width = min(shape.hidden, TIMED_WIDTH[device.type])
-    heads = max(1, shape.heads * width // shape.hidden)
-    attention = heads * (shape.attention // shape.heads)
-    rest = shape.parameters[0] * (width / shape.hidden) ** 2 - 4 * width * attention
-    inner = max(width, round(rest / 3 / width))
-    length = text.length
-    a_token = 2.0 * (4 * width * attention + 3 * width * inner) + 4.0 * length * attention
-    batch = min(text.batch, max(1, int(TIMED_FLOPS[device.type] / a_token / length)))
-    options: Any = {"dtype": shape.dtype, "device": device}
-    projections = [torch.randn(rows, columns, **options) * columns**-0.5 for rows, columns in (
-        (3 * attention, width), (width, attention), (2 * inner, width), (width, inner)
-    )]  # fmt: skip
-    hidden = torch.randn(batch, length, width, **options)
-
-    def block() -> Tensor:
-        qkv, out, up, down = projections
-        heads_of = nn.functional.linear(hidden, qkv).view(batch, length, 3 * heads, -1).transpose(1, 2)
-        query, key, value = heads_of.chunk(3, 1)
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        inside = hidden + nn.functional.linear(mixed.transpose(1, 2).flatten(2), out)
-        gate, inner_value = nn.functional.linear(nn.functional.rms_norm(inside, (width,)), up).chunk(2, -1)
-        gram_block(hidden, hidden, "")
-        return inside + nn.functional.linear(nn.functional.silu(gate) * inner_value, down)
-
-    return _seconds(block, device) / (batch * length * a_token + self_product_flops(batch * length, width))
+def _time_grams(d1: int, tokens: int, device: torch.device) -> float:
+    """Seconds a FLOP of a Gram of a batch, added up in float64."""
+    rows = max(1, min(tokens, int(TIMED_FLOPS[device.type] / self_product_flops(1, d1))))
+    x, total = torch.randn(rows, d1, device=device), torch.zeros(d1, d1, dtype=torch.float64, device=device)
+    return _seconds(lambda: total.add_(gram_block(x, x, "")), device) / self_product_flops(rows, d1)
 
 
 def _time_factors(d1: int, device: torch.device) -> float:
@@ -114,17 +168,23 @@ def _time_factors(d1: int, device: torch.device) -> float:
     return _seconds(factors, device) / (cholesky(n) + triangular(n, n))
 
 
-def _time_solver(recipe: Recipe, size: tuple[int, int, int, float], device: torch.device) -> tuple[float, float]:
-    """FLOPs and seconds of a solver run at a size (d1, d2, k, s), or a smaller one of the same proportions."""
-    while solver_flops(recipe, *size).total > TIMED_FLOPS[device.type]:
-        d1, d2, k, s = size
-        size = (int(0.9 * d1), int(0.9 * d2), int(0.9 * k), 0.9 * s)
-    d1, d2, k, s = size
-    solver = find_solver(recipe.solver)
-    problem = Problem(torch.randn(d1, d2, device=device))
-    options = SolverOptions(iterations=TIMED_ITERATIONS, update=recipe.update)
-    s = s if solver.free_support else max(1, round(s))
-    return solver_flops(recipe, *size).total, _seconds(lambda: solver.solve(problem, k, s, options), device)
+def _time_solver(recipe: Recipe, size: Size, device: torch.device) -> tuple[float, float]:
+    """FLOPs and seconds of a solver run at a size, or a smaller one of the same proportions."""
+    while (flops := solver_flops(recipe, size, TIMED_ITERATIONS).total) > TIMED_FLOPS[device.type]:
+        size = size.smaller()
+    solver, d1, d2 = find_solver(recipe.solver), size.d1, sum(size.d2s)
+    options = SolverOptions(iterations=min(recipe.iterations or 1, TIMED_ITERATIONS), update=recipe.update)
+    weight = torch.randn(d1, d2, device=device)
+    if solver.identity:
+        gram = None if recipe.data_free else torch.eye(d1, device=device) + 0.5
+        if recipe.metric == "two-sided":
+            gammas = [torch.eye(width, device=device) + 0.5 for d2 in size.d2s for width in output_widths(d2)]
+        else:
+            gammas = [torch.ones(d2, device=device) for d2 in size.d2s] if recipe.wants_gradients else []
+        metric = MetricProblem(weight, gram, tuple(gammas), size.d2s)
+        return flops, _seconds(lambda: solver.solve(metric, min(round(size.s * d2), d1 * d2), options), device)
+    s = size.s if solver.free_support else max(1, round(size.s))
+    return flops, _seconds(lambda: solver.solve(Problem(weight), size.k, s, options), device)
 
 
 def _seconds(function: Callable[[], object], device: torch.device) -> float:

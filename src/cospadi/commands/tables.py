@@ -11,13 +11,15 @@ def megabytes(nbytes: int | None) -> str:
     return "unknown" if nbytes is None else f"{nbytes / 1e6:,.2f} MB"
 
 
+LEFT = ("projection", "", "model", "layout", "task", "metric", "method", "what it is", "what it sets")
+"""Columns of words."""
+
+
 def new_table(*columns: str) -> Table:
     """An empty table; columns of names are set left, those of figures right."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for column in columns:
-        table.add_column(
-            column, justify="left" if column in ("projection", "", "model", "layout", "task", "metric") else "right"
-        )
+        table.add_column(column, justify="left" if column in LEFT else "right")
     return table
 
 

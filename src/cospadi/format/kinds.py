@@ -138,8 +138,8 @@ class Codec(ABC):
         """What is stored -> float32 (count,), exact."""
 
     @abstractmethod
-    def rounding_error(self) -> float:
-        """Root mean square of the relative error of `encode`, expected."""
+    def rounded(self, values: Tensor) -> Tensor:
+        """float32 values of any shape as they come back once they were stored."""
 
     def problem(self, tensor: Any, count: int) -> str | None:
         """As `Support.problem`."""

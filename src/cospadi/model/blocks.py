@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,12 +40,14 @@ class Blocks:
         device: where it computes.
         stored: parameter name -> where it lies on disk; None for a model that is in memory whole.
         finite: names of modules whose weights must be finite; their files are checked when they are first read.
+        seconds_reading: what reading weights has taken so far.
     """
 
     model: nn.Module
     device: torch.device
     stored: Mapping[str, StoredWeight] | None = None
     finite: set[str] = field(default_factory=set)
+    seconds_reading: float = 0.0
 
     def __post_init__(self) -> None:
         self.prefix, modules = decoder_blocks(self.model)
@@ -150,11 +153,12 @@ class Blocks:
         module.register_forward_hook(after, always_call=True)
 
     def _load(self, name: str, module: nn.Module) -> None:
-        places = self._parameters(name, module)
+        start, places = time.perf_counter(), self._parameters(name, module)
         for full, tensor in self._read(list(places)).items():
             owner, leaf = places[full]
             self._away[full] = owner.get_parameter(leaf)
             owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+        self.seconds_reading += time.perf_counter() - start
 
     def _release(self, name: str, module: nn.Module) -> None:
         for full, (owner, leaf) in self._parameters(name, module).items():

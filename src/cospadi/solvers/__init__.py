@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cospadi.errors import UserError
@@ -24,24 +24,22 @@ class Solver:
     Attributes:
         solve: (Problem, k, s, options) -> Factorization, where the support is full k is the rank and s is ignored; or
             (MetricProblem, nonzeros, options) -> Factorization, where the dictionary is the identity.
-        flops: (d1, d2, k, s, options, again) -> what a solve costs; `again` on a Problem that was solved before, at
-            another size or this one, without what that has kept.
+        flops: (d1, d2, k, s, options) -> what a solve costs; where the dictionary is the identity, with a Gram. Solvers
+            with the metric two-sided take the widths of Gamma's full blocks as one more.
         metrics: what it can measure errors in, best first; see Recipe.metric.
         support: how the support of S is stored, and dictionary: how D is, by the names of the kinds in `format`.
         codec: of its values, where it is always the same; None leaves it to the recipe.
         free_support: whether it spreads s d2 nonzeros over the whole matrix, s any number; else a column gets s.
-        quick_products: products that differ between sizes and are in bf16 where the hardware is fast at it.
         iterations: T, unless the recipe tells.
     """
 
     solve: Callable[..., Factorization]
-    flops: Callable[[int, int, int, float, SolverOptions, bool], Flops]
+    flops: Callable[..., Flops]
     metrics: tuple[str, ...] = FISHER
     support: str = "mask"
     dictionary: str = "stored"
     codec: str | None = None
     free_support: bool = False
-    quick_products: int = 0
     iterations: int = 60
 
     @property
@@ -52,19 +50,19 @@ class Solver:
 
 def _identity(
     solve: Callable[..., Factorization],
-    flops: Callable[[int, int, int, SolverOptions], Flops],
+    flops: Callable[..., Flops],
     metrics: tuple[str, ...],
     iterations: int = 1,
 ) -> Solver:
-    def of_size(d1: int, d2: int, _k: int, s: float, options: SolverOptions, _again: bool) -> Flops:
-        return flops(d1, d2, round(s * d2), options)
+    def of_size(d1: int, d2: int, _k: int, s: float, options: SolverOptions, *widths: Sequence[int]) -> Flops:
+        return flops(d1, d2, round(s * d2), options, *widths)
 
     return Solver(solve, of_size, metrics, dictionary="identity", free_support=True, iterations=iterations)
 
 
 SOLVERS: dict[str, Solver] = {
     "htp": _identity(htp.htp, htp.flops, ("two-sided", *FISHER), iterations=30),
-    "mod-htp": Solver(mod_htp.mod_htp, mod_htp.flops, free_support=True, quick_products=5),
+    "mod-htp": Solver(mod_htp.mod_htp, mod_htp.flops, free_support=True),
     "ksvd": Solver(ksvd.ksvd, ksvd.flops),
     "procrustes": Solver(procrustes.procrustes, procrustes.flops),
     "eigen": Solver(eigen.eigen, eigen.flops),

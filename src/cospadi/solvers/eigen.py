@@ -6,8 +6,8 @@ import torch
 
 from cospadi.solvers.flops import Flops, triangular
 from cospadi.solvers.least_squares import refit_dictionary, refit_flops
-from cospadi.solvers.orthogonal import keep_largest
-from cospadi.solvers.problem import Factorization, Problem, SolverOptions, leading_flops, relative_error
+from cospadi.solvers.orthogonal import directions_flops, keep_largest, leading_directions
+from cospadi.solvers.problem import Factorization, Problem, SolverOptions, relative_error
 
 
 def eigen(problem: Problem, k: int, s: int, options: SolverOptions) -> Factorization:
@@ -21,7 +21,7 @@ def eigen(problem: Problem, k: int, s: int, options: SolverOptions) -> Factoriza
     the largest |c_i| ||L^-1 u_i|| of any column), and the refit has no ridge and always stands.
     """
     target = problem.target
-    dictionary = problem.leading(k)
+    dictionary = leading_directions(problem.target, k)
     coefficients = dictionary.T @ target
     scores = coefficients.abs()
     if problem.unwhiten:
@@ -35,7 +35,7 @@ def eigen(problem: Problem, k: int, s: int, options: SolverOptions) -> Factoriza
     return Factorization(dictionary, coefficients, support, [error])
 
 
-def flops(d1: int, d2: int, k: int, s: float, options: SolverOptions, again: bool) -> Flops:
+def flops(d1: int, d2: int, k: int, s: float, options: SolverOptions) -> Flops:
     """Of `eigen`: the eigenvectors, L^-1 of them, D^T A, the refit, D S."""
     solved = Flops(4.0 * d1 * k * d2, triangular(d1, k)) + refit_flops(d1, d2, k)
-    return leading_flops(d1, d2, k, again) + solved
+    return directions_flops(d1, d2, k) + solved

@@ -1,7 +1,7 @@
-"""The default solver: the dictionary is the identity, and S is W with n entries left, refitted in the metric of the loss.
+"""The default solver: the dictionary is the identity, and S is W with n entries left, refitted in the loss's metric.
 
-min tr(Gamma (W - S)^T G (W - S)) over S with n nonzeros anywhere, by hard thresholding pursuit (Foucart 2011): a step of
-steepest descent, the n largest entries stay, conjugate gradients on these. G and Gamma are scaled to unit diagonals
+min tr(Gamma (W - S)^T G (W - S)) over S with n nonzeros anywhere, by hard thresholding pursuit (Foucart 2011): a step
+of steepest descent, the n largest entries stay, conjugate gradients on these. G and Gamma are scaled to unit diagonals
 first, so that the largest entries are those that are dearest alone (optimal brain damage, LeCun 1990; with Gamma = I
 the rule of Wanda), and the descent that follows lets the rest make up for what went (optimal brain surgeon, Hassibi
 1993). n falls from all entries to the asked number on a cubic schedule (as in gradual pruning, Zhu and Gupta 2017).
@@ -11,6 +11,7 @@ All of it is matrix products with the scaled G and Gamma. docs/solvers.md has th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -136,10 +137,14 @@ class _Metric:
         inputs = ones if problem.gram is None else _roots(problem.gram.diagonal())
         diagonals = [gamma if gamma.ndim == 1 else gamma.diagonal() for gamma in problem.outputs]
         outputs = _roots(torch.cat(diagonals)) if diagonals else torch.ones(d2, device=weight.device)
-        gammas: tuple[Tensor | None, ...] = tuple(
-            None if gamma.ndim == 1 else _off_diagonal(gamma, root)
-            for gamma, root in zip(problem.outputs, torch.split(outputs, widths), strict=True)
-        ) if problem.outputs else (None,)
+        gammas: tuple[Tensor | None, ...] = (
+            tuple(
+                None if gamma.ndim == 1 else _off_diagonal(gamma, root)
+                for gamma, root in zip(problem.outputs, torch.split(outputs, widths), strict=True)
+            )
+            if problem.outputs
+            else (None,)
+        )
         gram = None if problem.gram is None else _off_diagonal(problem.gram, inputs)
         fast = min(d1, d2) >= SMALLEST_QUICK and bf16_is_fast(weight.device)
         return cls(inputs, outputs, gram, gammas, member_spans(widths), torch.bfloat16 if fast else torch.float32)
@@ -186,7 +191,11 @@ def _off_diagonal(matrix: Tensor, roots: Tensor) -> Tensor:
     return scaled
 
 
-def flops(d1: int, d2: int, nonzeros: int, options: SolverOptions) -> Flops:
-    """Of `htp` with diagonal Gamma, whose quick products count as exact ones do."""
-    count = 2 + (2 + STEPS) * options.iterations - STEPS + LAST_STEPS
-    return Flops(2.0 * d1**2 * d2 * count)
+def flops(d1: int, d2: int, nonzeros: int, options: SolverOptions, widths: Sequence[int] = ()) -> Flops:
+    """Of `htp`, whose quick products count as exact ones do.
+
+    Args:
+        widths: outputs of each block of Gamma; none where it is diagonal.
+    """
+    count = (2 + STEPS) * options.iterations - STEPS + LAST_STEPS
+    return Flops(2.0 * d1 * (d1 * d2 + sum(width**2 for width in widths)) * count)

@@ -144,7 +144,7 @@ def _normalise(columns: Tensor) -> Tensor:
     return torch.where(norms > 0, columns / norms.clamp(min=torch.finfo(columns.dtype).tiny), columns)
 
 
-def flops(d1: int, d2: int, k: int, s: float, options: SolverOptions, again: bool) -> Flops:
+def flops(d1: int, d2: int, k: int, s: float, options: SolverOptions) -> Flops:
     """Of `ksvd`, in each iteration: D^T D and D^T A, OMP, the dictionary update, D S.
 
     An update atom by atom begins with D S, and passes over its n = s d2 / k columns twice a power iteration and three

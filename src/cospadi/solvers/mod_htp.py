@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from cospadi.solvers.flops import Flops, cholesky, triangular
-from cospadi.solvers.problem import Factorization, Problem, SolverOptions, leading_flops, relative_error
+from cospadi.solvers.orthogonal import directions_flops, leading_directions
+from cospadi.solvers.problem import Factorization, Problem, SolverOptions, relative_error
 from cospadi.solvers.products import bf16_is_fast, float32_products, rough_products, self_product, self_product_flops
 from cospadi.solvers.support import fill_support, keep_largest_entries, member_portions, member_spans, row_blocks
 
@@ -59,7 +60,8 @@ def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Facto
     """
     target = problem.target.float()
     scale = target.abs().max().clamp(min=TINY)
-    basis = problem.directions.float() if target.shape[0] > target.shape[1] else None
+    directions = leading_directions(problem.target, min(target.shape)).float()
+    basis = directions if target.shape[0] > target.shape[1] else None
     if basis is not None:
         target = basis.T @ target
     columns = (target.T / scale).contiguous()  # a column of A a row: (d2, d1)
@@ -67,7 +69,7 @@ def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Facto
     d2, d1 = columns.shape
     nonzeros = round(s * d2)
     if options.start is None:
-        atoms, codes = _start(columns, problem.directions.float() if basis is None else torch.eye(d1).to(columns), k)
+        atoms, codes = _start(columns, directions if basis is None else torch.eye(d1).to(columns), k)
     else:
         atoms, codes = _given(options.start, basis, scale)
     dense = d2 * min(k, d1) if options.start is None else max(nonzeros, int(codes.count_nonzero()))
@@ -137,13 +139,13 @@ def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Facto
     return Factorization(dictionary.contiguous(), coefficients.contiguous(), support.T.contiguous(), errors)
 
 
-def flops(d1: int, d2: int, k: int, s: float, options: SolverOptions, again: bool) -> Flops:
+def flops(d1: int, d2: int, k: int, s: float, options: SolverOptions) -> Flops:
     """Of `mod_htp`, whose quick products count as exact ones do.
 
     An iteration, of d1 no more than d2: D^T A and S A^T, four products of S and G, D^T D and S S^T; a Cholesky factor
     and two triangular solves. A tall A is first turned into d2 x d2, and D turned back in the end.
     """
-    start = leading_flops(d1, d2, min(d1, d2), again)
+    start = directions_flops(d1, d2, min(d1, d2))
     if d1 > d2:
         start += Flops(2.0 * d1 * d2**2 + 2.0 * d1 * d2 * k)
         d1 = d2

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
-
-from cospadi.solvers.flops import Flops
-from cospadi.solvers.orthogonal import directions_flops, leading_directions
 
 
 @dataclass(frozen=True)
@@ -28,15 +24,6 @@ class Problem:
     target: Tensor
     unwhiten: Callable[[Tensor], Tensor] | None = None
     members: tuple[int, ...] = ()
-
-    @cached_property
-    def directions(self) -> Tensor:
-        """All left singular vectors of A, float (d1, min(d1, d2)), the leading ones first; kept for the next solve."""
-        return leading_directions(self.target, min(self.target.shape))
-
-    def leading(self, k: int) -> Tensor:
-        """The k leading left singular vectors of A (d1, k), any basis of the rest beyond its rank, zeros beyond d1."""
-        return self.directions[:, :k] if k <= min(self.target.shape) else leading_directions(self.target, k)
 
 
 @dataclass(frozen=True)
@@ -58,14 +45,6 @@ class MetricProblem:
     gram: Tensor | None
     outputs: tuple[Tensor, ...]
     members: tuple[int, ...]
-
-
-def leading_flops(d1: int, d2: int, k: int, again: bool) -> Flops:
-    """Of `Problem.leading`; nothing `again`, where the problem has kept them."""
-    count = min(d1, d2)
-    if k > count:
-        return directions_flops(d1, d2, k)
-    return Flops() if again else directions_flops(d1, d2, count)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from cospadi.solvers.flops import Flops, svd
-from cospadi.solvers.orthogonal import keep_largest
-from cospadi.solvers.problem import Factorization, Problem, SolverOptions, leading_flops, relative_error
+from cospadi.solvers.orthogonal import directions_flops, keep_largest, leading_directions
+from cospadi.solvers.problem import Factorization, Problem, SolverOptions, relative_error
 
 
 def procrustes(problem: Problem, k: int, s: int, options: SolverOptions) -> Factorization:
@@ -22,7 +22,7 @@ def procrustes(problem: Problem, k: int, s: int, options: SolverOptions) -> Fact
     first d1 are zero, and no column uses them unless s > d1.
     """
     target = problem.target
-    dictionary = problem.leading(k)
+    dictionary = leading_directions(problem.target, k)
     coefficients, support = code(target, dictionary, s)
     best: Factorization | None = None
     errors: list[float] = []
@@ -65,8 +65,8 @@ def update_orthonormal(target: Tensor, coefficients: Tensor) -> Tensor:
     return dictionary
 
 
-def flops(d1: int, d2: int, k: int, s: float, options: SolverOptions, again: bool) -> Flops:
+def flops(d1: int, d2: int, k: int, s: float, options: SolverOptions) -> Flops:
     """Of `procrustes`: D^T A; then in each iteration A S^T, its SVD and U V^T of k' = min(k, d1) atoms, D^T A, D S."""
     atoms = min(k, d1)
     iteration = Flops(2.0 * d1 * atoms * d2 + 2.0 * d1 * atoms**2 + 4.0 * d1 * k * d2, svd(d1, atoms))
-    return leading_flops(d1, d2, k, again) + Flops(2.0 * d1 * k * d2) + iteration * options.iterations
+    return directions_flops(d1, d2, k) + Flops(2.0 * d1 * k * d2) + iteration * options.iterations

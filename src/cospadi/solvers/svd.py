@@ -28,6 +28,6 @@ def truncated_svd(problem: Problem, k: int, s: int, options: SolverOptions) -> F
     return Factorization(dictionary.to(dtype), coefficients.to(dtype), errors=[error])
 
 
-def flops(d1: int, d2: int, k: int, s: float, options: SolverOptions, again: bool) -> Flops:
+def flops(d1: int, d2: int, k: int, s: float, options: SolverOptions) -> Flops:
     """Of `truncated_svd`: the decomposition, and D S for its error."""
     return Flops(2.0 * d1 * k * d2, svd_flops(d1, d2))

@@ -35,7 +35,11 @@ def allocate(job: Job, costs: Costs | None) -> Plan:
     uniform = job.uniform
     if job.recipe.allocate == "uniform" or costs is None:
         return uniform
-    histograms = [_histogram(job, costs, group) for group in uniform.groups]
+    histograms = []
+    with job.stages.stage("budgets", len(uniform.groups)) as progress:
+        for group in uniform.groups:
+            histograms.append(_histogram(job, costs, group))
+            progress.advance(1)
     total = sum(group.nonzeros for group in uniform.groups)
     above = torch.stack(histograms).flip(1).cumsum(1)  # entries of each group down to a bin, the dearest bin first
     place = int(torch.searchsorted(above.sum(0), total))

@@ -29,7 +29,7 @@ class Costs:
     of_kind: Mapping[str, float]
 
     def of(self, group: Group) -> tuple[Tensor, ...]:
-        """Gamma of a group's members side by side, float32 on the CPU, as solvers take them: a block of outputs each."""
+        """Gamma of a group's members side by side, as solvers take them: blocks of outputs, float32 on the CPU."""
         pieces = {index: self.ledger.get(_key(index)) for index in {member.block for member in group.members}}
         found: list[Tensor] = []
         for member in group.members:
@@ -37,7 +37,6 @@ class Costs:
             assert piece is not None
             found += conditioned(piece.tensors()[member.name], member.d2, self.of_kind.get(member.kind, 1.0))
         return tuple(found)
-
 
     def diagonals(self, member: Projection) -> tuple[Tensor, Tensor]:
         """E[x_i^2] of a projection's inputs (d1,) and the diagonal of its Gamma (d2,), float32."""
@@ -84,7 +83,9 @@ def estimate_costs(job: Job) -> Costs:
     return Costs(job.ledger, kinds.record)
 
 
-def _by_block(whole: Mapping[str, Tensor], projections: Sequence[Projection]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+def _by_block(
+    whole: Mapping[str, Tensor], projections: Sequence[Projection]
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
     for index in sorted({p.block for p in projections}):
         yield index, {n: whole[n] for p in projections if p.block == index for n in (p.name, f"{p.name}{INPUT}")}
 

@@ -110,6 +110,12 @@ class WalkedBlock:
         self.dense.block = self.index + 1
         return {name: (gram, None) for name, gram in grams.items()}
 
+    def pass_compressed(self) -> None:
+        """Carry the text of the compressed model through the block."""
+        assert self.job.calls is not None
+        with self._stage():
+            self.compressed.advance(self.module, self.name, self.index, self.job.calls)
+
     @contextmanager
     def _stage(self) -> Iterator[Stage]:
         batches = len(self.dense.flow)
@@ -145,7 +151,7 @@ def blocks_to_solve(job: Job, groups: Sequence[Group], missing: Sequence[Group])
     compressed = Stream(dense.flow.copy())
     count = max(group.members[0].block for group in missing) + 1
     log.info("calibrating block by block on %d sequences of %d tokens", *job.sequences.shape)
-    for index, module in walk.walk(job.blocks, job.calls, range(count), [compressed], through_last=False):
+    for index, module in walk.walk(job.blocks, job.calls, range(count)):
         sets = _sets(job, groups, index)
         if not job.compensates:  # one pass measures all of them
             sets = [[group for groups in sets for group in groups]]
@@ -153,6 +159,7 @@ def blocks_to_solve(job: Job, groups: Sequence[Group], missing: Sequence[Group])
         yield block
         if index + 1 < count:
             block.pass_dense()
+            block.pass_compressed()
     dense.flow.close()
     compressed.flow.close()
 

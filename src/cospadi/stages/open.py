@@ -52,6 +52,7 @@ class Job:
         cache_bytes: of hidden states kept in memory, and of Grams that a model that runs whole takes in one pass.
         sequences: calibration tokens, int64 (sequences, tokens); None without calibration.
         calls: how blocks are called; None for a model whose blocks do not simply follow each other, which runs whole.
+        pass_seconds: of one plain forward pass of the calibration text through the dense model; None without text.
         origin: where the model came from, for the manifest.
     """
 
@@ -70,6 +71,7 @@ class Job:
     cache_bytes: int
     sequences: Tensor | None = None
     calls: Calls | None = None
+    pass_seconds: float | None = None
     origin: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -195,7 +197,8 @@ def begin(job: Job, plan: Plan | None) -> None:
         if isinstance(noted, list) and len(noted) == 2 and noted[0] == stamps:
             digest = noted[1]
         else:
-            digest = weights_digest(folder)
+            with job.stages.stage("load", 1):
+                digest = weights_digest(folder)
     job.origin = {"model": job.hub_name, "weights_sha256": digest}
     if isinstance(ledger, JobDirectory):
         identity = {

@@ -1,20 +1,21 @@
-"""Values of a block tuned together, supports and dictionaries fixed: the block's output comes nearer to the dense one's.
+"""Values of a block tuned together, supports and dictionaries fixed, so that its output comes nearer the dense one's.
 
 Projections were solved one by one, each by second-order rules of its own. Here the block itself is run, on what the
 model compressed so far gives it, and the stored values of all its projections follow the gradient of
 
     mean over tokens of (y' - y) Gamma_h (y' - y)^T
 
-with y the block's output in the dense model, y' its own, and Gamma_h what errors of the output cost in the loss (I where
-no gradients were taken), by Adam (Kingma and Ba 2015) with a cosine schedule. Of the states on the way the one with the
-lowest error on sequences that were set aside is kept, the first one among them, so that a block never gets worse there,
-with its values rounded as they are stored.
+with y the block's output in the dense model, y' its own, and Gamma_h what errors of the output cost in the loss (I
+where no gradients were taken), by Adam (Kingma and Ba 2015) with a cosine schedule. Of the states on the way the one
+with the lowest error on sequences that were set aside is kept, the first one among them, so that a block never gets
+worse.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -122,13 +123,11 @@ class _Part:
     chosen: Tensor | None
     atoms: Tensor | None
 
-    def weight(self, dtype: torch.dtype, rounded: bool) -> Tensor:
-        """What the values stand for (d2, d1), or what those would that are stored for them."""
-        codes = self.codes if self.chosen is None else self.codes * self.chosen
-        if rounded:
-            kept, codec = codes.bool(), self.entry.form.codec
-            values = codes[kept].cpu()
-            codes = codes.masked_scatter(kept, codec.decode(codec.encode(values), len(values)).to(codes))
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """W (d2, d1) as it will be stored; gradients pass the rounding as if it were not there (Bengio 2013)."""
+        rounded = self.entry.form.codec.rounded(self.codes.detach())
+        codes = self.codes + (rounded - self.codes.detach())
+        codes = codes if self.chosen is None else codes * self.chosen
         return (codes if self.atoms is None else codes @ self.atoms).to(dtype)
 
 
@@ -167,9 +166,9 @@ def refine_block(
     training = range(len(inputs) - kept) if kept else range(1)
     size = max(1, STEP_TOKENS // max(1, inputs[0].shape[0] * inputs[0].shape[1]))
 
-    def weights(rounded: bool = False) -> dict[str, Tensor]:
+    def weights() -> dict[str, Tensor]:
         dtype = next(block.parameters()).dtype
-        return {f"{item.removeprefix(f'{name}.')}.weight": part.weight(dtype, rounded) for item, part in parts.items()}
+        return {f"{item.removeprefix(f'{name}.')}.weight": part.weight(dtype) for item, part in parts.items()}
 
     def error(batch: int, replaced: Mapping[str, Tensor]) -> tuple[Tensor, int]:
         hidden, target = inputs[batch], wanted[batch]
@@ -178,7 +177,7 @@ def refine_block(
 
     @torch.no_grad()
     def checked() -> float:
-        replaced = weights(rounded=True)
+        replaced = weights()
         return float(sum(error(batch, replaced)[0] for batch in held_out))
 
     with torch.no_grad():
@@ -189,7 +188,8 @@ def refine_block(
     with torch.inference_mode(False), torch.enable_grad(), no_parameter_gradients(block), _deterministic():
         for value in values:
             value.requires_grad_()
-        optimizer = torch.optim.Adam([{"params": [v], "lr": r} for v, r in zip(values, rates, strict=True)], betas=BETAS, eps=1e-12)
+        groups = [{"params": [value], "lr": rate} for value, rate in zip(values, rates, strict=True)]
+        optimizer = torch.optim.Adam(groups, betas=BETAS, eps=1e-12)
         best, first = [value.detach().clone() for value in values], checked()
         lowest = first
         generator = torch.Generator().manual_seed(seed)
@@ -204,8 +204,7 @@ def refine_block(
             optimizer.zero_grad()
             for batch in chosen:
                 loss, tokens = error(batch, weights())
-                if loss.requires_grad:  # some projection of the block has run
-                    (loss / (unit * tokens * len(chosen))).backward()  # type: ignore[no-untyped-call]
+                (loss / (unit * tokens * len(chosen))).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             on_step(1)
             if step % math.ceil(steps / CHECKS) == 0 or step == steps:
@@ -222,11 +221,16 @@ def refine_block(
 def _deterministic() -> Iterator[None]:
     """Gradients that do not depend on timing inside this block, where torch has such ones."""
     before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Deterministic behavior|.*does not have a deterministic implementation")
+            yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warned)
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
 def weighed_square(error: Tensor, gamma: Sequence[Tensor] | None) -> Tensor:

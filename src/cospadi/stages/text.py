@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from cospadi.calibration.text import token_sequences
-from cospadi.calibration.walk import learn_calls
+from cospadi.calibration.walk import learn_calls, pass_seconds
 from cospadi.errors import UserError
 from cospadi.model import load
 from cospadi.model.blocks import Blocks
@@ -19,7 +19,8 @@ log = logging.getLogger("cospadi")
 
 
 def read_text(job: Job) -> None:
-    """Read the calibration text and find out how the model's blocks are called with it; nothing without calibration.
+    """Read the calibration text, find out how the model's blocks are called with it, and time a pass; nothing without
+    calibration.
 
     A resumed job has its tokens already; a local text is then checked to be the one they were read from.
 
@@ -30,7 +31,9 @@ def read_text(job: Job) -> None:
     if recipe.data_free:
         return
     if tokenizer is None:
-        raise UserError("calibration needs the model's tokenizer: pass tokenizer=, or use metric weights, which needs no text")
+        raise UserError(
+            "calibration needs the model's tokenizer: pass tokenizer=, or metric weights, which takes no text"
+        )
     local = Path(recipe.calibration or "").expanduser()
     with job.stages.stage("text", 1):
         digest = None
@@ -52,14 +55,16 @@ def read_text(job: Job) -> None:
     texts = [(job.sequences, recipe.batch_size)]
     if recipe.wants_gradients:
         texts.append((check_text(job), 1))
-    try:
-        job.calls = learn_calls(job.blocks, texts)
-    except (RuntimeError, NotImplementedError) as error:  # a model that uses weights outside of their modules
-        if job.blocks.stored is None:
-            raise
-        log.debug("no forward pass by blocks: %s", error)
-    if job.calls is None:
-        _run_whole(job)
+    with job.stages.stage("text", 1):
+        try:
+            job.calls = learn_calls(job.blocks, texts)
+        except (RuntimeError, NotImplementedError) as error:  # a model that uses weights outside of their modules
+            if job.blocks.stored is None:
+                raise
+            log.debug("no forward pass by blocks: %s", error)
+        if job.calls is None:
+            _run_whole(job)
+        job.pass_seconds = pass_seconds(job.blocks, job.sequences, recipe.batch_size)
 
 
 def _run_whole(job: Job) -> None:

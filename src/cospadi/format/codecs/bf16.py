@@ -21,8 +21,8 @@ class Bf16(Codec):
     def decode(self, stored: Tensor, count: int) -> Tensor:
         return stored.flatten()[:count].float()
 
-    def rounding_error(self) -> float:
-        return packing.rounding_error(16)
+    def rounded(self, values: Tensor) -> Tensor:
+        return packing.from_codes(packing.to_codes(values, self.bits), self.bits)
 
 
 BF16 = Bf16("bf16", 16, torch.bfloat16, plain=True, kernel_bits=16)

@@ -28,8 +28,8 @@ class Stream(Codec):
         spare = packing.unused_value_bits_set(tensor[-1:], count, self.bits)
         return "has bits set past its last value" if spare else None
 
-    def rounding_error(self) -> float:
-        return packing.rounding_error(self.bits)
+    def rounded(self, values: Tensor) -> Tensor:
+        return packing.from_codes(packing.to_codes(values, self.bits), self.bits)
 
 
 def stream(name: str, bits: int) -> Stream:
