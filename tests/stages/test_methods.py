@@ -101,7 +101,7 @@ def test_what_an_unset_field_becomes(fields: dict[str, Any], expected: tuple[obj
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"method": "magic"}, r"method magic is not known. Use one of sparse, mod-htp, paper, compot, rocket"),
+        ({"method": "magic"}, r"method magic is not known. Use one of sparse, paper, mod-htp, compot, rocket"),
         ({"solver": "svd", "metric": "output"}, "solver svd does not measure errors in metric output. Use --metric wei"),
         ({"solver": "mod-htp", "metric": "two-sided"}, "in metric two-sided. Use --metric fisher or output or weights"),
         ({"solver": "wanda", "metric": "weights"}, "does not measure errors in metric weights. Use --metric output"),
@@ -185,4 +185,4 @@ def test_stories260k_without_dictionaries(
 
 
 def test_every_solver_has_a_name_of_a_method() -> None:
-    assert {METHODS[name].get("solver", "htp") for name in METHODS} == set(SOLVERS)
+    assert {method.fields.get("solver", "htp") for method in METHODS.values()} == set(SOLVERS)

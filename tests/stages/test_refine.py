@@ -93,7 +93,7 @@ def test_a_block_never_gets_worse_on_what_was_set_aside(
     for before, after, told in seen:
         assert after <= before * (1 + 1e-5)
         assert told == pytest.approx((before, after), rel=1e-3)
-    if kind not in ("output", "compensated"):  # where few steps on random weights find nothing that rounding leaves
+    if kind in ("default", "twelve bits", "mod-htp", "ksvd", "svd-llm"):  # twelve steps are enough
         assert seen[0][1] < 0.98 * seen[0][0]
     verify.verify(output)
 
