@@ -132,7 +132,9 @@ def dense_folder(make_model: Callable[..., Path]) -> Path:
 def compressed_folder(dense_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That Llama compressed without text, one projection of each block left dense; never changed."""
     output = tmp_path_factory.mktemp("compressed") / "out"
-    cospadi.compress(dense_folder, {"metric": "weights", "iterations": 1, "ratio": 0.3, "exclude": ["*.k_proj"]}, output)
+    cospadi.compress(
+        dense_folder, {"metric": "weights", "iterations": 1, "ratio": 0.3, "exclude": ["*.k_proj"]}, output
+    )
     return output
 
 
@@ -146,7 +148,7 @@ def quick(text_file: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def default(text_file: Path) -> dict[str, Any]:
-    """Recipe fields of a short run of the default recipe: budgets by what weights are worth, gradients both ways, blocks refined."""
+    """Recipe fields of a short run of the default recipe: pooled budgets, metric two-sided, blocks refined."""
     fields: dict[str, Any] = {"ratio": 0.3, "iterations": 4, "gradient_sequences": 2, "refine": 2}
     return fields | {"calibration": str(text_file), "sequences": 8, "length": 32}
 

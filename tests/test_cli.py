@@ -284,8 +284,8 @@ def asked(run: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_flags_say_what_a_recipe_file_says(asked: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     words = ["--ratio", "0.3", "--value-bits", "16", "--iterations", "7", "--no-propagate", "--share", "layers:3"]
-    words += ["--include", "*.q_proj", "--include", "*.[k,v]_proj", "--target", "q,k", "--target", "v", "--metric", "weights"]
-    words += ["--allocate", "uniform", "--rho", "3", "--calibration", "words.txt", "--seed", "5"]
+    words += ["--include", "*.q_proj", "--include", "*.[k,v]_proj", "--target", "q,k", "--target", "v"]
+    words += ["--metric", "weights", "--allocate", "uniform", "--rho", "3", "--calibration", "words.txt", "--seed", "5"]
     fields = {"ratio": 0.3, "value_bits": 16, "iterations": 7, "compensate": False, "share": "layers:3"}
     fields |= {"include": ["*.q_proj", "*.[k,v]_proj"], "target": "q,k,v", "metric": "weights"}
     fields |= {"allocate": "uniform", "rho": 3, "calibration": "words.txt", "seed": 5}

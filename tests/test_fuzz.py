@@ -318,7 +318,7 @@ def test_recipe_file_of_any_bytes(content: bytes, dense_folder: Path, tmp_path: 
 
 @pytest.fixture(scope="module")
 def saved_plans(dense_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
-    """Plans of runs that take a moment, without dictionaries, for supports that are free, that are not, for low rank."""
+    """Plans of runs that take a moment: D = I, supports that are free, that are not, low rank."""
     found = []
     path = tmp_path_factory.mktemp("plan") / "plan.json"
     for solver in ("htp", "mod-htp", "ksvd", "svd"):

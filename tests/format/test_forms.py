@@ -151,7 +151,9 @@ def write_mixed(form_of: Callable[[str], Form | None], dense: Path, folder: Path
         own, coefficients, count = random_part(form, p.d2, k, generator, scale)
         tensors |= {f"{p.name}.{part}": tensor for part, tensor in own.items()}
         entries[p.name] = entry_of(form, p.d1, p.d2, k, count, owner)
-        expected.get_submodule(p.name).weight.data.copy_(coefficients @ atoms[owner] if owner in atoms else coefficients)
+        expected.get_submodule(p.name).weight.data.copy_(
+            coefficients @ atoms[owner] if owner in atoms else coefficients
+        )
     swap_in_layers(model, entries, torch.bfloat16, "cpu")
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -391,7 +393,9 @@ def test_twelve_bits_from_recipe_to_loaded_model(
     manifest = json.loads((out / "cospadi.json").read_text())
     assert config["format_version"] == manifest["format_version"] == 2
     assert {entry["values"] for entry in config["projections"].values()} == {"f12"}
-    assert {entry["layout"] for entry in manifest["projections"].values()} == {"identity mask" if solver == "htp" else "sparse-dictionary"}
+    assert {entry["layout"] for entry in manifest["projections"].values()} == {
+        "identity mask" if solver == "htp" else "sparse-dictionary"
+    }
     inspected = json.loads(run("inspect", out, "--json").out)
     assert {item["value_bits"] for item in inspected["projections"].values()} == {12}
     assert inspected["compressed_bytes"] == plan["compressed_bytes"]

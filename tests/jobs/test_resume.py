@@ -116,7 +116,8 @@ def test_pieces_damaged_between_runs_are_computed_again_and_said(
 
 
 @pytest.mark.parametrize(
-    "key", ["text", "gradients", "gradients/0000", "gradients/0001", "factors/*.0.*down*", "refined/0000", "refined/0001"]
+    "key",
+    ["text", "gradients", "gradients/0000", "gradients/0001", "factors/*.0.*down*", "refined/0000", "refined/0001"],
 )
 def test_a_piece_that_is_lost_is_made_again(
     key: str, interrupted: tuple[Path, dict[str, str]], dense_folder: Path, recipe: dict[str, Any]

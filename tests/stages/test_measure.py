@@ -96,9 +96,7 @@ def test_with_compensation_nothing_is_corrected_before_anything_was_compressed(
 ) -> None:
     """Nothing was swapped in: both streams are of the dense model, and W' = W."""
     found, dense, sequences = measured(folder, recipe | {"compensate": True})
-    torch.testing.assert_close(
-        torch.cat([weight.flatten() for _, _, weight in found]), dense, rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(torch.cat([weight.flatten() for _, _, weight in found]), dense, rtol=1e-4, atol=1e-4)
     assert sequences is not None
     check_grams(folder, found, sequences)
 

@@ -102,7 +102,10 @@ def test_what_an_unset_field_becomes(fields: dict[str, Any], expected: tuple[obj
     ("fields", "sentence"),
     [
         ({"method": "magic"}, r"method magic is not known. Use one of sparse, paper, mod-htp, compot, rocket"),
-        ({"solver": "svd", "metric": "output"}, "solver svd does not measure errors in metric output. Use --metric wei"),
+        (
+            {"solver": "svd", "metric": "output"},
+            "solver svd does not measure errors in metric output. Use --metric wei",
+        ),
         ({"solver": "mod-htp", "metric": "two-sided"}, "in metric two-sided. Use --metric fisher or output or weights"),
         ({"solver": "wanda", "metric": "weights"}, "does not measure errors in metric weights. Use --metric output"),
         ({"solver": "mod-htp", "allocate": "pooled"}, "pooled is not possible: solver mod-htp stores D"),
@@ -176,7 +179,10 @@ def test_stories260k_without_dictionaries(
     held_out = evaluate.text_windows(
         AutoTokenizer.from_pretrained(folder), (data / "stories_heldout.txt").read_text(), 512
     )[:12]
-    losses = {"ours": mean_loss(model, held_out), "dense": mean_loss(AutoModelForCausalLM.from_pretrained(folder), held_out)}
+    losses = {
+        "ours": mean_loss(model, held_out),
+        "dense": mean_loss(AutoModelForCausalLM.from_pretrained(folder), held_out),
+    }
     for method in ("magnitude", "wanda"):
         rule = {"method": method, "ratio": 0.3, "sequences": 16, "length": 256} | text
         losses[method] = mean_loss(cospadi.compress(folder, rule, tmp_path / method).model, held_out)
