@@ -1,14 +1,12 @@
-"""Perplexity of dense, low-rank and sparse-dictionary models at equal bytes: a row a (method, ratio), a file a row.
+"""Perplexity of a model compressed by every method at equal bytes: a row a (method, ratio), a file a row.
 
     python benchmarks/quality.py run MODEL --calibration FILE --text FILE
-    python benchmarks/quality.py run MODEL --calibration FILE --text FILE --ratio 0.2 --ratio 0.3 --method ksvd
+    python benchmarks/quality.py run MODEL --calibration FILE --text FILE --ratio 0.2 --ratio 0.3 --method paper
     python benchmarks/quality.py table --output docs/results
     python benchmarks/quality.py summary
 
-A method is a solver alone, in the paper's frame (a dictionary a projection, the same ratio everywhere, rho 2, plain
-calibration), or SOLVER+ALLOCATE: that solver in this package's frame (shared-input dictionaries, budgets by ALLOCATE,
-compensation), to which +once adds plain calibration and +T20 that many iterations. The package's default is
-mod-htp+fisher.
+Methods are those of `cospadi methods`; `sparse+refine=0` is one of them with a field changed, `oats` is evaluated
+without a checkpoint (sparse plus low rank has no form), its bytes counted.
 
 A row that has its file is not computed again, so an interrupted run resumes where it stopped.
 """
@@ -26,23 +24,38 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
+import yaml
 
 import cospadi
-from cospadi.calibration.text import read_text
+from cospadi.budget.accounting import byte_budget
+from cospadi.calibration.text import read_text as read_file
 from cospadi.commands import evaluate
+from cospadi.format.codecs import CODECS
+from cospadi.jobs.ledger import Ledger
+from cospadi.jobs.pool import Engine
+from cospadi.jobs.progress import Stages
 from cospadi.model import load
-from cospadi.recipe import Recipe
+from cospadi.recipe import CACHE_BYTES, METHODS, Recipe
+from cospadi.solvers import MetricProblem, SolverOptions
+from cospadi.solvers.oats import oats
+from cospadi.stages.measure import measured_groups
+from cospadi.stages.open import opened
+from cospadi.stages.text import read_text
 
-DEFAULT = "mod-htp+fisher"
-SUMMARY = ("svd-llm", "ksvd", DEFAULT)
-PEERS = ("svd-llm", "eigen", "procrustes")
-METHODS = (
-    *(*PEERS, "ksvd", "mod-htp"),
-    *(f"{solver}+{allocate}" for allocate in ("fisher", "uniform", "output") for solver in (*PEERS, "mod-htp")),
-    *(f"{DEFAULT}+once", f"{DEFAULT}+T20", "mod-htp+uniform+T20"),
+SUMMARY = ("svd-llm", "paper", "wanda", "sparsegpt", "alps", "sparse")
+OATS = "oats"
+VARIANTS = (
+    "sparse+refine=0",
+    "sparse+refine=0+compensate=false",
+    "sparse+compensate=true",
+    "sparse+allocate=uniform",
+    "sparse+metric=fisher",
+    "sparse+metric=output",
 )
-PAPER = {"share": "none", "allocate": "uniform", "weight_columns": "none", "compensate": False, "rho": 2}
-"""The paper's own recipe, whatever this package's defaults are."""
+"""The default with one thing changed."""
+OATS_ITERATIONS = 80
+"""As its authors run."""
+ALL = (*(name for name in METHODS if name != "svd"), OATS, *VARIANTS)
 RESULTS = Path(__file__).parent / "results" / "quality"
 app = typer.Typer(add_completion=False)
 
@@ -54,45 +67,37 @@ def run(
     text: Annotated[Path, typer.Option()],
     ratio: Annotated[list[float] | None, typer.Option()] = None,
     method: Annotated[list[str] | None, typer.Option()] = None,
-    iterations: int = 60,
     threads: int = 1,
 ) -> None:
     """Compute the rows that are missing."""
     torch.set_num_threads(threads)
     RESULTS.mkdir(parents=True, exist_ok=True)
     for one_ratio in [0.0] + (ratio or [0.2, 0.3, 0.4, 0.5]):
-        for one_method in ["dense"] if one_ratio == 0 else (method or METHODS):
+        for one_method in ["dense"] if one_ratio == 0 else (method or ALL):
             path = RESULTS / f"{model.name}-{one_method}-{one_ratio:g}.json"
             if path.exists():
                 continue
-            row = _row(model, calibration, text, one_ratio, one_method, iterations, threads)
+            row = _row(model, calibration, text, one_ratio, one_method, threads)
             path.write_text(json.dumps(row, indent=2, sort_keys=True) + "\n")
             print(json.dumps({key: value for key, value in row.items() if key != "relative_errors"}), flush=True)
 
 
 def frame(method: str) -> dict[str, Any]:
     """The recipe fields that a method's name stands for."""
-    solver, *words = method.split("+")
-    if not words:
-        return PAPER | {"solver": solver}
-    fields: dict[str, Any] = {"solver": solver, "allocate": words[0], "compensate": "once" not in words}
-    for word in words[1:]:
-        if word.startswith("T"):
-            fields["iterations"] = int(word[1:])
-    return fields
+    name, *changes = method.split("+")
+    return {"method": name} | {field: yaml.safe_load(value) for field, _, value in (c.partition("=") for c in changes)}
 
 
-def _row(
-    model: Path, calibration: str, text: Path, ratio: float, method: str, iterations: int, threads: int
-) -> dict[str, Any]:
+def _row(model: Path, calibration: str, text: Path, ratio: float, method: str, threads: int) -> dict[str, Any]:
     row: dict[str, Any] = {"model": model.name, "method": method, "ratio_asked": ratio, "text": text.name}
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         folder = model
-        if method != "dense":
-            recipe = Recipe.build(
-                {"ratio": ratio, "calibration": calibration, "iterations": iterations} | frame(method)
-            )
+        if method == OATS:
+            folder = Path(scratch) / "approximated"
+            row |= _write_oats(model, calibration, ratio, folder)
+        elif method != "dense":
+            recipe = Recipe.build({"ratio": ratio, "calibration": calibration} | frame(method))
             folder = Path(scratch) / "compressed"
             result = cospadi.compress(model, recipe, folder)
             row |= {
@@ -100,15 +105,15 @@ def _row(
                 "bytes": result.plan.bytes,
                 "mean_relative_error": sum(result.errors.values()) / len(result.errors),
                 "relative_errors": result.errors,
-                "iterations": recipe.iterations if recipe.solver in ("mod-htp", "ksvd", "procrustes") else None,
+                "iterations": recipe.settled().iterations,
                 "seconds_solve": round(result.seconds["solve"], 1),
                 "seconds_stages": {stage: round(seconds, 1) for stage, seconds in result.seconds.items()},
                 "calibration": result.manifest["recipe"]["calibration"],
-                "sequences": result.manifest["calibration"]["sequences"],
+                "sequences": result.manifest.get("calibration", {}).get("sequences"),
             }
         loaded = load.load_model(folder, torch.device("cpu"))
         tokenizer = load.load_tokenizer(folder)
-        windows = evaluate.text_windows(tokenizer, read_text(text), min(1024, load.positions(loaded.config)))
+        windows = evaluate.text_windows(tokenizer, read_file(text), min(1024, load.positions(loaded.config)))
         measured = evaluate.perplexity(loaded, windows)
     return row | {
         "perplexity": measured.value,
@@ -121,6 +126,41 @@ def _row(
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
+    }
+
+
+def _write_oats(model: Path, calibration: str, ratio: float, folder: Path) -> dict[str, Any]:
+    """Write the dense model that OATS stands for, each projection at the same ratio; what the row says of it."""
+    recipe = Recipe.build({"ratio": ratio, "calibration": calibration, "method": "wanda"})
+    nbytes, errors, seconds = 0, {}, 0.0
+    with opened(model, recipe, None, Stages(), Engine(), Ledger(), CACHE_BYTES, whole=True) as job:
+        read_text(job)
+        dense: Any = job.blocks.model
+        for block in measured_groups(job, job.uniform.groups):
+            for group, whitening, weight in block.measure(block.sets[0]):
+                name, d2s = group.members[0].name, tuple(group.d2s)
+                gram = None if whitening.gram is None else whitening.gram.float()
+                problem, begun = MetricProblem(weight.float(), gram, (), d2s), time.perf_counter()
+                found = oats(problem, byte_budget(ratio, group.d1, d2s), SolverOptions(iterations=OATS_ITERATIONS))
+                seconds += time.perf_counter() - begun
+                kept = CODECS["f14"].rounded(found.coefficients)
+                approximation = (kept + found.low_rank).T
+                dense.get_submodule(name).weight.data.copy_(approximation)
+                nbytes += found.nbytes
+                errors[name] = found.errors[-1]
+        dense.save_pretrained(folder)
+        job.tokenizer.save_pretrained(folder)
+        total = job.uniform.dense_bytes
+        sequences = None if job.sequences is None else len(job.sequences)
+    return {
+        "ratio_reached": 1 - nbytes / total,
+        "bytes": nbytes,
+        "mean_relative_error": sum(errors.values()) / len(errors),
+        "relative_errors": errors,
+        "iterations": OATS_ITERATIONS,
+        "seconds_solve": round(seconds, 1),
+        "calibration": Path(calibration).name,
+        "sequences": sequences,
     }
 
 
@@ -157,10 +197,10 @@ def _page(model: str, rows: list[dict[str, Any]]) -> str:
         f"Dense perplexity {dense['perplexity']:.2f} on {dense['text']}",
         f"({dense['windows']} windows of {dense['length']} tokens).",
         "",
-        "| ratio | method | T | perplexity | ln(ppl / dense) | of ksvd's | error | ratio reached | solving, s |",
+        "| ratio | method | T | perplexity | ln(ppl / dense) | of the paper's | error | ratio reached | solving, s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    paper = {row["ratio_asked"]: _loss(row, dense) for row in rows if row["method"] == "ksvd"}
+    paper = {row["ratio_asked"]: _loss(row, dense) for row in rows if row["method"] == "paper"}
     compressed = [row for row in rows if row["method"] != "dense"]
     for row in sorted(compressed, key=lambda row: (row["ratio_asked"], -_loss(row, dense))):
         ratio, loss = row["ratio_asked"], _loss(row, dense)
@@ -175,21 +215,25 @@ def _page(model: str, rows: list[dict[str, Any]]) -> str:
 
 @app.command()
 def summary() -> None:
-    """Print one line a model and ratio: perplexity of dense, SVD-LLM, the paper's K-SVD and the package's default."""
+    """Print one line a model and ratio: ln(ppl / dense) of the main methods."""
     print("\n".join(summary_lines()))
 
 
 def summary_lines() -> list[str]:
-    """The table that README.md and docs/results.md begin with."""
-    found = {(row["model"], row["method"], row["ratio_asked"]): row["perplexity"] for row in _rows()}
-    lines = [
-        "| model | ratio | dense | SVD-LLM | the paper's (`ksvd`) | `cospadi compress` |",
-        "|---|---|---|---|---|---|",
-    ]
-    for model, method, ratio in sorted(found):
-        if method == DEFAULT:
-            values = [found[model, "dense", 0.0], *(found[model, name, ratio] for name in SUMMARY)]
-            lines.append(f"| {model} | {ratio:g} | {' | '.join(f'{value:.2f}' for value in values)} |")
+    """The table that README.md and docs/results.md begin with: ln(ppl / dense)."""
+    rows = _rows()
+    dense = {row["model"]: row for row in rows if row["method"] == "dense"}
+    found = {
+        (row["model"], row["ratio_asked"], row["method"]): _loss(row, dense[row["model"]])
+        for row in rows
+        if row["method"] != "dense"
+    }
+    lines = [f"| model | ratio | {' | '.join(SUMMARY)} |", f"|---|---|{'---|' * len(SUMMARY)}"]
+    for model, ratio in sorted({(model, ratio) for model, ratio, _ in found}):
+        values = [found.get((model, ratio, name)) for name in SUMMARY]
+        if values[-1] is not None:
+            shown = " | ".join("-" if value is None else f"{value:.4f}" for value in values)
+            lines.append(f"| {model} | {ratio:g} | {shown} |")
     return lines
 
 

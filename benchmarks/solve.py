@@ -47,9 +47,9 @@ from cospadi.solvers.mod_htp import (
 )
 from cospadi.solvers.products import bf16_is_fast, float32_products, self_product
 from cospadi.solvers.support import row_blocks
-from cospadi.stages.measure import whitenings
+from cospadi.stages.measure import measured_groups
 from cospadi.stages.open import opened
-from cospadi.stages.solve import pack, pose, solve
+from cospadi.stages.solve import pack, solve
 from cospadi.stages.text import read_text
 
 RESULTS = Path(__file__).parent / "results" / "solve"
@@ -138,6 +138,7 @@ def _row(target: Tensor, solver: str, iterations: int, ratio: float, accounting:
     memory = _PeakMemory(device)
     start = time.perf_counter()
     solution = SOLVERS[solver].solve(Problem(target), k, s, SolverOptions(iterations=iterations, on_iteration=note))
+    assert solution.dictionary is not None
     _synchronize(device)
     seconds = time.perf_counter() - start
     steps = [after - before for before, after in pairwise(stamps)]
@@ -239,7 +240,7 @@ def projections(
     for one in ratio or [0.2, 0.3, 0.4, 0.5]:
         path = RESULTS / f"{model.name}-projections-{one:g}-{iterations}-{threads}.json"
         if not path.exists():
-            stored = json.loads((KSVD_RESULTS / f"{model.name}-ksvd-{one:g}.json").read_text())
+            stored = json.loads((KSVD_RESULTS / f"{model.name}-paper-{one:g}.json").read_text())
             row = _projections_row(model, calibration, one, iterations, stored["relative_errors"], limit)
             row |= {"threads": threads, "device": _device_name(torch.device("cpu")), "versions": _versions()}
             if limit is None:
@@ -252,33 +253,31 @@ def _projections_row(
     folder: Path, calibration: str, ratio: float, iterations: int, ksvd_errors: dict[str, float], limit: int | None
 ) -> dict[str, Any]:
     recipe = Recipe.build(
-        {"ratio": ratio, "solver": "ksvd", "share": "none", "calibration": calibration, "rho": RHO},
-        allocate="uniform",
-        weight_columns="none",
+        {"ratio": ratio, "method": "paper", "calibration": calibration, "rho": RHO},
     )
     found: dict[str, dict[str, Any]] = {}
     ksvd_seconds: dict[str, float] = {}
     with opened(folder, recipe, None, Stages(), Engine(), Ledger(), CACHE_BYTES) as job:
         groups = job.uniform.groups[:limit]
         read_text(job)
-        for measured in whitenings(job, groups):
-            for group in measured.groups:
-                given = job.task(group, measured.whitenings[job.inputs(group)], None).payload[0]
+        for block in measured_groups(job, groups):
+            for group, whitening, _ in block.measure(block.sets[0]):
+                given = job.task(group, whitening, None).payload[0]
                 ours = replace(given, recipe=given.recipe.model_copy(update={"solver": "mod-htp"}))
-                (name, shape), target = _name_and_shape(group), given.target()
+                (name, shape), target = _name_and_shape(group), whitening.apply(given.weight)
                 if shape not in ksvd_seconds:
                     start = time.perf_counter()
-                    solve(given, group, pose(given, target), 2)
+                    solve(given, 2)
                     ksvd_seconds[shape] = (time.perf_counter() - start) / 2 * PAPER_ITERATIONS
                 start = time.perf_counter()
-                solution = solve(ours, group, pose(ours, target), iterations)
+                solution = solve(ours, iterations)
                 seconds = time.perf_counter() - start
                 energy = torch.linalg.svdvals(target).square()
                 found[name] = {
                     "shape": shape,
                     "k": group.k,
                     "s": round(group.s),
-                    "error": pack(group, solution, given.whitening, target).errors[name],
+                    "error": pack(ours, solution).errors[name],
                     "error_ksvd": ksvd_errors[name],
                     "error_rank_k": float((energy[group.k :].sum() / energy.sum()).sqrt()),
                     "seconds": seconds,

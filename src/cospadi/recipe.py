@@ -217,8 +217,8 @@ class Recipe(BaseModel):
             )
         if self.accounting != "exact" and solver.identity:
             raise UserError(
-                f"accounting {self.accounting} counts a dictionary, and solver {self.solver} stores no dictionary. "
-                "Use --accounting exact, or --method paper"
+                f"accounting {self.accounting} counts a dictionary, and solver {self.solver} stores none. "
+                "Use --accounting exact, or a solver that stores one, as --method paper does"
             )
         text = metric != "weights"
         by_loss = metric in ("fisher", "two-sided")
@@ -231,7 +231,7 @@ class Recipe(BaseModel):
                 why = "a dictionary serves several blocks" if text else "there is no text"
                 no = "--no-compensate" if name == "compensate" else "--refine 0"
                 raise UserError(f"{name} is not possible: {why}. Use {no}, or leave it out")
-        spread = by_loss and self.accounting == "exact" and solver.identity
+        spread = by_loss and solver.identity
         refine = (REFINE if self.refine is None else self.refine) if alone else 0
         decided = {
             "metric": metric,

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from cospadi.budget.plan import outlook
 from cospadi.commands import speed
-from cospadi.commands.estimate import STAGES, Estimate, estimate
+from cospadi.commands.estimate import STAGES, Cost, Estimate, estimate, seconds_of
 from cospadi.commands.tables import duration
 from cospadi.compress import compress
 from cospadi.jobs.ledger import JobDirectory
@@ -58,13 +58,13 @@ def counted(work: Callable[[], object]) -> int:
 @pytest.mark.parametrize(
     "fields",
     [
-        {},
-        {"metric": "fisher", "allocate": "uniform", "refine": 20, "target": ["gate", "down"]},
+        {"refine": 6},
+        {"metric": "fisher", "allocate": "uniform", "refine": 6, "target": ["gate", "down"]},
         {"refine": 0},
         {"metric": "output", "refine": 0, "compensate": False},
-        {"metric": "output", "compensate": True, "refine": 10},
+        {"metric": "output", "compensate": True, "refine": 4},
         {"method": "svd-llm"},
-        {"solver": "mod-htp", "metric": "output"},
+        {"solver": "mod-htp", "metric": "output", "refine": 4},
         {"solver": "mod-htp", "metric": "weights"},
         {"solver": "sparsegpt", "share": "none", "refine": 5},
     ],
@@ -83,7 +83,7 @@ def test_products_are_as_many_as_torch_counts(
 @pytest.mark.parametrize(
     ("fields", "blocks", "tolerance"),
     [
-        ({}, 2, 0.05),
+        ({"refine": 2}, 2, 0.05),
         ({"refine": 0}, 2, 0.05),
         ({"metric": "output", "refine": 0, "compensate": False}, 2, 0.05),
     ],
@@ -132,7 +132,7 @@ def test_peak_memory_is_within_30_percent(make_llama: Callable[..., Path], text_
     """Of a model whose logits are most of it."""
     folder = make_llama(vocab_size=24000, max_position_embeddings=512)
     words = [str(folder), "--calibration", str(text_file), "--sequences", "8", "--length", "512", "--batch-size", "8"]
-    words += ["--iterations", "4", "--rho", "2"]
+    words += ["--iterations", "4", "--refine", "4"]
     program = (
         "import resource, sys\nfrom cospadi.cli import app\n"
         f"app(['plan', *{words}, '--no-timing', '--json'], standalone_mode=False)\n"
@@ -176,14 +176,14 @@ def test_every_solver_can_be_timed(
         assert found.seconds["solve"] > 0
 
 
-def test_seconds_of_a_solve_lie_between_two_that_were_timed_and_grow_with_flops_beyond() -> None:
-    recipe = Recipe(iterations=speed.TIMED_ITERATIONS, metric="output").settled()
-    sizes = [speed.Size(8, (width,), 8, 2.0) for width in (5, 10, 20, 30, 60)]
-    work = [speed.solver_flops(recipe, size) for size in sizes]
-    known = speed.Speed({}, recipe, ((work[1].total, 0.2), (work[3].total, 0.4)))
-    seconds = [known.solving(size, flops) for size, flops in zip(sizes, work, strict=True)]
-    assert seconds == pytest.approx([0.2, 0.2, 0.3, 0.4, 0.8])
-    assert known.solving(sizes[2], work[2] * 3) == pytest.approx(0.9)
+def test_seconds_are_flops_at_the_rate_of_their_kind() -> None:
+    costs = [
+        Cost("solve", (8, 5), Flops(3.0, 1.0)),
+        Cost("solve", "factors", Flops(2.0)),
+        Cost("load", "disk", nbytes=5e9),
+    ]
+    seconds = seconds_of(costs, {(8, 5): 0.5, "factors": 2.0})
+    assert {stage: took for stage, took in seconds.items() if took} == {"solve": 6.0, "load": 5.0}
 
 
 def test_a_model_whose_block_does_not_run_gets_no_time(

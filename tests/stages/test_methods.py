@@ -118,7 +118,7 @@ def test_what_an_unset_field_becomes(fields: dict[str, Any], expected: tuple[obj
         ({"metric": "cosine"}, "metric"),
         ({"allocate": "knapsack"}, "allocate"),
         *[({name: True}, f"unknown field '{name}'") for name in ("data_free", "weight_columns", "budget_iterations")],
-        *[({"accounting": name}, "solver htp stores no dictionary") for name in ("eq10", "eq11")],
+        *[({"accounting": name}, "solver htp stores none") for name in ("eq10", "eq11")],
     ],
     ids=str,
 )

@@ -24,7 +24,7 @@ from torch import Tensor
 from cospadi.budget.plan import Group, Plan, owner_without_weights
 from cospadi.calibration.gradients import output_widths
 from cospadi.calibration.text import sequence_length
-from cospadi.commands.speed import Size, Speed, measure_speed, size_of, solver_flops
+from cospadi.commands.speed import Rates, measure_speed, size_of, solver_flops
 from cospadi.model import companions, load
 from cospadi.model.projections import Projection, decoder_blocks, find_projections
 from cospadi.recipe import CACHE_BYTES, Recipe
@@ -87,9 +87,9 @@ def estimate(
         sizes = [size_of(group) for group in plan.compressed]
         forward = forward_flops(shape, 1, text.length, [0])
         backward = 4.0 * shape.parameters[0] + 10.0 * text.length * shape.attention
-        speed = measure_speed(skeleton.model, recipe, text.batch, text.length, (forward, forward + backward), sizes)
-        if speed is not None:
-            seconds = seconds_of(costs, speed)
+        rates = measure_speed(skeleton.model, recipe, text.batch, text.length, (forward, forward + backward), sizes)
+        if rates is not None:
+            seconds = seconds_of(costs, rates)
             seconds["load"] += started
     return Estimate(flops_of(costs), seconds, memory, disk)
 
@@ -218,12 +218,9 @@ class Text:
 
     @property
     def learned(self) -> int:
-        """Tokens that are run through the whole model to learn how blocks are called: two batches of each size that
-        occurs; and two batches that are timed."""
-        sizes = [min(self.batch, self.sequences - start) for start in range(0, self.sequences, self.batch)]
-        runs = sum(size * min(2, sizes.count(size)) for size in set(sizes))
-        alone = 0 if self.checked == 0 else max(0, min(2, self.checked) - min(2, sizes.count(1)))
-        return (runs + alone + 2 * self.batch) * self.length
+        """Tokens that the whole model runs: two batches and two sequences to learn how blocks are called, and two
+        batches to time a pass."""
+        return (2 * min(2 * self.batch, self.sequences) + min(2, self.checked)) * self.length
 
 
 def text_of(recipe: Recipe, positions: int) -> Text:
@@ -247,15 +244,13 @@ class Cost:
 
     Attributes:
         kind: what is done, for the speed: "forward" (through the model), "backward" (forward and back), "grams",
-            "factors" (float64), "solver", "disk".
-        size: of the group that is solved.
+            "factors" (float64), a group's shape (its solver), "disk".
         nbytes: read or written.
     """
 
     stage: str
-    kind: str
+    kind: str | tuple[int, ...]
     flops: Flops = Flops()  # noqa: RUF009
-    size: Size | None = None
     nbytes: float = 0.0
 
 
@@ -264,15 +259,11 @@ def flops_of(costs: list[Cost]) -> dict[str, Flops]:
     return {stage: sum((cost.flops for cost in costs if cost.stage == stage), Flops()) for stage in STAGES}
 
 
-def seconds_of(costs: list[Cost], speed: Speed) -> dict[str, float]:
+def seconds_of(costs: list[Cost], rates: Rates) -> dict[str, float]:
     """Stage -> seconds."""
     seconds = dict.fromkeys(STAGES, 0.0)
     for cost in costs:
-        if cost.size is not None:
-            seconds[cost.stage] += speed.solving(cost.size, cost.flops)
-        else:
-            seconds[cost.stage] += cost.nbytes / DISK_BYTES_A_SECOND
-            seconds[cost.stage] += cost.flops.total * speed.rates.get(cost.kind, 0.0)
+        seconds[cost.stage] += cost.nbytes / DISK_BYTES_A_SECOND + cost.flops.total * rates.get(cost.kind, 0.0)
     return seconds
 
 
@@ -351,7 +342,7 @@ def solve_of(recipe: Recipe, group: Group) -> Iterator[Cost]:
     if not solver.identity:  # D S is multiplied out for the error, and for what follows in the walk
         around += Flops(2.0 * d1 * k * d2) * (1 + bool(recipe.compensate or recipe.refine) + bool(recipe.refine))
     yield Cost("solve", "factors", around)
-    yield Cost("solve", "solver", solver_flops(recipe, size_of(group)), size_of(group))
+    yield Cost("solve", size_of(group).shape, solver_flops(recipe, size_of(group)))
 
 
 def refinement_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text) -> Iterator[Cost]:

@@ -44,6 +44,11 @@ class Size:
     k: int
     s: float
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What its FLOPs run at a speed by: a group of this shape that stores more or less runs at the same."""
+        return (self.d1, *self.d2s)
+
     def smaller(self) -> Size:
         """The same proportions at nine tenths."""
         d2s = tuple(max(1, int(0.9 * d2)) for d2 in self.d2s)
@@ -55,35 +60,15 @@ def size_of(group: Group) -> Size:
     return Size(group.d1, tuple(group.d2s), group.k, group.s)
 
 
-@dataclass(frozen=True)
-class Speed:
-    """How fast this device is.
-
-    Attributes:
-        rates: kind of work -> seconds a FLOP: "forward" and "backward" (forward and back) of a decoder block, "grams",
-            "factors" of float64 matrices.
-        recipe: the solver's.
-        solver: (FLOPs, seconds) of a small and a large solver run of TIMED_ITERATIONS.
-    """
-
-    rates: dict[str, float]
-    recipe: Recipe
-    solver: tuple[tuple[float, float], tuple[float, float]]
-
-    def solving(self, size: Size, flops: Flops) -> float:
-        """Seconds of a solver run that has so many FLOPs: of a timed one on the line through the two, or beyond it."""
-        (less, low), (more, high) = self.solver
-        timed = solver_flops(self.recipe, size, TIMED_ITERATIONS).total
-        if timed >= more:
-            return high * flops.total / more
-        seconds = low + (high - low) * max(0.0, timed - less) / max(1.0, more - less)
-        return seconds * flops.total / timed
+Rates = dict[str | tuple[int, ...], float]
+"""Seconds a FLOP of "forward" and "backward" (forward and back) of a decoder block, of "grams" and "factors" (float64),
+and by `Size.shape` of a solver run."""
 
 
 def measure_speed(
     model: Any, recipe: Recipe, batch: int, length: int, of_block: tuple[float, float], sizes: Sequence[Size]
-) -> Speed | None:
-    """Time a decoder block, a Gram, a float64 factorization and two solver runs, at the job's sizes or smaller ones.
+) -> Rates | None:
+    """Time a decoder block, a Gram, a float64 factorization and the solver, at the job's sizes or smaller ones.
 
     Args:
         model: on the meta device; its first block leaves it, and the others are lost.
@@ -94,7 +79,7 @@ def measure_speed(
         None where the block does not run.
     """
     device = load.pick_device(recipe.device)
-    rates = {"factors": _time_factors(max(size.d1 for size in sizes), device)}
+    rates: Rates = {"factors": _time_factors(max(size.d1 for size in sizes), device)}
     if not recipe.data_free:
         most = max(1, int(TIMED_FLOPS[device.type] / of_block[1]))
         tokens = torch.zeros(max(1, min(batch, most // length)), min(length, most), dtype=torch.int64, device=device)
@@ -107,8 +92,8 @@ def measure_speed(
         rates["forward"] = forward / of_block[0] / tokens.numel()
         rates["backward"] = backward / of_block[1] / tokens.numel()
         rates["grams"] = _time_grams(max(size.d1 for size in sizes), tokens.numel(), device)
-    small, *_, large = sorted(sizes, key=lambda size: solver_flops(recipe, size).total) * 2
-    return Speed(rates, recipe, (_time_solver(recipe, small, device), _time_solver(recipe, large, device)))
+    rates |= {size.shape: _time_solver(recipe, size, device) for size in {size.shape: size for size in sizes}.values()}
+    return rates
 
 
 def solver_flops(recipe: Recipe, size: Size, most: int | None = None) -> Flops:
@@ -168,8 +153,8 @@ def _time_factors(d1: int, device: torch.device) -> float:
     return _seconds(factors, device) / (cholesky(n) + triangular(n, n))
 
 
-def _time_solver(recipe: Recipe, size: Size, device: torch.device) -> tuple[float, float]:
-    """FLOPs and seconds of a solver run at a size, or a smaller one of the same proportions."""
+def _time_solver(recipe: Recipe, size: Size, device: torch.device) -> float:
+    """Seconds a FLOP of a solver run at a size, or a smaller one of the same proportions."""
     while (flops := solver_flops(recipe, size, TIMED_ITERATIONS).total) > TIMED_FLOPS[device.type]:
         size = size.smaller()
     solver, d1, d2 = find_solver(recipe.solver), size.d1, sum(size.d2s)
@@ -182,9 +167,9 @@ def _time_solver(recipe: Recipe, size: Size, device: torch.device) -> tuple[floa
         else:
             gammas = [torch.ones(d2, device=device) for d2 in size.d2s] if recipe.wants_gradients else []
         metric = MetricProblem(weight, gram, tuple(gammas), size.d2s)
-        return flops, _seconds(lambda: solver.solve(metric, min(round(size.s * d2), d1 * d2), options), device)
+        return _seconds(lambda: solver.solve(metric, min(round(size.s * d2), d1 * d2), options), device) / flops
     s = size.s if solver.free_support else max(1, round(size.s))
-    return flops, _seconds(lambda: solver.solve(Problem(weight), size.k, s, options), device)
+    return _seconds(lambda: solver.solve(Problem(weight), size.k, s, options), device) / flops
 
 
 def _seconds(function: Callable[[], object], device: torch.device) -> float:
