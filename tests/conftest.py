@@ -148,7 +148,7 @@ def quick(text_file: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def default(text_file: Path) -> dict[str, Any]:
-    """Recipe fields of a short run of the default recipe: budgets by what weights are worth, gradients both ways, blocks refined."""
+    """Recipe fields of a short run of the default recipe: pooled budgets, metric two-sided, blocks refined."""
     fields: dict[str, Any] = {"ratio": 0.3, "iterations": 4, "gradient_sequences": 2, "refine": 2}
     return fields | {"calibration": str(text_file), "sequences": 8, "length": 32}
 

@@ -98,10 +98,13 @@ def test_plan_compress_inspect_and_the_disk_agree_on_every_byte(
         ["--share", "input,layers:2"],
         ["--solver", "svd-llm"],
         ["--solver", "svd-llm", "--share", "input,layers:2"],
-        ["--solver", "mod-htp"],
         ["--solver", "mod-htp", "--accounting", "eq10"],
         ["--solver", "mod-htp", "--accounting", "eq11"],
+        ["--solver", "mod-htp", "--share", "input,layers:2"],
+        ["--solver", "mod-htp", "--rho", "4"],
         ["--solver", "ksvd"],
+        ["--method", "magnitude"],
+        ["--value-bits", "12"],
         ["--solver", "ksvd", "--accounting", "eq11", "--share", "none"],
         ["--value-bits", "16", "--rho", "4", "--exclude", "*.o_proj"],
         ["--target", "up,gate", "--ratio", "0.5"],
@@ -147,7 +150,7 @@ def test_tables_are_for_reading(
     done = run("compress", dense_folder, "-o", tmp_path / "out", "--calibration", text_file, "--iterations", "2", *TEXT)
     assert done.code == 0
     assert re.search(r"ratio reached +0\.[12]\d{3}", done.out)
-    stages = ["load", "text", "gradients", "calibrate", "solve", "refine", "write"]
+    stages = ["load", "text", "gradients", "budgets", "calibrate", "solve", "refine", "write", "all"]
     assert sorted(re.findall(r"time, (\w+) +[\d.]+ s", done.out)) == sorted(stages)
     assert "model.layers.1.mlp.up_proj: k " in done.err
 
@@ -281,19 +284,8 @@ def asked(run: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_flags_say_what_a_recipe_file_says(asked: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     words = ["--ratio", "0.3", "--value-bits", "16", "--iterations", "7", "--no-propagate", "--share", "layers:3"]
-    words += [
-        "--include",
-        "*.q_proj",
-        "--include",
-        "*.[k,v]_proj",
-        "--target",
-        "q,k",
-        "--target",
-        "v",
-        "--metric",
-        "weights",
-    ]
-    words += ["--allocate", "uniform", "--rho", "3", "--calibration", "words.txt", "--seed", "5"]
+    words += ["--include", "*.q_proj", "--include", "*.[k,v]_proj", "--target", "q,k", "--target", "v"]
+    words += ["--metric", "weights", "--allocate", "uniform", "--rho", "3", "--calibration", "words.txt", "--seed", "5"]
     fields = {"ratio": 0.3, "value_bits": 16, "iterations": 7, "compensate": False, "share": "layers:3"}
     fields |= {"include": ["*.q_proj", "*.[k,v]_proj"], "target": "q,k,v", "metric": "weights"}
     fields |= {"allocate": "uniform", "rho": 3, "calibration": "words.txt", "seed": 5}
@@ -301,8 +293,8 @@ def test_flags_say_what_a_recipe_file_says(asked: Callable[..., dict[str, Any]],
     assert asked()["recipe"] == Recipe()
     assert asked()["recipe"].model_fields_set == set()
     (tmp_path / "recipe.json").write_text(json.dumps(fields))  # YAML too
-    over = asked("--recipe", tmp_path / "recipe.json", "--no-data-free", "--ratio", "0.4", "--compensate")["recipe"]
-    assert over == Recipe.build(fields | {"data_free": False, "ratio": 0.4, "compensate": True})
+    over = asked("--recipe", tmp_path / "recipe.json", "--metric", "output", "--ratio", "0.4", "--compensate")["recipe"]
+    assert over == Recipe.build(fields | {"metric": "output", "ratio": 0.4, "compensate": True})
 
 
 def test_a_field_that_comes_later_gets_a_flag(

@@ -37,6 +37,7 @@ from cospadi.calibration.text import token_sequences
 from cospadi.format import verify
 from cospadi.format.codecs import codec_of_bits
 from cospadi.format.form import Form
+from cospadi.recipe import METHODS
 from cospadi.solvers import SOLVERS
 
 PACKAGE = str(Path(cospadi.__file__).parent)
@@ -228,8 +229,10 @@ PLAUSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "accounting": st.sampled_from(["exact", "eq10", "eq11"]),
     "value_bits": st.sampled_from([12, 14, 16, None]),
     "rho": st.none() | st.floats(1, 1e9),
-    "allocate": st.sampled_from(["fisher", "output", "uniform", None]),
-    "weight_columns": st.sampled_from(["fisher", "none", None]),
+    "method": st.sampled_from([*METHODS]),
+    "allocate": st.sampled_from(["pooled", "uniform", None]),
+    "metric": st.sampled_from(["two-sided", "fisher", "output", "weights", None]),
+    "refine": st.none() | st.integers(0, 2**31),
     "update": st.sampled_from(["power", "pca", "mod"]),
     "tolerance": st.floats(0, 0.99),
     "damping": st.floats(1e-300, 0.9),
@@ -315,10 +318,10 @@ def test_recipe_file_of_any_bytes(content: bytes, dense_folder: Path, tmp_path: 
 
 @pytest.fixture(scope="module")
 def saved_plans(dense_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
-    """Plans of runs that take a moment, for supports that are free, that are not, and for low rank."""
+    """Plans of runs that take a moment: D = I, supports that are free, that are not, low rank."""
     found = []
     path = tmp_path_factory.mktemp("plan") / "plan.json"
-    for solver in ("mod-htp", "ksvd", "svd"):
+    for solver in ("htp", "mod-htp", "ksvd", "svd"):
         fields = {"solver": solver, "include": ["*.q_proj", "*.k_proj", "*.up_proj"], "ratio": 0.3}
         recipe = Recipe.build(FREE | fields)
         write_plan(outlook(dense_folder, recipe).plan, recipe, path)
@@ -342,7 +345,7 @@ def plausible_plan(draw: st.DrawFn, plan: dict[str, Any]) -> dict[str, Any]:
     elif what == "value_bits":
         group["value_bits"], group["k"] = 30 - group["value_bits"], group["k"] - 2
     elif what == "layout":
-        group["layout"] = draw(st.sampled_from(["sparse-dictionary", "low-rank", "dense"]))
+        group["layout"] = draw(st.sampled_from(["sparse-dictionary", "identity mask", "low-rank", "dense"]))
     else:
         group["members"] = draw(st.sampled_from([group["members"][::-1], group["members"] * 2]))
     d1, d2s = 48, [{"q_proj": 48, "k_proj": 24, "up_proj": 80}[name.rpartition(".")[2]] for name in group["members"]]
@@ -352,7 +355,8 @@ def plausible_plan(draw: st.DrawFn, plan: dict[str, Any]) -> dict[str, Any]:
     else:
         even = [nonzeros // sum(d2s) * d2 for d2 in d2s]
         counts = [nonzeros] if draw(st.booleans()) else even
-        parts = Form("stored", "mask", codec_of_bits(bits)).nbytes(d1, d2s, k, counts)
+        dictionary = "identity" if group["layout"] == "identity mask" else "stored"
+        parts = Form(dictionary, "mask", codec_of_bits(bits)).nbytes(d1, d2s, k, counts)
     group["bytes"] = parts.total
     return changed
 
@@ -563,13 +567,11 @@ def test_dense_model_of_any_content(
     with in_time():
         check_answer(run("plan", folder, "--metric", "weights"))
         check_answer(run("eval", folder, "--text", text_file))
-        text = ["--calibration", text_file, "--sequences", 2, "--length", 8, "--allocate", "uniform", "--target", "q"]
+        text = ["--calibration", text_file, "--sequences", 2, "--length", 8, "--metric", "output", "--target", "q"]
+        text += ["--refine", 1]
         # A tokenizer of another vocabulary is told by `eval` only, so far.
-        flags = (
-            ["--metric", "weights"]
-            if path.name == "tokenizer.json"
-            else data.draw(st.sampled_from([["--metric", "weights"], text]))
-        )
+        free = ["--metric", "weights"]
+        flags = free if path.name == "tokenizer.json" else data.draw(st.sampled_from([free, text]))
         answer = run("compress", folder, "-o", tmp_path / "out", "--iterations", 1, *flags)
     check_answer(answer)
     check_left(answer, tmp_path, before)
@@ -650,13 +652,14 @@ CHEAP = {
     "plan": ["--iterations", "1", "--target", "q"],
     "generate": ["--tokens", "2"],
 }
-TEXT = ["--sequences", "2", "--length", "8", "--gradient-sequences", "1", "--calibration", "words.txt"]
-UNIFORM = ["--allocate", "uniform", "--metric", "output"]
+TEXT = ["--sequences", "2", "--length", "8", "--gradient-sequences", "1", "--refine", "1"]
+TEXT += ["--calibration", "words.txt"]
+UNIFORM = ["--allocate", "uniform", "--metric", "output", "--compensate"]
 DIGITS = ["0", "-0", "1", "2", "3.5", "-5", "1e-320", "1e999", "nan", "-inf", "", "16", "many", "9" * 5000]
 ENDLESS = [str(2**31), str(2**63), str(2**64), str(10**30)]
 DIGITS += ENDLESS
 WORDS = [*STRINGS, "cpu", "cuda:99", "cuda:256", "meta", "input", "layers:2", "*", "*.q_proj", "up,,", "eq10", "eq11"]
-WORDS += ["output", "uniform", "fisher", "svd", "ksvd", "builtin", "dense"]
+WORDS += ["output", "uniform", "pooled", "fisher", "svd", "ksvd", "paper", "wanda", "builtin", "dense"]
 PLACES = ["FILE", "FOLDER", "MODEL", "COMPRESSED", "PLAN", "words.txt", "FILE/below", "new/below", "new", "n" * 250]
 NAMED = {"model": "MODEL", "folder": "COMPRESSED", "prompt": "12", "output": "out", "text": "words.txt"}
 """What a parameter that must be given gets, where it is not the one that is odd."""
@@ -680,7 +683,7 @@ def command_line(draw: st.DrawFn) -> list[str]:
     for parameter in parameters:
         words_for_it = DIGITS if is_number(name, parameter.name) else [*WORDS, *PLACES]
         word = draw(st.sampled_from(words_for_it) | st.text(max_size=5)) if parameter in odd_ones else None
-        assume(parameter.name != "iterations" or word not in ENDLESS)
+        assume(parameter.name not in ("iterations", "refine") or word not in ENDLESS)
         if parameter.param_type_name == "argument":
             arguments.append(NAMED[parameter.name] if word is None else word)
         elif word is not None or parameter.required:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import llama_config
 from transformers import AutoModelForCausalLM
 from transformers.models.gemma3n.configuration_gemma3n import Gemma3nTextConfig
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -273,5 +273,5 @@ def test_the_schedule_falls_from_all_entries_to_the_asked_number() -> None:
     assert found[0] == 1000
     assert found == sorted(found, reverse=True)
     assert found[10:] == [300] * 4
-    falls = [left - right for left, right in zip(found[:11], found[1:11], strict=False)]
+    falls = [left - right for left, right in pairwise(found)]
     assert falls == sorted(falls, reverse=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 import cospadi
 from cospadi.budget.plan import Plan, size_group
 from cospadi.format import schema
+from cospadi.jobs.progress import Stages
 from cospadi.model.projections import Projection
 from cospadi.recipe import Recipe
 from cospadi.stages.budgets import POOLED, allocate
@@ -39,7 +40,8 @@ def problem(sizes: list[list[tuple[int, int]]], recipe: Recipe, seed: int) -> tu
         group = size_group(members, recipe.ratio, recipe.rho, recipe)
         if group is not None:
             groups.append(group)
-    job = SimpleNamespace(recipe=recipe, uniform=Plan(tuple(groups)), blocks=SimpleNamespace(weight=weights.get))
+    blocks, uniform = SimpleNamespace(weight=weights.get), Plan(tuple(groups))
+    job = SimpleNamespace(recipe=recipe, uniform=uniform, blocks=blocks, stages=Stages())
     costs = SimpleNamespace(diagonals=lambda member: diagonals[member.name])
     saliencies = {
         name: weight.double() ** 2 * diagonals[name][1].double()[:, None] * diagonals[name][0].double()

@@ -93,7 +93,7 @@ def test_a_block_never_gets_worse_on_what_was_set_aside(
     for before, after, told in seen:
         assert after <= before * (1 + 1e-5)
         assert told == pytest.approx((before, after), rel=1e-3)
-    if kind not in ("output", "compensated"):  # where few steps on random weights find nothing that rounding leaves
+    if kind in ("default", "twelve bits", "mod-htp", "ksvd", "svd-llm"):  # twelve steps are enough
         assert seen[0][1] < 0.98 * seen[0][0]
     verify.verify(output)
 
@@ -252,10 +252,10 @@ def digest(packed: list[Packed]) -> str:
 
 
 @pytest.mark.parametrize("batches", [1, 2, 3, 17])
-@pytest.mark.parametrize(
-    "costs", [None, [torch.logspace(-1, 1, 6)], [torch.eye(4), 2 * torch.eye(2)]], ids=["I", "diagonal", "blocks"]
-)
-def test_a_block_by_hand_gets_better(costs: Any, batches: int) -> None:
+@pytest.mark.parametrize("kind", ["none", "diagonal", "blocks"])
+def test_a_block_by_hand_gets_better(kind: str, batches: int) -> None:
+    blocks = [torch.eye(4), 2 * torch.eye(2)]
+    costs = {"none": None, "diagonal": [torch.logspace(-1, 1, 6)], "blocks": blocks}[kind]
     given = toy(["a", "b"], batches)
     weights = [parameter.clone() for parameter in given.block.parameters()]
     found, (before, after) = refined(given, 60, costs)

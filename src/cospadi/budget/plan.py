@@ -346,6 +346,8 @@ def _stored_group(members: tuple[Projection, ...], entry: dict[str, Any]) -> Gro
         return dense_group(members) if (k, nonzeros) == (0, 0) else None
     if any(member.d1 != members[0].d1 for member in members) or k < 1:
         return None
+    if form.dictionary_kind.atoms(members[0].d1) not in (None, k):
+        return None
     if not form.support_kind.chosen:
         return even_group(members, form, k, k) if nonzeros == 0 else None
     if not 1 <= nonzeros <= k * sum(d2s):
@@ -416,6 +418,7 @@ def outlook(model: str | Path, recipe: Recipe, plan: Plan | None = None) -> Outl
     Raises:
         UserError: as `compress` would.
     """
+    recipe = recipe.settled()
     skeleton = load.load_skeleton(model, recipe.revision)
     if plan is None:
         selected = select(find_projections(skeleton.model), recipe.include, recipe.exclude, recipe.target)

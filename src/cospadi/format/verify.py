@@ -15,7 +15,8 @@ from cospadi.format.schema import BIAS, SENTINEL, StoredProjection, read_config
 
 
 def check_files(files: Sequence[Path], projections: Mapping[str, StoredProjection]) -> set[str]:
-    """Check the compressed projections' tensors: presence, biases too, no others, dtype, shape, popcount of masks, padding bits.
+    """Check the compressed projections' tensors: presence, biases too, and no others; dtype, shape, popcount of masks,
+    padding bits.
 
     Returns:
         The names of all tensors in the files.

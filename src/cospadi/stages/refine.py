@@ -206,7 +206,8 @@ def refine_block(
             optimizer.zero_grad()
             for batch in chosen:
                 loss, tokens = error(batch, weights())
-                (loss / (unit * tokens * len(chosen))).backward()  # type: ignore[no-untyped-call]
+                if loss.requires_grad:  # some projection of the block has run
+                    (loss / (unit * tokens * len(chosen))).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             on_step(1)
             if step % math.ceil(steps / CHECKS) == 0 or step == steps:
