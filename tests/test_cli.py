@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import cospadi
 from cospadi import Recipe, UserError, cli
+from cospadi.errors import KernelError
 from cospadi.format import schema
 from cospadi.stages import write
 
@@ -767,6 +769,20 @@ def test_doctor_without_kernels_says_what_to_do(run: Callable[..., Answer], monk
     told = run("doctor").out
     assert "not built" in told
     assert "install a C++ compiler" in told
+
+
+def test_doctor_says_why_a_gpu_kernel_does_not_run(run: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = Mock(AVAILABLE=True)
+    kernels.sparse_matmul.side_effect = KernelError("RuntimeError: PassManager::run failed")
+    monkeypatch.setattr("cospadi.runtime.op.gpu", kernels)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "a GPU")
+    monkeypatch.setattr("torch.Tensor.cuda", lambda tensor: tensor)
+    answer = run("doctor", "--json")
+    assert answer.code == 0
+    told = json.loads(answer.out)
+    assert "GPU kernel" not in told["checks"]
+    assert told["advice"][-1].endswith("unpacked instead: RuntimeError: PassManager::run failed.")
 
 
 def test_an_unknown_runtime(run: Callable[..., Answer], compressed: tuple[Path, Any], text_file: Path) -> None:

@@ -1,4 +1,4 @@
-"""What can go wrong through no fault of ours. The command line turns each into one sentence and exit code 2."""
+"""What can go wrong through no fault of ours. The command line turns a UserError into one sentence and exit code 2."""
 
 
 class UserError(ValueError):
@@ -7,6 +7,10 @@ class UserError(ValueError):
 
 class CheckpointError(UserError):
     """A checkpoint that is damaged or not what it says it is. The message names the file and the tensor."""
+
+
+class KernelError(RuntimeError):
+    """A kernel that cannot be compiled or launched on this machine, where the reference has to do. It names why."""
 
 
 def first_line(error: BaseException) -> str:

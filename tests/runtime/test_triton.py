@@ -1,9 +1,11 @@
 """The Triton kernels against products in float64: in Triton's interpreter, or on a GPU where there is one."""
 
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cospadi.format import packing
+from cospadi.runtime import op
 from cospadi.runtime import triton as kernels
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -198,32 +201,92 @@ def test_what_the_kernels_do_not_take() -> None:
     assert not kernels.can_multiply(case.z.to("meta"), case.support, case.values, 14)
 
 
+@pytest.fixture
+def launch(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """What the op calls in place of a kernel for many rows; no failure of it is remembered after the test."""
+    tiles = MagicMock()
+    monkeypatch.setattr(op, "_kernels", lambda z: kernels)
+    monkeypatch.setattr(kernels.kernels, "tiles", tiles)
+    monkeypatch.setattr(kernels, "_failed", set())
+    op._warn.cache_clear()
+    found: Mock = tiles.__getitem__.return_value
+    return found
+
+
+def multiply_by_the_op(case: Case) -> torch.Tensor:
+    return op.sparse_matmul(
+        case.z, case.support, case.values, case.offsets, case.support.shape[0], case.k, "mask", f"f{case.bits}"
+    )
+
+
+def test_the_reference_stands_in_for_a_kernel_that_does_not_compile(
+    launch: Mock, caplog: pytest.LogCaptureFixture
+) -> None:
+    launch.side_effect = RuntimeError("PassManager::run failed\nand more")
+    case = Case((6, 45), 18)
+    for _ in range(2):
+        y = multiply_by_the_op(case)
+        assert (y.double() - case.expected).norm() <= TOLERANCE[y.dtype] * case.expected.norm()
+    assert launch.call_count == 1, "it should not be compiled again"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert caplog.messages[0].endswith("unpacked instead: RuntimeError: PassManager::run failed")
+    assert not kernels.can_multiply(case.z, case.support, case.values, 14)
+    assert kernels.can_multiply(case.z.half(), case.support, case.values, 14)
+
+
+def test_want_of_memory_is_no_fault_of_a_kernel(launch: Mock) -> None:
+    launch.side_effect = torch.OutOfMemoryError("out of memory")
+    case = Case((6, 45), 18)
+    with pytest.raises(torch.OutOfMemoryError):
+        multiply_by_the_op(case)
+    assert kernels.can_multiply(case.z, case.support, case.values, 14)
+
+
+def test_the_autotuner_passes_over_what_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = Mock(side_effect=[[0.5, 0.4, 0.6], RuntimeError("PassManager::run failed"), torch.OutOfMemoryError()])
+    monkeypatch.setattr(kernels.kernels.triton.testing, "do_bench", timed)
+    assert kernels.kernels._quantiles(Mock(), (0.5, 0.2, 0.8)) == [0.5, 0.4, 0.6]
+    assert kernels.kernels._quantiles(Mock(), (0.5, 0.2, 0.8)) == [math.inf] * 3
+    with pytest.raises(torch.OutOfMemoryError):
+        kernels.kernels._quantiles(Mock(), (0.5, 0.2, 0.8))
+
+
 COMPILED = """
+import sys
 import triton.language as tl
-from triton import compile
+from triton import Config, compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from cospadi.runtime import triton_kernels as kernels
 
-POINTERS = {"z": "*bf16", "support": "*u8", "values": "*u8", "offsets": "*i32", "out": "*bf16"}
+POINTERS = {"support": "*u8", "values": "*u8", "offsets": "*i32", "partial": "*fp32"}
 
-def compiles(kernel, config, **constants):
+def compiles(kernel, config, dtype, **constants):
     constants |= config.kwargs
-    names = kernel.fn.arg_names
-    signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names}
-    source = ASTSource(kernel.fn, signature, {(names.index(name),): value for name, value in constants.items()})
+    pointers = POINTERS | {"z": f"*{dtype}", "out": f"*{dtype}"}
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
+    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    assert compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"]
+    assert compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options).asm["cubin"]
 
-compiles(kernels.decode, kernels.DECODE_CONFIGS[0], M=2, BITS=14, ROUND=tl.bfloat16)
-compiles(kernels.tiles, kernels.TILE_CONFIGS[0], BITS=16, OPERAND=tl.bfloat16, ROUND=tl.bfloat16)
+tile_configs = {config.kwargs["M"]: config for config in reversed(kernels.TILE_CONFIGS)}  # the first of each
+compiles(kernels.decode.fn, kernels.DECODE_CONFIGS[0], "bf16", M=2, BITS=14, ROUND=tl.bfloat16)
+for rows in (16, 64, 128):
+    compiles(kernels.tiles.fn, tile_configs[rows], "bf16", z_atom=1, BITS=14, OPERAND=tl.bfloat16, ROUND=tl.bfloat16)
+compiles(kernels.tiles.fn, tile_configs[64], "fp16", z_atom=1, BITS=16, OPERAND=tl.float16, ROUND=tl.float16)
+compiles(kernels.tiles.fn, tile_configs[64], "fp32", z_atom=1, BITS=14, OPERAND=tl.float32, ROUND=tl.float32)
+compiles(kernels.add_splits, Config({}), "bf16", BLOCK=1024)
 print("done")
 """
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the other tests compile the kernels")
-def test_the_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
-    """The interpreter takes what the compiler refuses. For Hopper, with the assembler that Triton brings."""
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernels_compile_without_a_gpu(capability: int, tmp_path: Path) -> None:
+    """The interpreter takes what the compiler refuses. For Ampere and Hopper, with the assembler that Triton brings."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED, str(capability)], capture_output=True, text=True, env=environment
+    )
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr

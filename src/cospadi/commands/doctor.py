@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cospadi.__about__ import __version__
 from cospadi.commands import tables
+from cospadi.errors import KernelError
 from cospadi.format.codecs import CODECS
 from cospadi.format.supports.mask import MASK
 from cospadi.runtime import cpu, op, reference
@@ -64,7 +65,10 @@ def examine() -> Examination:
     if levels:
         found.checks["product with a dictionary"] = _is_right_dense()
     if found.devices and op.gpu is not None and op.gpu.AVAILABLE:
-        found.checks["GPU kernel"] = _is_right(_on_gpu, 0)
+        try:
+            found.checks["GPU kernel"] = _is_right(_on_gpu, 0)
+        except KernelError as error:
+            found.advice.append(f"A GPU kernel does not run here, coefficients are unpacked instead: {error}.")
     elif found.devices:
         found.advice.append("Triton is not installed: coefficients are unpacked on the GPU. Run pip install triton.")
     if not levels:

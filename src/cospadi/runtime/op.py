@@ -6,6 +6,8 @@ on CPU and the Triton kernels on GPU, which read the packed form as it is, and t
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -13,9 +15,12 @@ import torch
 from torch import Tensor
 
 from cospadi import compat
+from cospadi.errors import KernelError
 from cospadi.format.codecs import CODECS
 from cospadi.format.supports import SUPPORTS
 from cospadi.runtime import cpu, reference
+
+log = logging.getLogger("cospadi")
 
 gpu: ModuleType | None = None
 if torch.cuda.is_available():
@@ -34,9 +39,7 @@ def has_kernel(z: Tensor, support: Tensor | None, values: Tensor, kind: str, cod
     bits = kernel_bits(kind, codec)
     if support is None or not bits:
         return False
-    if gpu is not None and z.is_cuda:
-        return bool(gpu.can_multiply(z, support, values, bits))
-    return cpu.can_multiply(z, support, values, bits)
+    return bool(_kernels(z).can_multiply(z, support, values, bits))
 
 
 def dense_matmul(x: Tensor, matrix: Tensor) -> Tensor:
@@ -116,13 +119,26 @@ def _multiply(
         )
     if dense is not None:
         return torch.nn.functional.linear(z, dense)
-    if support is None or not has_kernel(z, support, values, kind, codec):
-        return torch.nn.functional.linear(z, reference.coefficients(support, values, d2, k, kind, codec, z.dtype))
-    if offsets is None:
-        offsets = SUPPORTS[kind].offsets(support)
-    kernels = gpu if gpu is not None and z.is_cuda else cpu
-    y: Tensor = kernels.sparse_matmul(z, support, values, offsets, k, kernel_bits(kind, codec))
-    return y
+    if support is not None and has_kernel(z, support, values, kind, codec):
+        if offsets is None:
+            offsets = SUPPORTS[kind].offsets(support)
+        try:
+            y: Tensor = _kernels(z).sparse_matmul(z, support, values, offsets, k, kernel_bits(kind, codec))
+            return y
+        except KernelError as error:
+            _warn(str(error))
+    return torch.nn.functional.linear(z, reference.coefficients(support, values, d2, k, kind, codec, z.dtype))
+
+
+def _kernels(z: Tensor) -> ModuleType:
+    """Whose kernels multiply z, if they can."""
+    return gpu if gpu is not None and z.is_cuda else cpu
+
+
+@cache
+def _warn(problem: str) -> None:
+    """Log once that a kernel does not run here."""
+    log.warning("a GPU kernel does not run here, coefficients are unpacked instead: %s", problem)
 
 
 _sparse_matmul = torch.library.custom_op("cospadi::sparse_matmul", _multiply, mutates_args=())

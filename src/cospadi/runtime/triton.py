@@ -18,6 +18,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from cospadi.errors import KernelError, first_line
+
 try:
     import triton.language as tl
 
@@ -43,10 +45,16 @@ PROGRAMS = 4
 SPLIT_COLUMNS = 16
 ADDED = 1024
 
+_failed: set[tuple[torch.dtype, int]] = set()
+"""Dtypes of z and widths of values with a kernel that Triton could not compile or launch here."""
+
 
 def can_multiply(z: Tensor, support: Tensor, values: Tensor, value_bits: int) -> bool:
-    """Whether `sparse_matmul` takes these: CUDA tensors (under the interpreter CPU tensors) of the stored dtypes."""
-    if not AVAILABLE or value_bits not in VALUE_BITS:
+    """Whether `sparse_matmul` takes these: CUDA tensors (under the interpreter CPU tensors) of the stored dtypes.
+
+    False also where it has raised `KernelError` for this dtype and width: it would compile in vain at every call.
+    """
+    if not AVAILABLE or value_bits not in VALUE_BITS or (z.dtype, value_bits) in _failed:
         return False
     stored = torch.bfloat16 if value_bits == 16 else torch.uint8
     return (
@@ -72,6 +80,9 @@ def sparse_matmul(z: Tensor, support: Tensor, values: Tensor, offsets: Tensor, k
 
     Returns:
         (..., d2) in z's dtype.
+
+    Raises:
+        KernelError: Triton cannot compile or launch a kernel on this machine.
     """
     d2 = support.shape[0]
     y = z.new_empty((*z.shape[:-1], d2))
@@ -88,21 +99,27 @@ def sparse_matmul(z: Tensor, support: Tensor, values: Tensor, offsets: Tensor, k
         *(offsets, out, count, k, d2, support.shape[1], span),
     )
     dtype = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[z.dtype]
-    with torch.cuda.device(z.device) if z.is_cuda else nullcontext():
-        if count <= DECODE_ROWS:
-            kernels.decode[lambda meta: (-(-d2 // meta["N"]), splits)](
-                *arguments, M=1 << (count - 1).bit_length(), BITS=value_bits, ROUND=dtype
-            )
-        else:
-            bucket = min(max(16, 1 << (count - 1).bit_length()), MOST_ROWS_TOLD)
-            # The interpreter multiplies bf16 operands as the integers that numpy holds them in.
-            operand = tl.float32 if INTERPRETED else dtype
-            kernels.tiles[lambda meta: (-(-count // meta["M"]) * -(-d2 // meta["N"]), splits)](
-                *arguments, bucket, BITS=value_bits, OPERAND=operand, ROUND=dtype
-            )
-        if splits > 1:
-            size = count * d2
-            kernels.add_splits[(-(-size // ADDED),)](out, y, size, splits, BLOCK=ADDED)
+    try:
+        with torch.cuda.device(z.device) if z.is_cuda else nullcontext():
+            if count <= DECODE_ROWS:
+                kernels.decode[lambda meta: (-(-d2 // meta["N"]), splits)](
+                    *arguments, M=1 << (count - 1).bit_length(), BITS=value_bits, ROUND=dtype
+                )
+            else:
+                bucket = min(max(16, 1 << (count - 1).bit_length()), MOST_ROWS_TOLD)
+                # The interpreter multiplies bf16 operands as the integers that numpy holds them in.
+                operand = tl.float32 if INTERPRETED else dtype
+                kernels.tiles[lambda meta: (-(-count // meta["M"]) * -(-d2 // meta["N"]), splits)](
+                    *arguments, bucket, BITS=value_bits, OPERAND=operand, ROUND=dtype
+                )
+            if splits > 1:
+                size = count * d2
+                kernels.add_splits[(-(-size // ADDED),)](out, y, size, splits, BLOCK=ADDED)
+    except torch.OutOfMemoryError:  # by the autotuner, and no fault of the kernels
+        raise
+    except Exception as error:  # whatever the compiler, the assembler, a C compiler or the driver met
+        _failed.add((z.dtype, value_bits))
+        raise KernelError(f"{type(error).__name__}: {first_line(error)}") from error
     return y
 
 

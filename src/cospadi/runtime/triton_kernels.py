@@ -12,8 +12,10 @@ Names: M rows of z, N columns of S and T lanes along a column in one tile; BITS 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
@@ -246,9 +248,11 @@ def _tiles(
         low0, low1, low2, low3, taken = _entries(_window(stream, room, tail, position), words & 15, BITS)
         high0, high1, high2, high3, _ = _entries(_window(stream, room, tail, position + taken), words >> 4, BITS)
         # Atom 4 a + 2 b + c of a byte comes to index (a, b, c) of three new axes, the last of which joins last.
-        even = tl.join(tl.join(low0.to(ROUND), high0.to(ROUND)), tl.join(low2.to(ROUND), high2.to(ROUND)))
-        odd = tl.join(tl.join(low1.to(ROUND), high1.to(ROUND)), tl.join(low3.to(ROUND), high3.to(ROUND)))
-        right = tl.reshape(tl.join(even, odd), [N, T * 8]).to(OPERAND)
+        even = tl.join(tl.join(low0, high0), tl.join(low2, high2))
+        odd = tl.join(tl.join(low1, high1), tl.join(low3, high3))
+        # Rounded after the reshape: one right before the product takes the five axes into shared memory, where Triton
+        # 3.6 finds no layout of them for Hopper and Blackwell.
+        right = tl.reshape(tl.join(even, odd), [N, T * 8]).to(ROUND).to(OPERAND)
         sums = tl.dot(left, tl.trans(right), sums, input_precision="ieee")
     pointers = out + (split.to(tl.int64) * count + row)[:, None] * d2 + column[None, :]
     tl.store(pointers, sums, mask=(row < count)[:, None] & inside[None, :])
@@ -317,10 +321,21 @@ def _fitting(configs: list[Any], arguments: dict[str, Any], **_: Any) -> list[An
     return [config for config in fitting if config.kwargs["M"] * config.kwargs["N"] <= most]
 
 
+def _quantiles(call: Callable[[], Any], quantiles: Sequence[float]) -> Any:
+    """Milliseconds of a call as the autotuner asks for them; infinite where a configuration does not compile."""
+    try:
+        return triton.testing.do_bench(call, quantiles=quantiles)
+    except torch.OutOfMemoryError:  # says nothing of the configuration
+        raise
+    except Exception:  # raised again by the launch that follows, if no configuration compiles
+        return [float("inf")] * len(quantiles)
+
+
 def _tuned(kernel: Any, configs: list[Any], key: list[str], small: dict[str, int], **options: Any) -> Any:
     """The kernel with its configurations timed at the first call of each key and kept on disk; `small` interpreted."""
     if INTERPRETED:
         return triton.autotune([triton.Config(small)], key)(triton.jit(kernel))
+    options["do_bench"] = _quantiles
     # Older releases keep timings in memory only.
     if "cache_results" in inspect.signature(triton.autotune).parameters:
         options["cache_results"] = True
