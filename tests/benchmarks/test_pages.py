@@ -35,3 +35,8 @@ def test_pages_and_summary_of_results() -> None:
     summary = "\n".join(quality.summary_lines())
     assert summary in (ROOT / "README.md").read_text(encoding="utf-8")
     assert summary in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+def test_table_of_a_real_model() -> None:
+    table = "\n".join(script("zeroshot").table_lines())
+    assert table in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
