@@ -1,6 +1,6 @@
 """The table of docs/results.md of a real model: perplexity and zero-shot accuracy, from benchmarks/results/smollm2.
 
-    python benchmarks/zeroshot.py
+python benchmarks/zeroshot.py
 """
 
 from __future__ import annotations
