@@ -1,4 +1,4 @@
-"""The default solver: dictionary by MOD, codes by hard thresholding pursuit, sparsity reached step by step.
+"""Dictionary by MOD, codes by hard thresholding pursuit, sparsity reached step by step.
 
 An iteration is matrix products and passes over S; no loop runs over atoms or columns. With G = D^T D and B = D^T A:
 
