@@ -20,18 +20,11 @@ import cospadi
 
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
-    "output": {"allocate": "output"},
-    "layers": {"share": "layers:2"},
-    "data-free": {"data_free": True},
-    "no-compensate": {"compensate": False},
-    "paper": {
-        "solver": "ksvd",
-        "share": "none",
-        "allocate": "uniform",
-        "weight_columns": "none",
-        "compensate": False,
-        "rho": 2.0,
-    },
+    "fisher": {"metric": "fisher"},
+    "unrefined": {"refine": 0},
+    "weights": {"metric": "weights"},
+    "mod-htp": {"method": "mod-htp", "share": "layers:2"},
+    "paper": {"method": "paper"},
 }
 
 
@@ -57,8 +50,7 @@ def main() -> None:
         if options.only not in (None, name):
             continue
         asked = {"ratio": options.ratio, "iterations": options.iterations, **fields}
-        if not fields.get("data_free"):
-            asked |= {"calibration": options.calibration, "sequences": options.sequences}
+        asked |= {"calibration": options.calibration, "sequences": options.sequences}
         with tempfile.TemporaryDirectory() as scratch:
             cospadi.compress(options.model, asked, Path(scratch) / "model")
             hashes = folder_hashes(Path(scratch) / "model")
