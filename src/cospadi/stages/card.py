@@ -38,8 +38,8 @@ numbers.
 
 # What this is
 
-A language model whose {len(errors)} projections are stored in fewer bytes by CoSpaDi: as sparse weights, as a dictionary
-times sparse coefficients (arXiv 2509.22075), or as low-rank factors.
+A language model whose {len(errors)} projections are stored in fewer bytes by CoSpaDi: as sparse weights, as a
+dictionary times sparse coefficients (arXiv 2509.22075), or as low-rank factors.
 
 | | |
 |---|---|
