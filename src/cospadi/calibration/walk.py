@@ -2,8 +2,8 @@
 
 `learn_calls` finds out what each block is called with beside the hidden states. `walk` is the loop over the blocks: one
 at a time is in memory, and the hidden states of all batches, a `Flow`, go from block to block. It serves plain Gram
-matrices (`grams`), those of a model that is compressed so far (`paired_grams`), gradients (`fisher`), the loss of
-candidates (`mean_loss_of_flow`) and solving.
+matrices (`grams`), those of a model that is compressed so far (`paired_grams`), gradients (`gradients.py`), the loss
+(`mean_loss_of_flow`) and solving.
 
 Errors of the projections before it change a projection's input from X to X'. Asking for ||X W - X' D S|| small, where
 plain calibration asks for ||X W - X D S||, lets every projection make up for the errors before it (the idea of
