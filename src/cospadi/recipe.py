@@ -19,7 +19,7 @@ from cospadi.errors import UserError
 MOST = 2**31
 """Bound of every count: beyond what anybody has, within what torch can count."""
 
-REFINE = 100
+REFINE = 64
 """Steps of refinement, unless told otherwise."""
 
 CACHE_BYTES = 4 * 10**9
@@ -107,7 +107,7 @@ class Recipe(BaseModel):
         ge=0,
         le=MOST,
         description="steps by which the values of each block are tuned to its output, supports fixed "
-        "(default: 100; 0 without text and with --share layers:N)",
+        "(default: 64; 0 without text and with --share layers:N)",
     )
 
     update: Literal["power", "pca", "mod"] = Field("power", description="dictionary update of ksvd")

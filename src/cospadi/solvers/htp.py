@@ -24,9 +24,9 @@ from cospadi.solvers.support import fill_support, keep_largest_entries, member_p
 
 DESCENT = 0.6
 """Fraction of the iterations over which the number of nonzeros falls to the target."""
-STEPS = 1
+STEPS = 3
 """Conjugate gradient steps on the support in an iteration."""
-LAST_STEPS = 8
+LAST_STEPS = 12
 """The same after the last one, in full float32."""
 SMALLEST_QUICK = 32
 """Smaller side of W from which bf16 products are taken: below, they gain nothing."""
