@@ -41,7 +41,8 @@ def table_lines() -> list[str]:
 
 def _average(row: dict[str, Any]) -> float:
     """Of all tasks, each counting once, in per cent."""
-    return 100 * sum(row["accuracy"].values()) / len(row["accuracy"])
+    average: float = sum(row["accuracy"].values()) / len(row["accuracy"])
+    return 100 * average
 
 
 def _standard_error(row: dict[str, Any]) -> float:
