@@ -517,30 +517,6 @@ def test_mod_htp_of_a_tall_target_is_that_of_its_coordinates(k: int, s: int) -> 
     assert float(outside.norm()) < 1e-5
 
 
-@pytest.mark.parametrize("shape", [(20, 40), (40, 20)])
-@pytest.mark.parametrize("solver", ["mod-htp", "procrustes", "eigen"])
-def test_a_problem_can_be_solved_at_many_sizes(
-    shape: tuple[int, int], solver: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What the solves share is computed once and changes nothing."""
-    target = structured(*shape, seed=35)
-    calls: list[int] = []
-
-    def counted(matrix: torch.Tensor, k: int) -> torch.Tensor:
-        calls.append(k)
-        return leading_directions(matrix, k)
-
-    monkeypatch.setattr("cospadi.solvers.problem.leading_directions", counted)
-    problem, options = Problem(target), SolverOptions(iterations=4)
-    for k in (8, 16):
-        again = SOLVERS[solver].solve(problem, k, 4, options)
-        assert len(calls) == 1
-        alone = SOLVERS[solver].solve(Problem(target), k, 4, options)
-        calls.pop()
-        assert torch.equal(again.dictionary, alone.dictionary)
-        assert torch.equal(again.coefficients, alone.coefficients)
-
-
 @pytest.mark.parametrize("case", ["float64", "transposed", "strided"])
 def test_mod_htp_takes_any_layout_and_precision(case: str) -> None:
     plain = structured(40, 60, seed=28)

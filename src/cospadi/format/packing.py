@@ -154,9 +154,3 @@ def unpack_coefficients(mask: Tensor, values: Tensor, k: int) -> Tensor:
 def _group(value_bits: int) -> tuple[int, int]:
     per = 8 // math.gcd(value_bits, 8)
     return per, per * value_bits // 8
-
-
-def rounding_error(value_bits: int) -> float:
-    """Root mean square of the relative error of rounding to a stored value, for mantissas of uniform logarithm."""
-    mantissa = value_bits - 9  # sign and eight bits of exponent aside
-    return math.sqrt(3 / (8 * math.log(2)) / 3) * 2.0 ** -(mantissa + 1)
