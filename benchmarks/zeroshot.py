@@ -1,16 +1,94 @@
-"""The table of docs/results.md of a real model: perplexity and zero-shot accuracy, from benchmarks/results/smollm2.
+"""Perplexity and zero-shot accuracy of a real model by every method: a row a (method, ratio), a file a row.
 
-python benchmarks/zeroshot.py
+    python benchmarks/zeroshot.py run MODEL --calibration FILE --text FILE --include-path FOLDER --tasks A,B --limit N \
+        --ratio 0.3 --method sparse --method wanda
+    python benchmarks/zeroshot.py table
+
+Methods are named as in benchmarks/quality.py; the dense model's row is measured first. Tasks are lm-eval's (extra
+`eval`), the first N documents of each, the same for all rows; rows keep which were right, so that differences from
+dense have the paired standard error. A row that has its file is not computed again.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import platform
+import statistics
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import cospadi
+from cospadi.calibration.text import read_text
+from cospadi.commands import evaluate
+from cospadi.model import load
+from cospadi.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "smollm2"
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def run(
+    model: Path,
+    calibration: Annotated[str, typer.Option()],
+    text: Annotated[Path, typer.Option()],
+    tasks: Annotated[str, typer.Option(help="lm-eval's names, with commas between")],
+    method: Annotated[list[str], typer.Option(help="repeatable")],
+    ratio: Annotated[list[float], typer.Option(help="repeatable")],
+    include_path: Annotated[Path | None, typer.Option(help="folder with more task files")] = None,
+    limit: int = 200,
+    batch_size: int = 16,
+    device: str = "auto",
+) -> None:
+    """Compute the rows that are missing."""
+    from quality import frame
+
+    from cospadi.commands import accuracy  # needs lm-eval, which the table does not
+
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    suite = accuracy.open_suite(tasks.split(","), include_path)
+    for name, one in [("dense", 0.0), *((name, one) for one in ratio for name in method)]:
+        path = RESULTS / f"{name}-{one:g}.json"
+        if path.exists():
+            continue
+        row: dict[str, Any] = {"model": model.name, "method": name, "ratio_asked": one, "device": _machine(device)}
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = model
+            if one:
+                folder = Path(scratch) / "model"
+                recipe = Recipe.build(frame(name), ratio=one, calibration=calibration, device=device)
+                result = cospadi.compress(model, recipe, folder)
+                row |= {
+                    "ratio_reached": result.plan.ratio,
+                    "bytes": result.plan.bytes,
+                    "seconds_stages": result.seconds,
+                }
+                row |= {"seconds_compress": sum(result.seconds.values()), "pass_seconds": result.pass_seconds}
+            loaded = load.load_model(folder, load.pick_device(device))
+            windows = evaluate.text_windows(load.load_tokenizer(folder), read_text(text), 1024, load.vocabulary(loaded))
+            row["perplexity"] = evaluate.perplexity(loaded, windows).value
+            del loaded
+            ((_, found),) = accuracy.measure_accuracies([folder], suite, limit, batch_size, device)
+        right = {task.removeprefix("local_"): metrics["acc"] for task, metrics in found.items()}
+        row |= {"right": right, "accuracy": {task: sum(each) / len(each) for task, each in right.items()}}
+        row["documents"] = {task: len(each) for task, each in right.items()}
+        path.write_text(json.dumps(row, indent=2, sort_keys=True) + "\n")
+
+
+def _machine(device: str) -> str:
+    where = load.pick_device(device)
+    return torch.cuda.get_device_name(where) if where.type == "cuda" else f"{platform.machine()} CPU"
+
+
+@app.command()
+def table() -> None:
+    """Print every row there is as Markdown."""
+    print("\n".join(table_lines()))
 
 
 def table_lines() -> list[str]:
@@ -31,7 +109,7 @@ def table_lines() -> list[str]:
             f"{row['perplexity']:.2f}",
             "-" if is_dense else f"{math.log(row['perplexity'] / dense['perplexity']):.4f}",
             f"{average:.2f} ± {_standard_error(row):.2f}",
-            "-" if is_dense else f"{average - _average(dense):+.2f}",
+            "-" if is_dense else f"{average - _average(dense):+.2f}{_paired(row, dense)}",
             *(f"{100 * row['accuracy'][task]:.1f}" for task in tasks),
             "-" if is_dense else f"{row['seconds_compress']:.0f}",
         ]
@@ -51,5 +129,17 @@ def _standard_error(row: dict[str, Any]) -> float:
     return 100 * math.sqrt(sum(squares)) / len(squares)
 
 
+def _paired(row: dict[str, Any], dense: dict[str, Any]) -> str:
+    """The standard error of the difference from dense over the same documents, where both rows kept them."""
+    if "right" not in row or "right" not in dense:
+        return ""
+    gains = [
+        [one - other for one, other in zip(row["right"][task], dense["right"][task], strict=True)]
+        for task in dense["right"]
+    ]
+    squares = [statistics.variance(each) / len(each) for each in gains]
+    return f" ± {100 * math.sqrt(sum(squares)) / len(squares):.2f}"
+
+
 if __name__ == "__main__":
-    print("\n".join(table_lines()))
+    app()
