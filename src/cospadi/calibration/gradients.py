@@ -184,10 +184,15 @@ def output_widths(d2: int) -> list[int]:
     return [min(width, d2 - start) for start in range(0, d2, width)]
 
 
+def gamma_shape(d2: int, full: bool) -> tuple[int, ...]:
+    """Of a Gamma: its blocks, the last one filled up with zeros, or its diagonal."""
+    widths = output_widths(d2)
+    return (len(widths), widths[0], widths[0]) if full else (d2,)
+
+
 def _zeros(d2: int, full: bool, device: torch.device) -> Tensor:
     """A Gamma before any token."""
-    widths = output_widths(d2)
-    return torch.zeros((len(widths), widths[0], widths[0]) if full else (d2,), device=device)
+    return torch.zeros(gamma_shape(d2, full), device=device)
 
 
 def _add(gamma: Tensor, gradient: Tensor, full: bool, name: str) -> None:

@@ -2,8 +2,8 @@
 
 `learn_calls` finds out what each block is called with beside the hidden states. `walk` is the loop over the blocks: one
 at a time is in memory, and the hidden states of all batches, a `Flow`, go from block to block. It serves plain Gram
-matrices (`grams`), those of a model that is compressed so far (`paired_grams`), gradients (`gradients.py`), the loss
-(`mean_loss_of_flow`) and solving.
+matrices (`grams`), those of a model that is compressed so far (`paired_grams`), gradients (`gradients.py`) and
+solving.
 
 Errors of the projections before it change a projection's input from X to X'. Asking for ||X W - X' D S|| small, where
 plain calibration asks for ||X W - X D S||, lets every projection make up for the errors before it (the idea of
@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from cospadi.calibration.grams import adding_grams, gram_block, zero_gram
-from cospadi.calibration.loss import predicted_tokens, total_loss
 from cospadi.calibration.spill import Spill, Spilled
 from cospadi.model.blocks import Blocks
 from cospadi.model.projections import read_by_linear
@@ -268,18 +267,6 @@ def replaced_forwards(modules: Sequence[nn.Module], forwards: Sequence[Callable[
             del module.forward
             if before is not None:
                 module.forward = before
-
-
-@torch.no_grad()
-def mean_loss_of_flow(blocks: Blocks, calls: Calls, flow: Flow, sequences: Tensor) -> float:
-    """Mean next-token loss of a text whose hidden states have passed the last block; as `loss.mean_loss`."""
-    total, start = 0.0, 0
-    for batch in range(len(flow)):
-        hidden = flow[batch]
-        tokens = sequences[start : start + len(hidden)].to(blocks.device)
-        start += len(hidden)
-        total += total_loss(logits(blocks, calls, hidden, tokens), tokens)
-    return total / predicted_tokens(sequences)
 
 
 @torch.no_grad()

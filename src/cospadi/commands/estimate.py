@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cospadi.budget.plan import Group, Plan, owner_without_weights
-from cospadi.calibration.gradients import output_widths
+from cospadi.calibration.gradients import gamma_shape, output_widths
 from cospadi.calibration.text import sequence_length
 from cospadi.commands.speed import Rates, measure_speed, size_of, solver_flops
 from cospadi.model import companions, load
@@ -409,9 +409,7 @@ def memory_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text, cache_bytes:
 def gamma_bytes(shape: Shape, recipe: Recipe, block: int) -> int:
     """Bytes of what a block's gradients leave: Gamma of its projections and of its own output, float32."""
     outputs = [p.d2 for p in shape.projections if p.block == block] + [shape.hidden]
-    if recipe.metric != "two-sided":
-        return 4 * sum(outputs)
-    return 4 * sum(len(output_widths(d2)) * output_widths(d2)[0] ** 2 for d2 in outputs)
+    return 4 * sum(math.prod(gamma_shape(d2, recipe.metric == "two-sided")) for d2 in outputs)
 
 
 def solving_bytes(recipe: Recipe, group: Group) -> int:

@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,11 +51,11 @@ class Piece:
     held: Mapping[str, Tensor] | None = None
     path: Path | None = None
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Its tensors, on the CPU."""
+    def tensors(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Its tensors, on the CPU: all of them, or those of these names that it has, and no other is read."""
         if self.path is None:
-            return dict(self.held or {})
-        return {name: tensor.clone() for name, tensor in _stored(self.path)}
+            return {name: held for name, held in (self.held or {}).items() if names is None or name in names}
+        return {name: tensor.clone() for name, tensor in _stored(self.path, names)}
 
 
 class Ledger:
@@ -233,11 +233,12 @@ class JobDirectory(Ledger):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _stored(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a file, by name, one at a time; they are gone when the file is."""
+def _stored(path: Path, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file, all or some, by name, one at a time; they are gone when the file is."""
     with safe_open(path, framework="pt") as file:
         for name in sorted(file.keys()):
-            yield name, file.get_tensor(name)
+            if names is None or name in names:
+                yield name, file.get_tensor(name)
 
 
 def _digest(key: str, record: str, tensors: Iterator[tuple[str, Tensor]], job: dict[str, Any] | None) -> str:

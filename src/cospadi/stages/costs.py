@@ -30,27 +30,30 @@ class Costs:
 
     def of(self, group: Group) -> tuple[Tensor, ...]:
         """Gamma of a group's members side by side, as solvers take them: blocks of outputs, float32 on the CPU."""
-        pieces = {index: self.ledger.get(_key(index)) for index in {member.block for member in group.members}}
-        found: list[Tensor] = []
-        for member in group.members:
-            piece = pieces[member.block]
-            assert piece is not None
-            found += conditioned(piece.tensors()[member.name], member.d2, self.of_kind.get(member.kind, 1.0))
-        return tuple(found)
+        return tuple(
+            gamma
+            for member in group.members
+            for gamma in conditioned(self._read(member.block, member.name), member.d2, self._instead(member))
+        )
 
     def diagonals(self, member: Projection) -> tuple[Tensor, Tensor]:
         """E[x_i^2] of a projection's inputs (d1,) and the diagonal of its Gamma (d2,), float32."""
-        piece = self.ledger.get(_key(member.block))
-        assert piece is not None
-        tensors = piece.tensors()
-        gamma = conditioned(diagonal_of(tensors[member.name], member.d2), member.d2, self.of_kind.get(member.kind, 1.0))
-        return tensors[f"{member.name}{INPUT}"], gamma[0]
+        diagonal = diagonal_of(self._read(member.block, member.name), member.d2)
+        (outputs,) = conditioned(diagonal, member.d2, self._instead(member))
+        return self._read(member.block, f"{member.name}{INPUT}"), outputs
 
-    def of_block(self, index: int, name: str, width: int) -> tuple[Tensor, ...] | None:
-        """The same of the output of a block of that name, if it was taken."""
+    def of_block(self, index: int, name: str, width: int) -> tuple[Tensor, ...]:
+        """Gamma of the output of a block of that name, of a model whose blocks follow each other."""
+        return tuple(conditioned(self._read(index, name), width, 1.0))
+
+    def _read(self, index: int, name: str) -> Tensor:
         piece = self.ledger.get(_key(index))
-        gamma = None if piece is None else piece.tensors().get(name)
-        return None if gamma is None else tuple(conditioned(gamma, width, 1.0))
+        assert piece is not None
+        return piece.tensors({name})[name]
+
+    def _instead(self, member: Projection) -> float:
+        """The mean diagonal that stands for that of a projection that no token has reached."""
+        return self.of_kind.get(member.kind, 1.0)
 
 
 def estimate_costs(job: Job) -> Costs:

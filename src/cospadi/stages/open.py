@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from cospadi import __about__, files
 from cospadi.budget.plan import Group, Plan, make_plan
+from cospadi.calibration.gradients import gamma_shape
 from cospadi.calibration.grams import Whitening
 from cospadi.calibration.spill import Spill
 from cospadi.calibration.walk import Calls
@@ -270,14 +272,18 @@ def was_written(ledger: Ledger, output: Path) -> bool:
 def check_space(job: Job, plan: Plan, output: Path) -> None:
     """Refuse a disk that will be too full, before anything is computed.
 
-    The job directory holds the factors, refined ones beside those that were solved, and the output another time.
+    The job directory holds what gradients leave, and the factors, refined ones beside those that were solved; the
+    output is there another time.
     """
     parameters = {name: parameter.nbytes for name, parameter in job.blocks.model.named_parameters()}
     replaced = sum(parameters[f"{member.name}.weight"] for group in plan.compressed for member in group.members)
     packed = sum(group.parts.total for group in plan.compressed)
     needed = sum(parameters.values()) - replaced + packed
     if job.ledger.folder is not None:
-        needed += packed * (2 if job.refines else 1)
+        needed += packed * (2 if job.recipe.refine else 1)
+        if job.recipe.wants_gradients:
+            full = job.recipe.metric == "two-sided"
+            needed += sum(4 * math.prod(gamma_shape(member.d2, full)) for member in plan.projections)
         needed -= sum(path.stat().st_size for path in job.ledger.folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(files.nearest_folder(output)).free
     if needed > free:

@@ -53,10 +53,9 @@ class GroupProblem:
     def on(self, device: torch.device) -> GroupProblem:
         """The same with its tensors on a device."""
         gram = self.whitening.gram
-        moved = gram is not None and gram.device != device
         return replace(
             self,
-            whitening=replace(self.whitening, gram=gram.to(device)) if gram is not None and moved else self.whitening,
+            whitening=self.whitening if gram is None else replace(self.whitening, gram=gram.to(device)),
             weight=self.weight.to(device),
             costs=None if self.costs is None else tuple(cost.to(device) for cost in self.costs),
         )
@@ -110,17 +109,16 @@ def solve(
         on_iteration=on_iteration,
     )
     solver = find_solver(recipe.solver)
-    weighed = given.costs if recipe.wants_gradients else None
     gram = given.whitening.gram
     if solver.identity:
         gram = None if gram is None else gram.float()
-        problem = MetricProblem(given.weight.float(), gram, weighed or (), tuple(group.d2s))
+        problem = MetricProblem(given.weight.float(), gram, given.costs or (), tuple(group.d2s))
         return solver.solve(problem, group.nonzeros, options)
     # A = L W diag(w), w_j the root of F_j where outputs are weighed, else 1
     target = given.whitening.apply(given.weight)
     weights = torch.ones(target.shape[1], dtype=target.dtype, device=target.device)
-    if weighed is not None:
-        weights = torch.cat([cost if cost.ndim == 1 else cost.diagonal() for cost in weighed]).double().sqrt()
+    if given.costs is not None:
+        weights = torch.cat([cost if cost.ndim == 1 else cost.diagonal() for cost in given.costs]).double().sqrt()
         weights = weights / weights.mean()
     target = target * weights
     scale = target.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
