@@ -24,10 +24,12 @@ from cospadi.solvers.support import fill_support, keep_largest_entries, member_p
 
 DESCENT = 0.6
 """Fraction of the iterations over which the number of nonzeros falls to the target."""
-STEPS = 3
-"""Conjugate gradient steps on the support in an iteration."""
+STEPS = 1
+"""Conjugate gradient steps on the support in an iteration while n falls: with more, it settles on a worse support."""
+SETTLING_STEPS = 5
+"""The same once n is the asked number: two-sided problems are badly conditioned, and one leaves them unfinished."""
 LAST_STEPS = 12
-"""The same after the last one, in full float32."""
+"""The same after the last iteration, in full float32."""
 SMALLEST_QUICK = 32
 """Smaller side of W from which bf16 products are taken: below, they gain nothing."""
 FLAT = 1e-6
@@ -45,7 +47,7 @@ def htp(problem: MetricProblem, nonzeros: int, options: SolverOptions) -> Factor
     its own step lengths; else there is one for all. Inputs and outputs that never moved (zeros on the diagonals) count
     as little as float32 can tell. Of several members each gets a multiple of four nonzeros where the sum is one.
 
-    Deterministic. Memory: five matrices of the size of W, and G and Gamma in two precisions.
+    Deterministic. Memory: five matrices of the size of W, and G and Gamma, one of them at a time in bf16 too.
     """
     metric = _Metric.of(problem)
     target = problem.weight.float().T * metric.inputs * metric.outputs[:, None]  # a column of W a row: (d2, d1)
@@ -70,7 +72,8 @@ def htp(problem: MetricProblem, nonzeros: int, options: SolverOptions) -> Factor
             for member, portion in zip(member_spans(members), portions, strict=True):
                 keep_largest_entries(codes, portion, row_blocks(member, rows))
         residual = metric.apply(target - codes, exact=last)
-        _descend(metric, codes, residual, LAST_STEPS if last else STEPS, exact=last)
+        steps = LAST_STEPS if last else STEPS if n > nonzeros else SETTLING_STEPS
+        _descend(metric, codes, residual, steps, exact=last)
         error = float(metric.dot(target - codes, residual).sum(dtype=torch.float64).clamp(min=0) / norm.clamp(min=TINY))
         errors.append(error**0.5)
         if options.on_iteration:
@@ -197,5 +200,8 @@ def flops(d1: int, d2: int, nonzeros: int, options: SolverOptions, widths: Seque
     Args:
         widths: outputs of each block of Gamma; none where it is diagonal.
     """
-    count = (2 + STEPS) * options.iterations - STEPS + LAST_STEPS
+    numbers = [scheduled(i / options.iterations / DESCENT, d1 * d2, nonzeros) for i in range(1, options.iterations)]
+    falling = sum(n > nonzeros for n in numbers)
+    steps = falling * STEPS + (len(numbers) - falling) * SETTLING_STEPS + LAST_STEPS
+    count = 2 * options.iterations + steps
     return Flops(2.0 * d1 * (d1 * d2 + sum(width**2 for width in widths)) * count)
