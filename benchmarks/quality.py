@@ -4,6 +4,7 @@
     python benchmarks/quality.py run MODEL --calibration FILE --text FILE --ratio 0.2 --ratio 0.3 --method paper
     python benchmarks/quality.py table --output docs/results
     python benchmarks/quality.py summary
+    python benchmarks/quality.py figure
 
 Methods are those of `cospadi methods`; `sparse+refine=0` is one of them with a field changed, `oats` is evaluated
 without a checkpoint (sparse plus low rank has no form), its bytes counted.
@@ -53,10 +54,22 @@ VARIANTS = (
     "sparse+metric=output",
 )
 """The default with one thing changed."""
+ALONE = "paper+solver=htp"
+"""Nothing but D = I in place of the paper's dictionary."""
+DRAWN = {
+    ALONE: ("D = I (htp)", "-"),
+    "alps": ("D = I (ALPS)", "-"),
+    "paper": ("D stored (K-SVD)", "--"),
+    "rocket": ("D stored (ROCKET)", "--"),
+    "compot": ("D stored (COMPOT)", "--"),
+    "svd-llm": ("low rank (SVD-LLM)", ":"),
+}
+"""Methods of the same frame -> label and line of the figure."""
 OATS_ITERATIONS = 80
 """As its authors run."""
-ALL = (*(name for name in METHODS if name != "svd"), OATS, *VARIANTS)
+ALL = (*(name for name in METHODS if name != "svd"), OATS, ALONE, *VARIANTS)
 RESULTS = Path(__file__).parent / "results" / "quality"
+FIGURE = Path(__file__).parents[1] / "docs" / "images" / "bytes.svg"
 app = typer.Typer(add_completion=False)
 
 
@@ -235,6 +248,33 @@ def summary_lines() -> list[str]:
             shown = " | ".join("-" if value is None else f"{value:.4f}" for value in values)
             lines.append(f"| {model} | {ratio:g} | {shown} |")
     return lines
+
+
+@app.command()
+def figure(output: Annotated[Path, typer.Option(help="an .svg or .png file")] = FIGURE) -> None:
+    """Draw the mean error of projections against their bytes, a panel a model: D stored, D = I, low rank."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "cospadi"
+    from matplotlib import pyplot
+
+    rows = [row for row in _rows() if row["method"] in DRAWN]
+    models = sorted({row["model"] for row in rows if row["method"] == ALONE})
+    drawing, axes = pyplot.subplots(1, len(models), figsize=(4.2 * len(models), 3.4), squeeze=False)
+    for axis, model in zip(axes.flat, models, strict=True):
+        for method, (label, line) in DRAWN.items():
+            found = [row for row in rows if (row["model"], row["method"]) == (model, method)]
+            points = sorted((1 - row["ratio_reached"], row["mean_relative_error"]) for row in found)
+            axis.plot(*zip(*points, strict=True), line, marker=".", label=label)
+        axis.set(yscale="log", xlabel="bytes, of the dense ones", ylabel="relative error at the outputs, mean")
+        axis.set_title(model, fontsize=9)
+        axis.grid(alpha=0.3, which="both")
+    axes.flat[0].legend(fontsize=7)
+    drawing.tight_layout()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    drawing.savefig(output, metadata={"Date": None} if output.suffix == ".svg" else None, dpi=150)
+    print(output)
 
 
 def _rows() -> list[dict[str, Any]]:

@@ -32,6 +32,8 @@ LAST_STEPS = 12
 """The same after the last iteration, in full float32."""
 SMALLEST_QUICK = 32
 """Smaller side of W from which bf16 products are taken: below, they gain nothing."""
+COLUMNS = 2048
+"""Columns that are taken at once where Gamma is diagonal."""
 FLAT = 1e-6
 """Curvature, in that of one entry alone, which is not told from none: a singular G has directions without an error."""
 BLOCK_ENTRIES = {"cpu": 2**20, "cuda": 2**27}
@@ -43,11 +45,13 @@ TINY = torch.finfo(torch.float32).tiny
 def htp(problem: MetricProblem, nonzeros: int, options: SolverOptions) -> Factorization:
     """S near W with so many nonzeros, for an error tr(Gamma (W - S)^T G (W - S)).
 
-    Where every Gamma is diagonal the columns are problems of their own once the support is chosen, and every column has
-    its own step lengths; else there is one for all. Inputs and outputs that never moved (zeros on the diagonals) count
-    as little as float32 can tell. Of several members each gets a multiple of four nonzeros where the sum is one.
+    Columns that no Gamma ties are problems of their own once the support is chosen. A block of Gamma is taken at a
+    time, with step lengths of its own; where Gamma is diagonal, some columns at a time, each with its own. Inputs and
+    outputs that never moved (zeros on the diagonals) count as little as float32 can tell. Of several members each gets
+    a multiple of four nonzeros where the sum is one.
 
-    Deterministic. Memory: five matrices of the size of W, and G and Gamma, one of them at a time in bf16 too.
+    Deterministic. Memory: three matrices of the size of W, three of a block of at most 2048 columns, and G and a block
+    of Gamma, in bf16 too.
     """
     metric = _Metric.of(problem)
     target = problem.weight.float().T * metric.inputs * metric.outputs[:, None]  # a column of W a row: (d2, d1)
@@ -57,25 +61,31 @@ def htp(problem: MetricProblem, nonzeros: int, options: SolverOptions) -> Factor
     rows = max(1, BLOCK_ENTRIES[target.device.type] // d1)
     blocks, members = row_blocks(slice(0, d2), rows), problem.members or (d2,)
     codes, residual = target.clone(), torch.zeros_like(target)  # the residual is minus half the gradient: H(W - S)
-    norm = metric.dot(target, metric.apply(target)).sum(dtype=torch.float64)
+    norm = torch.zeros((), dtype=torch.float64, device=target.device)
+    for part in metric.parts:
+        norm += part.total(target[part.span], part.apply(target[part.span], exact=False))
     portions = [nonzeros]
     errors: list[float] = []
     for iteration in range(1, options.iterations + 1):
         n = scheduled(iteration / options.iterations / DESCENT, target.numel(), nonzeros)
         last = iteration == options.iterations
         if iteration > 1:
-            codes += _step(metric, residual, metric.dot(residual, residual), metric.apply(residual)) * residual
+            for part in metric.parts:
+                _step(part, codes[part.span], residual[part.span])
         if n > nonzeros:
             keep_largest_entries(codes, n, blocks)
         else:
             portions = member_portions(codes, n, members, blocks)
             for member, portion in zip(member_spans(members), portions, strict=True):
                 keep_largest_entries(codes, portion, row_blocks(member, rows))
-        residual = metric.apply(target - codes, exact=last)
         steps = LAST_STEPS if last else STEPS if n > nonzeros else SETTLING_STEPS
-        _descend(metric, codes, residual, steps, exact=last)
-        error = float(metric.dot(target - codes, residual).sum(dtype=torch.float64).clamp(min=0) / norm.clamp(min=TINY))
-        errors.append(error**0.5)
+        left = torch.zeros((), dtype=torch.float64, device=target.device)
+        for part in metric.parts:
+            wanted, found = target[part.span], codes[part.span]
+            residual[part.span] = part.apply(wanted - found, exact=last)
+            _descend(part, found, residual[part.span], steps, exact=last)
+            left += part.total(wanted - found, residual[part.span])
+        errors.append(float(left.clamp(min=0) / norm.clamp(min=TINY)) ** 0.5)
         if options.on_iteration:
             options.on_iteration(iteration, errors[-1])
     support = codes != 0
@@ -91,89 +101,100 @@ def scheduled(progress: float, dense: int, nonzeros: int) -> int:
     return max(nonzeros, round(nonzeros + (dense - nonzeros) * left**3))
 
 
-def _descend(metric: _Metric, codes: Tensor, residual: Tensor, steps: int, exact: bool) -> None:
+def _step(part: _Part, codes: Tensor, residual: Tensor) -> None:
+    """A step of steepest descent from S, on the support and off it, in place."""
+    moved = part.apply(residual, exact=False)
+    codes += _length(part, residual, part.dot(residual, residual), moved) * residual
+
+
+def _descend(part: _Part, codes: Tensor, residual: Tensor, steps: int, exact: bool) -> None:
     """Conjugate gradients on the support of S, in place; the residual goes along, off the support too."""
     support = codes != 0
     direction = residual * support
-    squared = metric.dot(direction, direction)
+    squared = part.dot(direction, direction)
     for step in range(steps):
-        moved = metric.apply(direction, exact=exact)
-        length = _step(metric, direction, squared, moved)
+        moved = part.apply(direction, exact)
+        length = _length(part, direction, squared, moved)
         codes += length * direction
         residual -= length * moved
         if step + 1 < steps:
             gradient = residual * support
-            before, squared = squared, metric.dot(gradient, gradient)
+            before, squared = squared, part.dot(gradient, gradient)
             direction = gradient + squared / before.clamp(min=TINY) * direction
 
 
-def _step(metric: _Metric, direction: Tensor, slope: Tensor, moved: Tensor) -> Tensor:
-    """The length of a step that lowers the error most; 0 where the error is flat, as far as rounding lets one see."""
-    curvature, squared = metric.dot(direction, moved), metric.dot(direction, direction)
+def _length(part: _Part, direction: Tensor, slope: Tensor, moved: Tensor) -> Tensor:
+    """Of the step that lowers the error most; 0 where the error is flat, as far as rounding lets one see."""
+    curvature, squared = part.dot(direction, moved), part.dot(direction, direction)
     return torch.where(curvature > FLAT * squared, slope / curvature.clamp(min=TINY), 0.0)
 
 
 @dataclass(frozen=True)
+class _Part:
+    """H(E) = G E Gamma with unit diagonals, for some columns of E that no other column is tied to.
+
+    E holds a column a row, (columns, d1).
+
+    Attributes:
+        span: which columns.
+        gram: scaled G less its unit diagonal, or None for I. gamma: the same of Gamma.
+        quick: dtype of products that need not be exact.
+    """
+
+    span: slice
+    gram: Tensor | None
+    gamma: Tensor | None
+    quick: torch.dtype
+
+    def apply(self, error: Tensor, exact: bool) -> Tensor:
+        """G E Gamma; bf16 products, unless `exact`, leave the unit diagonals alone."""
+        dtype = torch.float32 if exact else self.quick
+        if self.gram is not None:
+            error = error + _product(error, self.gram, dtype)
+        if self.gamma is not None:
+            error = error + _product(self.gamma, error, dtype)
+        return error
+
+    def dot(self, left: Tensor, right: Tensor) -> Tensor:
+        """Inner products of the columns (columns, 1), or of the matrices where columns are tied, (1, 1)."""
+        products: Tensor = torch.linalg.vecdot(left, right)
+        return products[:, None] if self.gamma is None else products.sum().view(1, 1)
+
+    def total(self, left: Tensor, right: Tensor) -> Tensor:
+        """Inner product of the matrices, float64."""
+        return self.dot(left, right).sum(dtype=torch.float64)
+
+
+@dataclass(frozen=True)
 class _Metric:
-    """H(E) = G E Gamma with unit diagonals, on matrices E that hold a column a row, (d2, d1).
+    """An error's, with unit diagonals.
 
     Attributes:
         inputs, outputs: roots of the diagonals of G and Gamma, (d1,) and (d2,).
-        gram: scaled G less its unit diagonal, or None for I.
-        gammas: the same of Gamma, a block of outputs each.
-        spans: which outputs these are.
+        parts: columns of W that are tied to each other.
     """
 
     inputs: Tensor
     outputs: Tensor
-    gram: Tensor | None
-    gammas: tuple[Tensor | None, ...]
-    spans: list[slice]
-    quick: torch.dtype
+    parts: list[_Part]
 
     @classmethod
     def of(cls, problem: MetricProblem) -> _Metric:
         weight = problem.weight
         d1, d2 = weight.shape
-        widths = [len(gamma) for gamma in problem.outputs] or [d2]
-        ones = torch.ones(d1, device=weight.device)
-        inputs = ones if problem.gram is None else _roots(problem.gram.diagonal())
-        diagonals = [gamma if gamma.ndim == 1 else gamma.diagonal() for gamma in problem.outputs]
-        outputs = _roots(torch.cat(diagonals)) if diagonals else torch.ones(d2, device=weight.device)
-        gammas: tuple[Tensor | None, ...] = (
-            tuple(
-                None if gamma.ndim == 1 else _off_diagonal(gamma, root)
-                for gamma, root in zip(problem.outputs, torch.split(outputs, widths), strict=True)
-            )
-            if problem.outputs
-            else (None,)
-        )
+        inputs = torch.ones(d1, device=weight.device) if problem.gram is None else _roots(problem.gram.diagonal())
         gram = None if problem.gram is None else _off_diagonal(problem.gram, inputs)
         fast = min(d1, d2) >= SMALLEST_QUICK and bf16_is_fast(weight.device)
-        return cls(inputs, outputs, gram, gammas, member_spans(widths), torch.bfloat16 if fast else torch.float32)
-
-    @property
-    def by_column(self) -> bool:
-        """Whether columns are problems of their own."""
-        return all(gamma is None for gamma in self.gammas)
-
-    def apply(self, error: Tensor, exact: bool = False) -> Tensor:
-        """G E Gamma; bf16 products, unless `exact`, leave the unit diagonals alone."""
-        dtype = torch.float32 if exact else self.quick
-        if self.gram is not None:
-            error = error + _product(error, self.gram, dtype)
-        if self.by_column:
-            return error
-        out = error.clone()
-        for span, gamma in zip(self.spans, self.gammas, strict=True):
-            if gamma is not None:
-                out[span] += _product(gamma, error[span], dtype)
-        return out
-
-    def dot(self, left: Tensor, right: Tensor) -> Tensor:
-        """Inner products of the columns (d2, 1), or of the matrices where columns are tied, (1, 1)."""
-        products: Tensor = torch.linalg.vecdot(left, right)
-        return products[:, None] if self.by_column else products.sum().view(1, 1)
+        quick = torch.bfloat16 if fast else torch.float32
+        gammas = problem.outputs or (torch.ones(d2, device=weight.device),)
+        outputs = _roots(torch.cat([gamma if gamma.ndim == 1 else gamma.diagonal() for gamma in gammas]))
+        parts = []
+        for span, gamma in zip(member_spans([len(gamma) for gamma in gammas]), gammas, strict=True):
+            if gamma.ndim == 1:
+                parts += [_Part(some, gram, None, quick) for some in row_blocks(span, COLUMNS)]
+            else:
+                parts.append(_Part(span, gram, _off_diagonal(gamma, outputs[span]), quick))
+        return cls(inputs, outputs, parts)
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

@@ -38,8 +38,11 @@ log = logging.getLogger("cospadi")
 
 STEP_TOKENS = 4096
 """Tokens that a step's gradient is taken on, or one batch where that has more."""
-LEARNING_RATE = 2e-2
-"""Largest step of a value, in root mean squares of the values of its projection."""
+LEARNING_RATE = 0.15
+"""Largest step of a value, in root mean squares of the values of its projection times the relative error of the block's
+output (the root of its square): what is nearly right is to be moved little."""
+FASTEST = 2e-2
+"""Largest step of a value, in root mean squares."""
 WARM_UP = 5
 """Steps over which the learning rate rises."""
 HELD_OUT = 8
@@ -186,23 +189,24 @@ def refine_block(
         largest = float(sum(weighed_square(wanted[batch].float(), gamma) for batch in held_out))
         unit = largest / sum(wanted[batch].shape[0] * wanted[batch].shape[1] for batch in held_out) or 1.0
     values = [part.codes for part in parts.values()]
-    rates = [LEARNING_RATE * _rms(part) for part in parts.values()]
     with torch.inference_mode(False), torch.enable_grad(), no_parameter_gradients(block), _deterministic():
         for value in values:
             value.requires_grad_()
-        groups = [{"params": [value], "lr": rate} for value, rate in zip(values, rates, strict=True)]
-        optimizer = torch.optim.Adam(groups, betas=BETAS, eps=1e-12)
         best, first = [value.detach().clone() for value in values], checked()
         lowest = first
+        pace = min(FASTEST, LEARNING_RATE * math.sqrt(first / largest)) if largest > 0 else 0.0
+        rates = [pace * _rms(part) for part in parts.values()]
+        groups = [{"params": [value], "lr": rate} for value, rate in zip(values, rates, strict=True)]
+        optimizer = torch.optim.Adam(groups, betas=BETAS, eps=1e-12)
         generator = torch.Generator().manual_seed(seed)
         order: list[int] = []
         for step in range(1, steps + 1):
             if len(order) < size:
                 order += torch.randperm(len(training), generator=generator).tolist()
             chosen, order = order[:size], order[size:]
-            pace = min(1.0, step / WARM_UP) * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
+            fraction = min(1.0, step / WARM_UP) * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * pace
+                group["lr"] = rate * fraction
             optimizer.zero_grad()
             for batch in chosen:
                 loss, tokens = error(batch, weights())
