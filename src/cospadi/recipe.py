@@ -112,7 +112,7 @@ class Recipe(BaseModel):
 
     update: Literal["power", "pca", "mod"] = Field("power", description="dictionary update of ksvd")
     iterations: int | None = Field(
-        None, ge=1, le=MOST, description="iterations T of the solver (default: 30 for htp, 60 for the others)"
+        None, ge=1, le=MOST, description="iterations T of the solver (default: 20 for htp, 60 for the others)"
     )
     tolerance: float = Field(0.0, ge=0, lt=1, description="stop once an iteration gains less than this; 0: never")
     seed: int = Field(42, ge=0, lt=2**63, description="of the initial dictionary and the choice of calibration text")

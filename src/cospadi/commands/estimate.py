@@ -30,6 +30,7 @@ from cospadi.model.projections import Projection, decoder_blocks, find_projectio
 from cospadi.recipe import CACHE_BYTES, Recipe
 from cospadi.solvers import find_solver
 from cospadi.solvers.flops import Flops, cholesky, triangular
+from cospadi.solvers.htp import COLUMNS
 from cospadi.solvers.products import self_product_flops
 from cospadi.stages.refine import CHECKS, HELD_OUT, STEP_TOKENS
 
@@ -417,7 +418,7 @@ def solving_bytes(recipe: Recipe, group: Group) -> int:
     d1, d2, k = group.d1, sum(group.d2s), group.k
     if find_solver(recipe.solver).identity:
         gammas = sum(width**2 for member in group.d2s for width in output_widths(member))
-        return 40 * d1 * d2 + 10 * (d1**2 + gammas * (recipe.metric == "two-sided"))
+        return 28 * d1 * d2 + 12 * d1 * min(d2, COLUMNS) + 10 * (d1**2 + gammas * (recipe.metric == "two-sided"))
     start = 28 * d1 * d2 + 32 * min(d1, d2) ** 2
     iterating = 4 * (d1 + d2) * min(d1, d2) + 16 * k * d2 + 20 * k**2
     packing = 4 * d1 * min(d1, d2) + 16 * d1 * k + 24 * k * d2 + 8 * d1 * d2

@@ -61,7 +61,7 @@ def _identity(
 
 
 SOLVERS: dict[str, Solver] = {
-    "htp": _identity(htp.htp, htp.flops, ("two-sided", *FISHER), iterations=30),
+    "htp": _identity(htp.htp, htp.flops, ("two-sided", *FISHER), iterations=20),
     "mod-htp": Solver(mod_htp.mod_htp, mod_htp.flops, free_support=True),
     "ksvd": Solver(ksvd.ksvd, ksvd.flops),
     "procrustes": Solver(procrustes.procrustes, procrustes.flops),

@@ -22,12 +22,10 @@ from cospadi.solvers.problem import Factorization, MetricProblem, SolverOptions
 from cospadi.solvers.products import bf16_is_fast, float32_products
 from cospadi.solvers.support import fill_support, keep_largest_entries, member_portions, member_spans, row_blocks
 
-DESCENT = 0.6
+DESCENT = 0.8
 """Fraction of the iterations over which the number of nonzeros falls to the target."""
-STEPS = 1
-"""Conjugate gradient steps on the support in an iteration while n falls: with more, it settles on a worse support."""
-SETTLING_STEPS = 5
-"""The same once n is the asked number: two-sided problems are badly conditioned, and one leaves them unfinished."""
+STEPS = 5
+"""Conjugate gradient steps on the support in an iteration: two-sided problems are badly conditioned."""
 LAST_STEPS = 12
 """The same after the last iteration, in full float32."""
 SMALLEST_QUICK = 32
@@ -78,7 +76,7 @@ def htp(problem: MetricProblem, nonzeros: int, options: SolverOptions) -> Factor
             portions = member_portions(codes, n, members, blocks)
             for member, portion in zip(member_spans(members), portions, strict=True):
                 keep_largest_entries(codes, portion, row_blocks(member, rows))
-        steps = LAST_STEPS if last else STEPS if n > nonzeros else SETTLING_STEPS
+        steps = LAST_STEPS if last else STEPS
         left = torch.zeros((), dtype=torch.float64, device=target.device)
         for part in metric.parts:
             wanted, found = target[part.span], codes[part.span]
@@ -221,8 +219,5 @@ def flops(d1: int, d2: int, nonzeros: int, options: SolverOptions, widths: Seque
     Args:
         widths: outputs of each block of Gamma; none where it is diagonal.
     """
-    numbers = [scheduled(i / options.iterations / DESCENT, d1 * d2, nonzeros) for i in range(1, options.iterations)]
-    falling = sum(n > nonzeros for n in numbers)
-    steps = falling * STEPS + (len(numbers) - falling) * SETTLING_STEPS + LAST_STEPS
-    count = 2 * options.iterations + steps
+    count = (2 + STEPS) * options.iterations - STEPS + LAST_STEPS
     return Flops(2.0 * d1 * (d1 * d2 + sum(width**2 for width in widths)) * count)

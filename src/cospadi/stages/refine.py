@@ -269,7 +269,7 @@ def _parts(packed: Packed, device: torch.device) -> dict[str, _Part]:
 
 def _rms(part: _Part) -> float:
     """Root mean square of the stored values."""
-    return float((part.codes.square().sum(dtype=torch.float64) / max(1, part.entry.count)).sqrt())
+    return float((part.codes.detach().square().sum(dtype=torch.float64) / max(1, part.entry.count)).sqrt())
 
 
 def _packed(packed: Packed, parts: Mapping[str, _Part]) -> Packed:
