@@ -18,7 +18,7 @@ from cospadi.calibration import gradients, walk
 from cospadi.calibration.gradients import (
     FLOOR,
     INPUT,
-    SHRINKAGE,
+    NOISE,
     conditioned,
     diagonal_of,
     gradient_grams,
@@ -95,7 +95,8 @@ def test_gamma_agrees_with_plain_autograd(family: str, full: bool, sequences: to
     found = gradient_grams(model, projections, sequences, full, done.append)
     expected = plain_gamma(model, [p.name for p in projections], sequences)
     assert done == [1, 1, 1]
-    assert set(found) == {p.name for p in projections} | {f"{p.name}{INPUT}" for p in projections}
+    suffixes = ("", INPUT, NOISE) if full else ("", INPUT)
+    assert set(found) == {f"{p.name}{suffix}" for p in projections for suffix in suffixes}
     for p in projections:
         gamma, inputs = expected[p.name]
         assert found[p.name].shape == ((1, p.d2, p.d2) if full else (p.d2,))
@@ -126,7 +127,7 @@ def test_a_wide_projection_has_blocks(sequences: torch.Tensor, monkeypatch: pyte
                 found[p.name][block, : end - start, : end - start], whole[p.name][0, start:end, start:end]
             )
         assert torch.equal(diagonal_of(found[p.name], p.d2), diagonal_of(whole[p.name], p.d2))
-        blocks = conditioned(found[p.name], p.d2, 1.0)
+        blocks = conditioned(found[p.name], found[f"{p.name}{NOISE}"], p.d2, 1.0)
         assert [block.shape for block in blocks] == [(27, 27), (27, 27), (26, 26)]
 
 
@@ -174,6 +175,8 @@ def test_by_blocks_it_is_that_of_the_whole_model(
     assert sum(done) == pytest.approx(2)
     of_blocks = {name: gamma for _, some in found for name, gamma in some.items()}
     own = {name: of_blocks.pop(name) for name in (f"model.layers.{index}" for index in range(3))}
+    noises = [of_blocks.pop(f"{name}{NOISE}", None) for name in own]
+    assert all((noise is not None) == full for noise in noises)
     assert of_blocks.keys() == expected.keys()
     for name, values in expected.items():
         torch.testing.assert_close(of_blocks[name], values, rtol=1e-4, atol=1e-5 * float(values.abs().max()))
@@ -246,25 +249,65 @@ def test_no_output_is_worth_nothing_and_what_is_off_the_diagonal_counts_less(
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[:, :5] = 0
     name = "model.layers.0.mlp.up_proj"
-    raw = gradient_grams(model, find_projections(model), sequences, full)[name]
+    sums = gradient_grams(model, find_projections(model), sequences, full)
+    raw, noise = sums[name], sums.get(f"{name}{NOISE}")
     before = raw.clone()
     exact, _ = plain_gamma(model, [name], sequences)[name]
     assert (np.diagonal(exact)[:5] == 0).all()
-    (found,) = conditioned(raw, 80, 7.0)
+    (found,) = conditioned(raw, noise, 80, 7.0)
     assert torch.equal(raw, before)
     diagonal = np.maximum(np.diagonal(exact), FLOOR * np.diagonal(exact).mean())
     if not full:
         np.testing.assert_allclose(found.numpy(), diagonal, rtol=1e-3)
         return
-    expected = (1 - SHRINKAGE) * exact
+    assert noise is not None
+    assert 0 < float(noise) < 1
+    expected = (1 - float(noise)) * exact
     np.fill_diagonal(expected, diagonal)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-3, atol=1e-5 * diagonal.max())
     assert float(torch.linalg.eigvalsh(found.double())[0]) > 0
 
 
+@pytest.mark.parametrize("sequences", [4, 16, 256])
+def test_noise_is_by_how_much_entries_miss_the_true_ones(sequences: int) -> None:
+    """Gradients of a known covariance: on average the noise is the part of the squares that is not in the true ones,
+    and what it leaves is nearer to them."""
+    generator = torch.Generator().manual_seed(5)
+    size, tokens = 12, 6
+    scales = torch.linspace(0.2, 3, size)
+    factors = torch.randn(size, 40, generator=generator)
+    true = torch.corrcoef(factors) * scales * scales[:, None]
+    root = torch.linalg.cholesky(true)
+    noises, wanted, raw, shrunk = [], [], 0.0, 0.0
+    for _ in range(60):
+        gamma = gradients._Gamma.zeros(size, True, torch.device("cpu"))
+        for _ in range(sequences):
+            gamma.add(torch.randn(1, tokens, size, generator=generator) @ root.T, "a")
+        (mean,), noise = gamma.total / tokens / sequences, gamma.noise()
+        (found,) = conditioned(mean[None], noise, size, 1.0)
+        scaled = [(m / scales / scales[:, None]).fill_diagonal_(0) for m in (mean, true, found)]
+        noises.append(float(noise))
+        wanted.append(1 - float(scaled[1].square().sum() / scaled[0].square().sum()))
+        raw += float((scaled[0] - scaled[1]).square().sum())
+        shrunk += float((scaled[2] - scaled[1]).square().sum())
+    assert np.mean(noises) == pytest.approx(np.mean(wanted), abs=0.1)
+    assert shrunk < raw
+
+
+def test_noise_of_one_sequence_or_of_nothing_is_all() -> None:
+    gamma = gradients._Gamma.zeros(5, True, torch.device("cpu"))
+    assert gamma.noise().tolist() == [1]
+    gamma.add(torch.randn(1, 9, 5, generator=torch.Generator().manual_seed(1)), "a")
+    assert gamma.noise().tolist() == [1]
+    gamma = gradients._Gamma.zeros(5, True, torch.device("cpu"))
+    gamma.add(torch.zeros(1, 9, 5), "a")
+    gamma.add(torch.zeros(1, 9, 5), "a")
+    assert gamma.noise().tolist() == [1]
+
+
 def test_what_no_token_reaches_is_worth_what_is_said() -> None:
-    for zero in (torch.zeros(6), torch.zeros(2, 3, 3)):
-        (found,) = conditioned(zero, 6, 2.5)
+    for zero, noise in ((torch.zeros(6), None), (torch.zeros(2, 3, 3), torch.ones(2))):
+        (found,) = conditioned(zero, noise, 6, 2.5)
         assert torch.equal(found, torch.full((6,), 2.5))
 
 
@@ -309,6 +352,7 @@ def test_unreached_experts_have_zeros(full: bool) -> None:
         np.testing.assert_allclose(diagonal_of(found[name], 6).numpy(), np.diagonal(gamma), rtol=1e-3)
     for block in (0, 1):
         assert not found[f"blocks.{block}.experts.2"].any()
+        assert not full or found[f"blocks.{block}.experts.2{NOISE}"].tolist() == [1]
         assert not found[f"blocks.{block}.experts.2{INPUT}"].any()
 
 

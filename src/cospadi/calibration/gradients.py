@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +32,13 @@ WIDEST = 2048
 INPUT = ".input"
 """After a projection's name: what it reads."""
 
+TINY = torch.finfo(torch.float32).tiny
+
 FLOOR = 1e-3
 """Smallest entry of the diagonal, in means over the projection's outputs: no output is worth nothing."""
 
-SHRINKAGE = 0.3
-"""By how much what is off the diagonal counts less: few tokens tell little of it."""
+NOISE = ".noise"
+"""After a name: how much of what is off the diagonal of its Gamma is chance."""
 
 
 def gradient_grams(
@@ -56,7 +60,8 @@ def gradient_grams(
 
     Returns:
         name -> float32 (blocks, width, width), the last one filled up with zeros, or (d2,). All zeros where no token
-        reached a projection (an expert). And name + INPUT -> E[x_i^2] of its inputs, float32 (d1,).
+        reached a projection (an expert). name + INPUT -> E[x_i^2] of its inputs, float32 (d1,). name + NOISE -> float32
+        (blocks,): the part of what is off the diagonal that is chance, as sequences differ.
 
     Raises:
         UserError: a gradient that is not finite; the message names the projection.
@@ -76,7 +81,7 @@ def gradient_grams(
             summed_loss(model, model(input_ids=tokens, use_cache=False).logits, tokens).backward()  # type: ignore[no-untyped-call]
             if on_sequence:
                 on_sequence(1)
-    return {name: gram / sequences.numel() for name, gram in sums.items()}
+    return sums.means(sequences.numel())
 
 
 def gradient_grams_by_blocks(
@@ -96,7 +101,8 @@ def gradient_grams_by_blocks(
         on_sequence: called with fractions that add up to the number of sequences.
 
     Yields:
-        Index of a block, last one first; Gamma of its projections, and under the block's name that of its own output.
+        Index of a block, last one first; what `gradient_grams` returns, of its projections, and under the block's name
+        Gamma of its own output.
     """
     step = len(sequences) / (2 * len(blocks))
     inputs = [embed(blocks, sequences, 1, spill)]
@@ -117,15 +123,15 @@ def gradient_grams_by_blocks(
         before = inputs.pop()
         of_block = [p for p in projections if p.block == index]
         name, width = blocks.name_of(index), before[0].shape[-1]
-        own = _zeros(width, full, blocks.device)
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
             _summed_gradients(blocks.model, of_block, full) as sums,
             no_parameter_gradients(block),
         ):
+            sums.gammas[name] = _Gamma.zeros(width, full, blocks.device)
             for batch in range(len(before)):
-                _add(own, gradients[batch], full, name)
+                sums.gammas[name].add(gradients[batch], name)
                 hidden = before[batch].requires_grad_()
                 call(block, index, calls, hidden).backward(gradients[batch])  # type: ignore[no-untyped-call]
                 assert hidden.grad is not None
@@ -133,7 +139,7 @@ def gradient_grams_by_blocks(
         before.close()
         if on_sequence:
             on_sequence(step)
-        yield index, {name: gram / sequences.numel() for name, gram in (sums | {name: own}).items()}
+        yield index, sums.means(sequences.numel())
     gradients.close()
 
 
@@ -145,10 +151,10 @@ def summed_loss(model: nn.Module, predicted: Tensor, tokens: Tensor) -> Tensor:
 
 
 @contextmanager
-def _summed_gradients(model: nn.Module, projections: Sequence[Projection], full: bool) -> Iterator[dict[str, Tensor]]:
+def _summed_gradients(model: nn.Module, projections: Sequence[Projection], full: bool) -> Iterator[_Sums]:
     """Inside this block, g g^T of the gradients at the projections' outputs is added up over tokens, or its diagonal,
     and the squares of their inputs."""
-    sums: dict[str, Tensor] = {}
+    sums = _Sums({}, {})
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
@@ -157,8 +163,8 @@ def _summed_gradients(model: nn.Module, projections: Sequence[Projection], full:
             squares = read_by_linear(args, kwargs).detach().flatten(0, -2).float().square().sum(0)
 
             def add(gradient: Tensor) -> None:  # once, though checkpointed blocks run twice
-                sums[f"{name}{INPUT}"] += squares
-                _add(sums[name], gradient, full, name)
+                sums.inputs[name] += squares
+                sums.gammas[name].add(gradient, name)
 
             output.register_hook(add)  # type: ignore[no-untyped-call]
 
@@ -168,8 +174,8 @@ def _summed_gradients(model: nn.Module, projections: Sequence[Projection], full:
     for projection in projections:
         module = model.get_submodule(projection.name)
         assert isinstance(module, nn.Linear)
-        sums[projection.name] = _zeros(projection.d2, full, module.weight.device)
-        sums[f"{projection.name}{INPUT}"] = torch.zeros(projection.d1, device=module.weight.device)
+        sums.gammas[projection.name] = _Gamma.zeros(projection.d2, full, module.weight.device)
+        sums.inputs[projection.name] = torch.zeros(projection.d1, device=module.weight.device)
         handles.append(module.register_forward_hook(watch(projection.name), with_kwargs=True))
     try:
         yield sums
@@ -190,20 +196,67 @@ def gamma_shape(d2: int, full: bool) -> tuple[int, ...]:
     return (len(widths), widths[0], widths[0]) if full else (d2,)
 
 
-def _zeros(d2: int, full: bool, device: torch.device) -> Tensor:
-    """A Gamma before any token."""
-    return torch.zeros(gamma_shape(d2, full), device=device)
+@dataclass
+class _Gamma:
+    """A Gamma on its way.
+
+    Attributes:
+        total: the sum over tokens. squares: of a full one, the sum over sequences of the squares of theirs.
+        times: sequences.
+    """
+
+    total: Tensor
+    squares: Tensor | None
+    times: int = 0
+
+    @classmethod
+    def zeros(cls, d2: int, full: bool, device: torch.device) -> Self:
+        total = torch.zeros(gamma_shape(d2, full), device=device)
+        return cls(total, torch.zeros_like(total) if full else None)
+
+    def add(self, gradient: Tensor, name: str) -> None:
+        """Add the gradients (..., d2) of one sequence at the output of something."""
+        gradient = gradient.detach().flatten(0, -2)
+        self.times += 1
+        if self.squares is None:
+            self.total += gradient.float().square().sum(0)
+            return
+        parts = torch.split(gradient, self.total.shape[-1], dim=1)
+        for total, squares, part in zip(self.total, self.squares, parts, strict=True):
+            width = part.shape[1]
+            gram = gram_block(part, part, name, "gradient at the output")
+            total[:width, :width] += gram
+            squares[:width, :width] += gram.square_()
+
+    def noise(self) -> Tensor:
+        """Of each block, what the entries off the diagonal vary by chance, in their size: both summed over squares of
+        entries scaled to a unit diagonal. 1 where there are not two sequences to tell, or nothing."""
+        assert self.squares is not None
+        noise = torch.ones(len(self.total), device=self.total.device)
+        if self.times < 2:
+            return noise
+        for index, (total, squares) in enumerate(zip(self.total, self.squares, strict=True)):
+            scales = total.diagonal().clamp(min=TINY).reciprocal()
+            sizes = total.square().fill_diagonal_(0)
+            varied = (squares - total.square() / self.times).fill_diagonal_(0) * (self.times / (self.times - 1))
+            size = scales @ sizes @ scales
+            if size > 0:
+                noise[index] = (scales @ varied @ scales / size).clamp(0, 1)
+        return noise
 
 
-def _add(gamma: Tensor, gradient: Tensor, full: bool, name: str) -> None:
-    """Add the gradients (..., d2) at the output of something to its Gamma, in place."""
-    gradient = gradient.detach().flatten(0, -2)
-    if not full:
-        gamma += gradient.float().square().sum(0)
-        return
-    for block, part in zip(gamma, torch.split(gradient, gamma.shape[-1], dim=1), strict=True):
-        width = part.shape[1]
-        block[:width, :width] += gram_block(part, part, name, "gradient at the output")
+@dataclass
+class _Sums:
+    """Name -> its Gamma on its way; name -> the sum over tokens of x_i^2 of its inputs."""
+
+    gammas: dict[str, _Gamma]
+    inputs: dict[str, Tensor]
+
+    def means(self, tokens: int) -> dict[str, Tensor]:
+        """As `gradient_grams` returns them."""
+        found = {name: gamma.total / tokens for name, gamma in self.gammas.items()}
+        found |= {f"{name}{INPUT}": squares / tokens for name, squares in self.inputs.items()}
+        return found | {f"{name}{NOISE}": g.noise() for name, g in self.gammas.items() if g.squares is not None}
 
 
 def diagonal_of(gamma: Tensor, d2: int) -> Tensor:
@@ -211,10 +264,12 @@ def diagonal_of(gamma: Tensor, d2: int) -> Tensor:
     return gamma if gamma.ndim == 1 else gamma.diagonal(dim1=1, dim2=2).flatten()[:d2]
 
 
-def conditioned(gamma: Tensor, d2: int, instead: float) -> list[Tensor]:
-    """A Gamma for solvers: no output is worth nothing, and what is off the diagonal counts less.
+def conditioned(gamma: Tensor, noise: Tensor | None, d2: int, instead: float) -> list[Tensor]:
+    """A Gamma for solvers: no output is worth nothing, and what is off the diagonal is shrunk by what is chance in it,
+    which brings it as near the true one as a factor can (Ledoit and Wolf 2004, towards the diagonal).
 
     Args:
+        noise: (blocks,), of a full Gamma.
         instead: its mean diagonal where no token has reached the projection.
 
     Returns:
@@ -225,11 +280,11 @@ def conditioned(gamma: Tensor, d2: int, instead: float) -> list[Tensor]:
     if mean == 0:
         return [torch.full_like(diagonal, instead)]
     diagonal = diagonal.clamp(min=FLOOR * mean)
-    if gamma.ndim == 1:
+    if noise is None:
         return [diagonal]
     blocks = []
-    for block, own in zip(gamma, torch.split(diagonal, gamma.shape[-1]), strict=True):
-        block = block[: len(own), : len(own)] * (1 - SHRINKAGE)
+    for block, chance, own in zip(gamma, noise, torch.split(diagonal, gamma.shape[-1]), strict=True):
+        block = block[: len(own), : len(own)] * (1 - chance)
         block.diagonal().copy_(own)
         blocks.append(block)
     return blocks

@@ -399,7 +399,7 @@ def memory_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text, cache_bytes:
         inputs = min(cache_bytes, (len(shape.parameters) + 2) * text.checked_tokens * shape.hidden * item)
         tape = 2 * activations(length) + length * shape.vocabulary * (2 * item + 12) + shape.edge_bytes
         gammas = max(gamma_bytes(shape, recipe, index) for index in shape.blocks)
-        stages.append(inputs + max(shape.block_bytes + 3 * gammas + 2 * activations(length), tape))
+        stages.append(inputs + max(shape.block_bytes + 5 * gammas + 2 * activations(length), tape))
     if recipe.refine:
         selected = max(sum(p.d1 * p.d2 for p in shape.projections if p.block == index) for index in shape.blocks)
         # W, S, its support, gradient, two moments, the best state and one before it; W again with its gradient

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cospadi.budget.plan import Group
-from cospadi.calibration.gradients import INPUT, conditioned, diagonal_of, gradient_grams, gradient_grams_by_blocks
+from cospadi.calibration.gradients import (
+    INPUT,
+    NOISE,
+    conditioned,
+    diagonal_of,
+    gradient_grams,
+    gradient_grams_by_blocks,
+)
 from cospadi.errors import UserError
 from cospadi.jobs.ledger import Ledger
 from cospadi.model.projections import Projection
@@ -33,18 +40,23 @@ class Costs:
         return tuple(
             gamma
             for member in group.members
-            for gamma in conditioned(self._read(member.block, member.name), member.d2, self._instead(member))
+            for gamma in self._conditioned(member.block, member.name, member.d2, self._instead(member))
         )
 
     def diagonals(self, member: Projection) -> tuple[Tensor, Tensor]:
         """E[x_i^2] of a projection's inputs (d1,) and the diagonal of its Gamma (d2,), float32."""
         diagonal = diagonal_of(self._read(member.block, member.name), member.d2)
-        (outputs,) = conditioned(diagonal, member.d2, self._instead(member))
+        (outputs,) = conditioned(diagonal, None, member.d2, self._instead(member))
         return self._read(member.block, f"{member.name}{INPUT}"), outputs
 
     def of_block(self, index: int, name: str, width: int) -> tuple[Tensor, ...]:
         """Gamma of the output of a block of that name, of a model whose blocks follow each other."""
-        return tuple(conditioned(self._read(index, name), width, 1.0))
+        return tuple(self._conditioned(index, name, width, 1.0))
+
+    def _conditioned(self, index: int, name: str, d2: int, instead: float) -> list[Tensor]:
+        gamma = self._read(index, name)
+        noise = None if gamma.ndim == 1 else self._read(index, f"{name}{NOISE}")
+        return conditioned(gamma, noise, d2, instead)
 
     def _read(self, index: int, name: str) -> Tensor:
         piece = self.ledger.get(_key(index))
@@ -90,7 +102,8 @@ def _by_block(
     whole: Mapping[str, Tensor], projections: Sequence[Projection]
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     for index in sorted({p.block for p in projections}):
-        yield index, {n: whole[n] for p in projections if p.block == index for n in (p.name, f"{p.name}{INPUT}")}
+        names = [f"{p.name}{suffix}" for p in projections if p.block == index for suffix in ("", INPUT, NOISE)]
+        yield index, {name: whole[name] for name in names if name in whole}
 
 
 def _key(index: int) -> str:
