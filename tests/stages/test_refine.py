@@ -154,7 +154,8 @@ def test_equal_runs_give_equal_bytes_and_a_stopped_one_goes_on(
 def test_steps_that_lead_nowhere_leave_all_as_it_was(
     dense_folder: Path, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(refine, "LEARNING_RATE", 1e3)
+    for limit in ("LEARNING_RATE", "FASTEST"):
+        monkeypatch.setattr(refine, limit, 1e3)
     cospadi.compress(dense_folder, recipe | {"compensate": False}, tmp_path / "wild")
     cospadi.compress(dense_folder, recipe | {"compensate": False, "refine": 0}, tmp_path / "plain")
     wild, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("wild", "plain"))

@@ -208,10 +208,15 @@ def refine_block(
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * fraction
             optimizer.zero_grad()
+            tuned = weights()
+            leaves = {item: weight.detach().requires_grad_() for item, weight in tuned.items()}
             for batch in chosen:
-                loss, tokens = error(batch, weights())
+                loss, tokens = error(batch, leaves)
                 if loss.requires_grad:  # some projection of the block has run
                     (loss / (unit * tokens * len(chosen))).backward()  # type: ignore[no-untyped-call]
+            for item, weight in tuned.items():
+                if leaves[item].grad is not None:
+                    weight.backward(leaves[item].grad)  # type: ignore[no-untyped-call]
             optimizer.step()
             on_step(1)
             if step % math.ceil(steps / CHECKS) == 0 or step == steps:
