@@ -44,7 +44,8 @@ def htp(problem: MetricProblem, nonzeros: int, options: SolverOptions) -> Factor
     """S near W with so many nonzeros, for an error tr(Gamma (W - S)^T G (W - S)).
 
     Columns that no Gamma ties are problems of their own once the support is chosen. A block of Gamma is taken at a
-    time, with step lengths of its own; where Gamma is diagonal, some columns at a time, each with its own. Inputs and
+    time, with step lengths of its own; where Gamma is diagonal, some columns at a time, each with its own. While n
+    falls Gamma's diagonal is all that counts: steps that every column chooses for itself reach further. Inputs and
     outputs that never moved (zeros on the diagonals) count as little as float32 can tell. Of several members each gets
     a multiple of four nonzeros where the sum is one.
 
@@ -67,8 +68,9 @@ def htp(problem: MetricProblem, nonzeros: int, options: SolverOptions) -> Factor
     for iteration in range(1, options.iterations + 1):
         n = scheduled(iteration / options.iterations / DESCENT, target.numel(), nonzeros)
         last = iteration == options.iterations
+        parts = metric.untied if n > nonzeros else metric.parts
         if iteration > 1:
-            for part in metric.parts:
+            for part in parts:
                 _step(part, codes[part.span], residual[part.span])
         if n > nonzeros:
             keep_largest_entries(codes, n, blocks)
@@ -78,7 +80,7 @@ def htp(problem: MetricProblem, nonzeros: int, options: SolverOptions) -> Factor
                 keep_largest_entries(codes, portion, row_blocks(member, rows))
         steps = LAST_STEPS if last else STEPS
         left = torch.zeros((), dtype=torch.float64, device=target.device)
-        for part in metric.parts:
+        for part in parts:
             wanted, found = target[part.span], codes[part.span]
             residual[part.span] = part.apply(wanted - found, exact=last)
             _descend(part, found, residual[part.span], steps, exact=last)
@@ -169,12 +171,13 @@ class _Metric:
 
     Attributes:
         inputs, outputs: roots of the diagonals of G and Gamma, (d1,) and (d2,).
-        parts: columns of W that are tied to each other.
+        parts: columns of W that are tied to each other. untied: the same columns as if none were.
     """
 
     inputs: Tensor
     outputs: Tensor
     parts: list[_Part]
+    untied: list[_Part]
 
     @classmethod
     def of(cls, problem: MetricProblem) -> _Metric:
@@ -186,13 +189,13 @@ class _Metric:
         quick = torch.bfloat16 if fast else torch.float32
         gammas = problem.outputs or (torch.ones(d2, device=weight.device),)
         outputs = _roots(torch.cat([gamma if gamma.ndim == 1 else gamma.diagonal() for gamma in gammas]))
-        parts = []
+        parts: list[_Part] = []
+        untied: list[_Part] = []
         for span, gamma in zip(member_spans([len(gamma) for gamma in gammas]), gammas, strict=True):
-            if gamma.ndim == 1:
-                parts += [_Part(some, gram, None, quick) for some in row_blocks(span, COLUMNS)]
-            else:
-                parts.append(_Part(span, gram, _off_diagonal(gamma, outputs[span]), quick))
-        return cls(inputs, outputs, parts)
+            alone = [_Part(some, gram, None, quick) for some in row_blocks(span, COLUMNS)]
+            untied += alone
+            parts += [_Part(span, gram, _off_diagonal(gamma, outputs[span]), quick)] if gamma.ndim == 2 else alone
+        return cls(inputs, outputs, parts, untied)
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -219,5 +222,8 @@ def flops(d1: int, d2: int, nonzeros: int, options: SolverOptions, widths: Seque
     Args:
         widths: outputs of each block of Gamma; none where it is diagonal.
     """
-    count = (2 + STEPS) * options.iterations - STEPS + LAST_STEPS
-    return Flops(2.0 * d1 * (d1 * d2 + sum(width**2 for width in widths)) * count)
+    numbers = [scheduled(i / options.iterations / DESCENT, d1 * d2, nonzeros) for i in range(1, options.iterations)]
+    falling = sum(n > nonzeros for n in numbers)
+    untied = (2 + STEPS) * falling - (falling > 0)  # the first iteration takes no step
+    tied = (2 + STEPS) * (len(numbers) - falling) - (falling == 0) + 3 + LAST_STEPS
+    return Flops(2.0 * d1 * (d1 * d2 * (untied + tied) + sum(width**2 for width in widths) * tied))
