@@ -11,7 +11,7 @@ All of it is matrix products with the scaled G and Gamma. docs/solvers.md has th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +24,16 @@ from cospadi.solvers.support import fill_support, keep_largest_entries, member_p
 
 DESCENT = 0.8
 """Fraction of the iterations over which the number of nonzeros falls to the target."""
+UNTIED = 0.4
+"""Fraction of the iterations in which only Gamma's diagonal counts."""
 STEPS = 5
-"""Conjugate gradient steps on the support in an iteration: two-sided problems are badly conditioned."""
+"""Conjugate gradient steps of columns on their support in an iteration."""
 LAST_STEPS = 12
 """The same after the last iteration, in full float32."""
+TIED_STEPS = 2
+"""Where Gamma ties columns: steps in an iteration along what STEPS of the columns alone lead to."""
+LAST_TIED_STEPS = 4
+"""The same after the last iteration."""
 SMALLEST_QUICK = 32
 """Smaller side of W from which bf16 products are taken: below, they gain nothing."""
 COLUMNS = 2048
@@ -44,10 +50,10 @@ def htp(problem: MetricProblem, nonzeros: int, options: SolverOptions) -> Factor
     """S near W with so many nonzeros, for an error tr(Gamma (W - S)^T G (W - S)).
 
     Columns that no Gamma ties are problems of their own once the support is chosen. A block of Gamma is taken at a
-    time, with step lengths of its own; where Gamma is diagonal, some columns at a time, each with its own. While n
-    falls Gamma's diagonal is all that counts: steps that every column chooses for itself reach further. Inputs and
-    outputs that never moved (zeros on the diagonals) count as little as float32 can tell. Of several members each gets
-    a multiple of four nonzeros where the sum is one.
+    time, with step lengths of its own; where Gamma is diagonal, some columns at a time, each with its own. Gamma's
+    diagonal is all that counts at first, when much is still there. Inputs and outputs that never moved (zeros on the
+    diagonals) count as little as float32 can tell. Of several members each gets a multiple of four nonzeros where the
+    sum is one.
 
     Deterministic. Memory: three matrices of the size of W, three of a block of at most 2048 columns, and G and a block
     of Gamma, in bf16 too.
@@ -68,7 +74,7 @@ def htp(problem: MetricProblem, nonzeros: int, options: SolverOptions) -> Factor
     for iteration in range(1, options.iterations + 1):
         n = scheduled(iteration / options.iterations / DESCENT, target.numel(), nonzeros)
         last = iteration == options.iterations
-        parts = metric.untied if n > nonzeros else metric.parts
+        parts = metric.untied if iteration <= UNTIED * options.iterations and not last else metric.parts
         if iteration > 1:
             for part in parts:
                 _step(part, codes[part.span], residual[part.span])
@@ -78,12 +84,11 @@ def htp(problem: MetricProblem, nonzeros: int, options: SolverOptions) -> Factor
             portions = member_portions(codes, n, members, blocks)
             for member, portion in zip(member_spans(members), portions, strict=True):
                 keep_largest_entries(codes, portion, row_blocks(member, rows))
-        steps = LAST_STEPS if last else STEPS
         left = torch.zeros((), dtype=torch.float64, device=target.device)
         for part in parts:
             wanted, found = target[part.span], codes[part.span]
             residual[part.span] = part.apply(wanted - found, exact=last)
-            _descend(part, found, residual[part.span], steps, exact=last)
+            _descend(part, found, residual[part.span], last)
             left += part.total(wanted - found, residual[part.span])
         errors.append(float(left.clamp(min=0) / norm.clamp(min=TINY)) ** 0.5)
         if options.on_iteration:
@@ -104,29 +109,59 @@ def scheduled(progress: float, dense: int, nonzeros: int) -> int:
 def _step(part: _Part, codes: Tensor, residual: Tensor) -> None:
     """A step of steepest descent from S, on the support and off it, in place."""
     moved = part.apply(residual, exact=False)
-    codes += _length(part, residual, part.dot(residual, residual), moved) * residual
+    codes += _length(residual, part.dot(residual, residual), moved, part.dot) * residual
 
 
-def _descend(part: _Part, codes: Tensor, residual: Tensor, steps: int, exact: bool) -> None:
-    """Conjugate gradients on the support of S, in place; the residual goes along, off the support too."""
+def _descend(part: _Part, codes: Tensor, residual: Tensor, last: bool) -> None:
+    """Conjugate gradients on the support of S, in place; the residual goes along, off the support too.
+
+    Where columns are tied a direction is what they would do if they were not, made conjugate to the one before
+    (preconditioned by G (x) I, which changes with the number of steps: flexible, Notay 2000).
+    """
     support = codes != 0
-    direction = residual * support
-    squared = part.dot(direction, direction)
-    for step in range(steps):
-        moved = part.apply(direction, exact)
-        length = _length(part, direction, squared, moved)
+    if part.gamma is None:
+        change, moved = _alone(part, residual * support, support, LAST_STEPS if last else STEPS, last)
+        codes += change
+        residual -= moved
+        return
+    before = None
+    for _ in range(LAST_TIED_STEPS if last else TIED_STEPS):
+        direction, _ = _alone(part, residual * support, support, STEPS, last)
+        if before is not None:
+            direction -= _length(before, part.dot(direction, moved), moved, part.dot) * before
+        moved = part.apply(direction, last)
+        length = _length(direction, part.dot(direction, residual), moved, part.dot)
         codes += length * direction
         residual -= length * moved
+        before = direction
+
+
+def _alone(part: _Part, wanted: Tensor, support: Tensor, steps: int, exact: bool) -> tuple[Tensor, Tensor]:
+    """Change on the support with G times it near what is wanted there, a column at a time; and G times it."""
+    change, moved = torch.zeros_like(wanted), torch.zeros_like(wanted)
+    direction, squared = wanted, _columns(wanted, wanted)
+    for step in range(steps):
+        along = part.read(direction, exact)
+        length = _length(direction, squared, along, _columns)
+        change += length * direction
+        moved += length * along
         if step + 1 < steps:
-            gradient = residual * support
-            before, squared = squared, part.dot(gradient, gradient)
+            gradient = (wanted - moved) * support
+            before, squared = squared, _columns(gradient, gradient)
             direction = gradient + squared / before.clamp(min=TINY) * direction
+    return change, moved
 
 
-def _length(part: _Part, direction: Tensor, slope: Tensor, moved: Tensor) -> Tensor:
-    """Of the step that lowers the error most; 0 where the error is flat, as far as rounding lets one see."""
-    curvature, squared = part.dot(direction, moved), part.dot(direction, direction)
+def _length(direction: Tensor, slope: Tensor, moved: Tensor, dot: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Of the step that lowers the error most, given the slope; 0 where it is flat, as far as rounding lets one see."""
+    curvature, squared = dot(direction, moved), dot(direction, direction)
     return torch.where(curvature > FLAT * squared, slope / curvature.clamp(min=TINY), 0.0)
+
+
+def _columns(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products of the columns, (columns, 1)."""
+    products: Tensor = torch.linalg.vecdot(left, right)
+    return products[:, None]
 
 
 @dataclass(frozen=True)
@@ -146,19 +181,23 @@ class _Part:
     gamma: Tensor | None
     quick: torch.dtype
 
+    def read(self, error: Tensor, exact: bool) -> Tensor:
+        """G E; bf16 products, unless `exact`, leave the unit diagonal alone."""
+        return (
+            error if self.gram is None else error + _product(error, self.gram, torch.float32 if exact else self.quick)
+        )
+
     def apply(self, error: Tensor, exact: bool) -> Tensor:
-        """G E Gamma; bf16 products, unless `exact`, leave the unit diagonals alone."""
-        dtype = torch.float32 if exact else self.quick
-        if self.gram is not None:
-            error = error + _product(error, self.gram, dtype)
+        """G E Gamma, in the same way."""
+        error = self.read(error, exact)
         if self.gamma is not None:
-            error = error + _product(self.gamma, error, dtype)
+            error = error + _product(self.gamma, error, torch.float32 if exact else self.quick)
         return error
 
     def dot(self, left: Tensor, right: Tensor) -> Tensor:
         """Inner products of the columns (columns, 1), or of the matrices where columns are tied, (1, 1)."""
-        products: Tensor = torch.linalg.vecdot(left, right)
-        return products[:, None] if self.gamma is None else products.sum().view(1, 1)
+        products = _columns(left, right)
+        return products if self.gamma is None else products.sum().view(1, 1)
 
     def total(self, left: Tensor, right: Tensor) -> Tensor:
         """Inner product of the matrices, float64."""
@@ -222,8 +261,12 @@ def flops(d1: int, d2: int, nonzeros: int, options: SolverOptions, widths: Seque
     Args:
         widths: outputs of each block of Gamma; none where it is diagonal.
     """
-    numbers = [scheduled(i / options.iterations / DESCENT, d1 * d2, nonzeros) for i in range(1, options.iterations)]
-    falling = sum(n > nonzeros for n in numbers)
-    untied = (2 + STEPS) * falling - (falling > 0)  # the first iteration takes no step
-    tied = (2 + STEPS) * (len(numbers) - falling) - (falling == 0) + 3 + LAST_STEPS
-    return Flops(2.0 * d1 * (d1 * d2 * (untied + tied) + sum(width**2 for width in widths) * tied))
+    iterations = options.iterations
+    steps = STEPS * (iterations - 1) + LAST_STEPS  # products with G in these, with Gamma none
+    tied = 0
+    if widths:
+        untied = min(int(UNTIED * iterations), iterations - 1)
+        tied = TIED_STEPS * (iterations - 1 - untied) + LAST_TIED_STEPS
+        steps = STEPS * (untied + tied) + tied
+        tied += 2 * (iterations - untied) + 1 - (untied == 0)  # with steps of descent, residuals, and W's own
+    return Flops(2.0 * d1 * (d1 * d2 * (2 * iterations + steps) + sum(width**2 for width in widths) * tied))
