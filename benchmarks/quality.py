@@ -266,7 +266,8 @@ def figure(output: Annotated[Path, typer.Option(help="an .svg or .png file")] = 
         for method, (label, line) in DRAWN.items():
             found = [row for row in rows if (row["model"], row["method"]) == (model, method)]
             points = sorted((1 - row["ratio_reached"], row["mean_relative_error"]) for row in found)
-            axis.plot(*zip(*points, strict=True), line, marker=".", label=label)
+            if points:
+                axis.plot(*zip(*points, strict=True), line, marker=".", label=label)
         axis.set(yscale="log", xlabel="bytes, of the dense ones", ylabel="relative error at the outputs, mean")
         axis.set_title(model, fontsize=9)
         axis.grid(alpha=0.3, which="both")

@@ -19,7 +19,7 @@ from cospadi.jobs.progress import Stages
 from cospadi.model import load
 from cospadi.recipe import Recipe
 
-ITERATIONS = 5
+ITERATIONS = 4
 """T of K-SVD in the demo: as many as fit its two minutes on two slow cores; the paper runs 60."""
 SEQUENCES = 64
 WINDOWS = 64
