@@ -198,12 +198,17 @@ def shape_of(model: Any, owner: Mapping[str, str], selected: Set[str]) -> Shape:
 
 @dataclass(frozen=True)
 class Text:
-    """Text that a job runs: `sequences` of `length` tokens in batches, `checked` of them for gradients."""
+    """Text that a job runs: `sequences` of `length` tokens in batches, `checked` of them for gradients.
+
+    Attributes:
+        alone: whether blocks run single sequences too.
+    """
 
     sequences: int
     length: int
     batch: int
     checked: int
+    alone: bool
 
     @property
     def tokens(self) -> int:
@@ -221,16 +226,16 @@ class Text:
     def learned(self) -> int:
         """Tokens that the whole model runs: two batches and two sequences to learn how blocks are called, and two
         batches to time a pass."""
-        return (2 * min(2 * self.batch, self.sequences) + min(2, self.checked)) * self.length
+        return (2 * min(2 * self.batch, self.sequences) + 2 * self.alone) * self.length
 
 
 def text_of(recipe: Recipe, positions: int) -> Text:
     """The text that a settled recipe asks for; none for a recipe without calibration."""
     if recipe.data_free:
-        return Text(0, 1, recipe.batch_size, 0)
+        return Text(0, 1, recipe.batch_size, 0, False)
     checked = min(recipe.gradient_sequences, recipe.sequences) if recipe.wants_gradients else 0
     length, batch = sequence_length(recipe.length, positions), min(recipe.batch_size, recipe.sequences)
-    return Text(recipe.sequences, length, batch, checked)
+    return Text(recipe.sequences, length, batch, checked, bool(checked or recipe.refine))
 
 
 # FLOPs and time
@@ -348,8 +353,7 @@ def solve_of(recipe: Recipe, group: Group) -> Iterator[Cost]:
 
 def refinement_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text) -> Iterator[Cost]:
     """Steps of all blocks: forward, and back to the selected weights, but not beyond the first one's input."""
-    steps, checked = tuned_tokens(recipe, text)
-    batches = -(-steps // text.batch_tokens) + -(-checked // text.batch_tokens)
+    steps, looks, checked = tuned_tokens(recipe, text)
     selected = {block: sum(p.d1 * p.d2 for p in shape.projections if p.block == block) for block in shape.blocks}
     weighed = 2.0 * shape.hidden * output_widths(shape.hidden)[0] if recipe.metric == "two-sided" else 0.0
     for block in sorted({reader.block for reader in shape.readers}):
@@ -359,19 +363,19 @@ def refinement_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text) -> Itera
         forward = forward_flops(shape, steps, text.length, [block])
         yield Cost("refine", "backward", Flops(forward + steps * (back + 2 * weighed)))
         yield Cost("refine", "forward", Flops(forward_flops(shape, checked, text.length, [block]) + checked * weighed))
-    if not find_solver(recipe.solver).identity:  # D S of every batch, and its gradient
+    if not find_solver(recipe.solver).identity:  # D S of every look and step, and its gradient
         products = sum(2.0 * group.d1 * group.k * sum(group.d2s) for group in plan.compressed)
-        yield Cost("refine", "grams", Flops(products * (batches + -(-steps // text.batch_tokens))))
+        yield Cost("refine", "grams", Flops(products * (looks + 2 * (recipe.refine or 0))))
 
 
-def tuned_tokens(recipe: Recipe, text: Text) -> tuple[int, int]:
-    """Tokens of all steps of one block, and of all looks at what was set aside."""
+def tuned_tokens(recipe: Recipe, text: Text) -> tuple[int, int, int]:
+    """Tokens of all steps of one block, how often it looks at what was set aside, and tokens of all these looks."""
     steps, batches = recipe.refine or 0, -(-text.sequences // text.batch)
     kept = max(1, batches // HELD_OUT)
-    step = min(max(1, STEP_TOKENS // text.batch_tokens), max(1, batches - kept))
     every = math.ceil(steps / CHECKS)
     looks = 1 + steps // every + (steps % every > 0)
-    return steps * step * text.batch_tokens, looks * kept * text.batch_tokens
+    step = min(max(1, STEP_TOKENS // text.length), text.batch * max(1, batches - kept))
+    return steps * step * text.length, looks, looks * kept * text.batch_tokens
 
 
 # Memory and disk

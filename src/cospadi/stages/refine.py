@@ -36,8 +36,8 @@ from cospadi.stages.solve import Packed, dense_weights, packed_of
 
 log = logging.getLogger("cospadi")
 
-STEP_TOKENS = 4096
-"""Tokens that a step's gradient is taken on, or one batch where that has more."""
+STEP_TOKENS = 2048
+"""Tokens that a step's gradient is taken on, or one sequence where that has more."""
 LEARNING_RATE = 0.15
 """Largest step of a value, in root mean squares of the values of its projection times the relative error of the block's
 output (the root of its square): what is nearly right is to be moved little."""
@@ -46,7 +46,7 @@ FASTEST = 2e-2
 WARM_UP = 5
 """Steps over which the learning rate rises."""
 HELD_OUT = 8
-"""One in so many batches is set aside to choose the best state by."""
+"""One in so many batches of sequences is set aside to choose the best state by."""
 CHECKS = 3
 """Times that this is done after the start."""
 BETAS = (0.9, 0.95)
@@ -168,22 +168,22 @@ def refine_block(
     gamma = None if costs is None else [cost.to(device) for cost in costs]
     kept = max(1, len(inputs) // HELD_OUT) if len(inputs) > 1 else 0
     held_out = range(len(inputs) - kept, len(inputs)) if kept else range(1)
-    training = range(len(inputs) - kept) if kept else range(1)
-    size = max(1, STEP_TOKENS // max(1, inputs[0].shape[0] * inputs[0].shape[1]))
+    rows, length = inputs[0].shape[:2]
+    training = [(batch, row) for batch in range(max(1, len(inputs) - kept)) for row in range(rows)]
+    size = min(max(1, STEP_TOKENS // length), len(training))
 
     def weights() -> dict[str, Tensor]:
         dtype = next(block.parameters()).dtype
         return {f"{item.removeprefix(f'{name}.')}.weight": part.weight(dtype) for item, part in parts.items()}
 
-    def error(batch: int, replaced: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-        hidden, target = inputs[batch], wanted[batch]
+    def error(hidden: Tensor, target: Tensor, replaced: Mapping[str, Tensor]) -> Tensor:
         output = call(lambda *a, **k: functional_call(block, dict(replaced), a, k), index, calls, hidden)
-        return weighed_square(output.float() - target.float(), gamma), hidden.shape[0] * hidden.shape[1]
+        return weighed_square(output.float() - target.float(), gamma)
 
     @torch.no_grad()
     def checked() -> float:
         replaced = weights()
-        return float(sum(error(batch, replaced)[0] for batch in held_out))
+        return float(sum(error(inputs[batch], wanted[batch], replaced) for batch in held_out))
 
     with torch.no_grad():
         largest = float(sum(weighed_square(wanted[batch].float(), gamma) for batch in held_out))
@@ -199,10 +199,10 @@ def refine_block(
         groups = [{"params": [value], "lr": rate} for value, rate in zip(values, rates, strict=True)]
         optimizer = torch.optim.Adam(groups, betas=BETAS, eps=1e-12)
         generator = torch.Generator().manual_seed(seed)
-        order: list[int] = []
+        order: list[tuple[int, int]] = []
         for step in range(1, steps + 1):
-            if len(order) < size:
-                order += torch.randperm(len(training), generator=generator).tolist()
+            if len(order) < size:  # the text once again, in another order
+                order += [training[place] for place in torch.randperm(len(training), generator=generator)]
             chosen, order = order[:size], order[size:]
             fraction = min(1.0, step / WARM_UP) * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -210,10 +210,11 @@ def refine_block(
             optimizer.zero_grad()
             tuned = weights()
             leaves = {item: weight.detach().requires_grad_() for item, weight in tuned.items()}
-            for batch in chosen:
-                loss, tokens = error(batch, leaves)
+            for batch, row in chosen:
+                one = slice(row, row + 1)
+                loss = error(inputs[batch][one], wanted[batch][one], leaves)
                 if loss.requires_grad:  # some projection of the block has run
-                    (loss / (unit * tokens * len(chosen))).backward()  # type: ignore[no-untyped-call]
+                    (loss / (unit * length * len(chosen))).backward()  # type: ignore[no-untyped-call]
             for item, weight in tuned.items():
                 if leaves[item].grad is not None:
                     weight.backward(leaves[item].grad)  # type: ignore[no-untyped-call]

@@ -53,7 +53,7 @@ def read_text(job: Job) -> None:
                 )
             job.sequences = piece.tensors()["tokens"]
     texts = [(job.sequences, recipe.batch_size)]
-    if recipe.wants_gradients:
+    if recipe.wants_gradients or recipe.refine:
         texts.append((check_text(job), 1))
     with job.stages.stage("text", 1):
         try:
