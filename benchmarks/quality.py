@@ -263,11 +263,11 @@ def figure(output: Annotated[Path, typer.Option(help="an .svg or .png file")] = 
     models = sorted({row["model"] for row in rows if row["method"] == ALONE})
     drawing, axes = pyplot.subplots(1, len(models), figsize=(4.2 * len(models), 3.4), squeeze=False)
     for axis, model in zip(axes.flat, models, strict=True):
-        for method, (label, line) in DRAWN.items():
+        for index, (method, (label, line)) in enumerate(DRAWN.items()):
             found = [row for row in rows if (row["model"], row["method"]) == (model, method)]
             points = sorted((1 - row["ratio_reached"], row["mean_relative_error"]) for row in found)
             if points:
-                axis.plot(*zip(*points, strict=True), line, marker=".", label=label)
+                axis.plot(*zip(*points, strict=True), line, marker=".", color=f"C{index}", label=label)
         axis.set(yscale="log", xlabel="bytes, of the dense ones", ylabel="relative error at the outputs, mean")
         axis.set_title(model, fontsize=9)
         axis.grid(alpha=0.3, which="both")
