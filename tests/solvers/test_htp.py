@@ -107,7 +107,7 @@ def test_near_the_best_of_all_supports(nonzeros: int, gammas: str) -> None:
     assert min(gaps) >= -1e-6
     assert sum(gap < 1e-5 for gap in gaps) >= 8, gaps
     assert np.median(gaps) < 0.003, gaps
-    assert np.mean(gaps) < 0.02, gaps
+    assert np.mean(gaps) < {3: 0.02, 5: 0.006, 8: 0.001}[nonzeros], gaps
 
 
 @pytest.mark.parametrize("gammas", ["none", "diagonal", "full"])
