@@ -45,7 +45,7 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def recipe(text_file: Path) -> dict[str, Any]:
     """Enough text that some is set aside, and as many steps as change something."""
-    fields: dict[str, Any] = {"ratio": 0.3, "iterations": 2, "gradient_sequences": 1, "refine": 24, "batch_size": 2}
+    fields: dict[str, Any] = {"ratio": 0.3, "iterations": 2, "gradient_sequences": 1, "refine": 40, "batch_size": 2}
     return fields | {"calibration": str(text_file), "sequences": 16, "length": 32}
 
 

@@ -36,6 +36,11 @@ LAST_TIED_STEPS = 4
 """The same after the last iteration."""
 SMALLEST_QUICK = 32
 """Smaller side of W from which bf16 products are taken: below, they gain nothing."""
+LEADING = 8
+"""Directions of G and Gamma that stay in float32: what all tokens share can be most of G, and rounding it to bf16 would
+drown the rest."""
+ROUNDS = 4
+"""Of subspace iteration, which finds them."""
 COLUMNS = 2048
 """Columns that are taken at once where Gamma is diagonal."""
 FLAT = 1e-6
@@ -172,27 +177,21 @@ class _Part:
 
     Attributes:
         span: which columns.
-        gram: scaled G less its unit diagonal, or None for I. gamma: the same of Gamma.
-        quick: dtype of products that need not be exact.
+        gram: of G, or None for I. gamma: the same of Gamma.
     """
 
     span: slice
-    gram: Tensor | None
-    gamma: Tensor | None
-    quick: torch.dtype
+    gram: _Gram | None
+    gamma: _Gram | None
 
     def read(self, error: Tensor, exact: bool) -> Tensor:
-        """G E; bf16 products, unless `exact`, leave the unit diagonal alone."""
-        return (
-            error if self.gram is None else error + _product(error, self.gram, torch.float32 if exact else self.quick)
-        )
+        """G E, in bf16 products unless `exact`."""
+        return error if self.gram is None else self.gram.behind(error, exact)
 
     def apply(self, error: Tensor, exact: bool) -> Tensor:
         """G E Gamma, in the same way."""
         error = self.read(error, exact)
-        if self.gamma is not None:
-            error = error + _product(self.gamma, error, torch.float32 if exact else self.quick)
-        return error
+        return error if self.gamma is None else self.gamma.before(error, exact)
 
     def dot(self, left: Tensor, right: Tensor) -> Tensor:
         """Inner products of the columns (columns, 1), or of the matrices where columns are tied, (1, 1)."""
@@ -223,24 +222,18 @@ class _Metric:
         weight = problem.weight
         d1, d2 = weight.shape
         inputs = torch.ones(d1, device=weight.device) if problem.gram is None else _roots(problem.gram.diagonal())
-        gram = None if problem.gram is None else _off_diagonal(problem.gram, inputs)
-        fast = min(d1, d2) >= SMALLEST_QUICK and bf16_is_fast(weight.device)
-        quick = torch.bfloat16 if fast else torch.float32
+        quick = min(d1, d2) >= SMALLEST_QUICK and bf16_is_fast(weight.device)
+        gram = None if problem.gram is None else _Gram.of(problem.gram, inputs, quick)
         gammas = problem.outputs or (torch.ones(d2, device=weight.device),)
         outputs = _roots(torch.cat([gamma if gamma.ndim == 1 else gamma.diagonal() for gamma in gammas]))
         parts: list[_Part] = []
         untied: list[_Part] = []
         for span, gamma in zip(member_spans([len(gamma) for gamma in gammas]), gammas, strict=True):
-            alone = [_Part(some, gram, None, quick) for some in row_blocks(span, COLUMNS)]
+            alone = [_Part(some, gram, None) for some in row_blocks(span, COLUMNS)]
             untied += alone
-            parts += [_Part(span, gram, _off_diagonal(gamma, outputs[span]), quick)] if gamma.ndim == 2 else alone
+            tied = gamma.ndim == 2
+            parts += [_Part(span, gram, _Gram.of(gamma, outputs[span], quick))] if tied else alone
         return cls(inputs, outputs, parts, untied)
-
-
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    with float32_products("highest"):
-        product: Tensor = (left.to(dtype) @ right.to(dtype)).to(torch.float32)
-    return product
 
 
 def _roots(diagonal: Tensor) -> Tensor:
@@ -249,14 +242,60 @@ def _roots(diagonal: Tensor) -> Tensor:
     return diagonal.clamp(min=float(diagonal.mean()) * 1e-12 + TINY).sqrt()
 
 
-def _off_diagonal(matrix: Tensor, roots: Tensor) -> Tensor:
-    scaled = matrix.float() / roots / roots[:, None]
-    scaled.diagonal().zero_()
-    return scaled
+@dataclass(frozen=True)
+class _Gram:
+    """A Gram matrix with a unit diagonal.
+
+    Attributes:
+        exact: float32 (d, d), less the unit diagonal.
+        leading: B and B T, (d, LEADING), with B T B^T what lies in the leading directions.
+        diagonal: (d,) of what is left. rest: bf16 (d, d), the same less its diagonal. All three None where products are
+            exact anyway.
+    """
+
+    exact: Tensor
+    leading: tuple[Tensor, Tensor] | None = None
+    diagonal: Tensor | None = None
+    rest: Tensor | None = None
+
+    @classmethod
+    def of(cls, matrix: Tensor, roots: Tensor, quick: bool) -> _Gram:
+        """Of one with these roots of its diagonal."""
+        exact = matrix.float() / roots / roots[:, None]
+        exact.diagonal().zero_()
+        if not quick:
+            return cls(exact)
+        basis = torch.randn(len(exact), LEADING, generator=torch.Generator().manual_seed(0)).to(exact.device)
+        with float32_products("highest"):
+            for _ in range(ROUNDS):
+                basis = torch.linalg.qr(basis + exact @ basis)[0]
+            weighed = basis @ (basis.T @ (basis + exact @ basis))
+            rest = exact - basis @ weighed.T
+        diagonal = 1 + rest.diagonal()
+        rest.diagonal().zero_()
+        return cls(exact, (basis, weighed), diagonal, rest.bfloat16())
+
+    def behind(self, error: Tensor, exact: bool) -> Tensor:
+        """E times it."""
+        with float32_products("highest"):
+            if exact or self.leading is None or self.diagonal is None or self.rest is None:
+                return error + error @ self.exact
+            basis, weighed = self.leading
+            left = error * self.diagonal + (error.bfloat16() @ self.rest).float()
+            return left + (error @ basis) @ weighed.T
+
+    def before(self, error: Tensor, exact: bool) -> Tensor:
+        """It times E."""
+        with float32_products("highest"):
+            if exact or self.leading is None or self.diagonal is None or self.rest is None:
+                return error + self.exact @ error
+            basis, weighed = self.leading
+            left = error * self.diagonal[:, None] + (self.rest @ error.bfloat16()).float()
+            return left + basis @ (weighed.T @ error)
 
 
 def flops(d1: int, d2: int, nonzeros: int, options: SolverOptions, widths: Sequence[int] = ()) -> Flops:
-    """Of `htp`, whose quick products count as exact ones do.
+    """Of `htp`, whose quick products count as exact ones do, without their leading directions.
 
     Args:
         widths: outputs of each block of Gamma; none where it is diagonal.
