@@ -11,7 +11,7 @@ All of it is matrix products with the scaled G and Gamma. docs/solvers.md has th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -113,8 +113,9 @@ def scheduled(progress: float, dense: int, nonzeros: int) -> int:
 
 def _step(part: _Part, codes: Tensor, residual: Tensor) -> None:
     """A step of steepest descent from S, on the support and off it, in place."""
+    squared = part.dot(residual, residual)
     moved = part.apply(residual, exact=False)
-    codes += _length(residual, part.dot(residual, residual), moved, part.dot) * residual
+    codes.addcmul_(residual, _length(squared, part.dot(residual, moved), squared))
 
 
 def _descend(part: _Part, codes: Tensor, residual: Tensor, last: bool) -> None:
@@ -123,43 +124,45 @@ def _descend(part: _Part, codes: Tensor, residual: Tensor, last: bool) -> None:
     Where columns are tied a direction is what they would do if they were not, made conjugate to the one before
     (preconditioned by G (x) I, which changes with the number of steps: flexible, Notay 2000).
     """
-    support = codes != 0
+    support = (codes != 0).to(codes.dtype)
     if part.gamma is None:
-        change, moved = _alone(part, residual * support, support, LAST_STEPS if last else STEPS, last)
-        codes += change
-        residual -= moved
+        _descend_alone(part, codes, residual, support, LAST_STEPS if last else STEPS, last)
         return
     before = None
     for _ in range(LAST_TIED_STEPS if last else TIED_STEPS):
-        direction, _ = _alone(part, residual * support, support, STEPS, last)
+        direction = torch.zeros_like(codes)
+        _descend_alone(part, direction, residual * support, support, STEPS, last)
         if before is not None:
-            direction -= _length(before, part.dot(direction, moved), moved, part.dot) * before
+            squared = part.dot(before, before)
+            direction.addcmul_(before, _length(part.dot(direction, moved), curvature, squared), value=-1)
         moved = part.apply(direction, last)
-        length = _length(direction, part.dot(direction, residual), moved, part.dot)
-        codes += length * direction
-        residual -= length * moved
+        curvature = part.dot(direction, moved)
+        length = _length(part.dot(direction, residual), curvature, part.dot(direction, direction))
+        codes.addcmul_(direction, length)
+        residual.addcmul_(moved, length, value=-1)
         before = direction
 
 
-def _alone(part: _Part, wanted: Tensor, support: Tensor, steps: int, exact: bool) -> tuple[Tensor, Tensor]:
-    """Change on the support with G times it near what is wanted there, a column at a time; and G times it."""
-    change, moved = torch.zeros_like(wanted), torch.zeros_like(wanted)
-    direction, squared = wanted, _columns(wanted, wanted)
+def _descend_alone(part: _Part, codes: Tensor, residual: Tensor, support: Tensor, steps: int, exact: bool) -> None:
+    """The same as if no columns were tied: each on its own."""
+    direction = residual * support
+    slope = squared = _columns(direction, direction)  # of the gradient; of the direction, as if both were exact
     for step in range(steps):
         along = part.read(direction, exact)
-        length = _length(direction, squared, along, _columns)
-        change += length * direction
-        moved += length * along
+        length = _length(slope, _columns(direction, along), squared)
+        codes.addcmul_(direction, length)
+        residual.addcmul_(along, length, value=-1)
         if step + 1 < steps:
-            gradient = (wanted - moved) * support
-            before, squared = squared, _columns(gradient, gradient)
-            direction = gradient + squared / before.clamp(min=TINY) * direction
-    return change, moved
+            gradient = torch.mul(residual, support, out=along)
+            before, slope = slope, _columns(gradient, gradient)
+            turn = slope / before.clamp(min=TINY)
+            direction = torch.addcmul(gradient, direction, turn, out=direction)
+            squared = slope + turn.square() * squared
 
 
-def _length(direction: Tensor, slope: Tensor, moved: Tensor, dot: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Of the step that lowers the error most, given the slope; 0 where it is flat, as far as rounding lets one see."""
-    curvature, squared = dot(direction, moved), dot(direction, direction)
+def _length(slope: Tensor, curvature: Tensor, squared: Tensor) -> Tensor:
+    """Of the step that lowers the error most along a direction of that norm; 0 where it is flat, as far as rounding
+    lets one see."""
     return torch.where(curvature > FLAT * squared, slope / curvature.clamp(min=TINY), 0.0)
 
 
@@ -186,7 +189,7 @@ class _Part:
 
     def read(self, error: Tensor, exact: bool) -> Tensor:
         """G E, in bf16 products unless `exact`."""
-        return error if self.gram is None else self.gram.behind(error, exact)
+        return error.clone() if self.gram is None else self.gram.behind(error, exact)
 
     def apply(self, error: Tensor, exact: bool) -> Tensor:
         """G E Gamma, in the same way."""
@@ -279,19 +282,19 @@ class _Gram:
         """E times it."""
         with float32_products("highest"):
             if exact or self.leading is None or self.diagonal is None or self.rest is None:
-                return error + error @ self.exact
+                return torch.addmm(error, error, self.exact)
             basis, weighed = self.leading
-            left = error * self.diagonal + (error.bfloat16() @ self.rest).float()
-            return left + (error @ basis) @ weighed.T
+            product = (error.bfloat16() @ self.rest).float().addcmul_(error, self.diagonal)
+            return product.addmm_(error @ basis, weighed.T)
 
     def before(self, error: Tensor, exact: bool) -> Tensor:
         """It times E."""
         with float32_products("highest"):
             if exact or self.leading is None or self.diagonal is None or self.rest is None:
-                return error + self.exact @ error
+                return torch.addmm(error, self.exact, error)
             basis, weighed = self.leading
-            left = error * self.diagonal[:, None] + (self.rest @ error.bfloat16()).float()
-            return left + basis @ (weighed.T @ error)
+            product = (self.rest @ error.bfloat16()).float().addcmul_(error, self.diagonal[:, None])
+            return product.addmm_(basis, weighed.T @ error)
 
 
 def flops(d1: int, d2: int, nonzeros: int, options: SolverOptions, widths: Sequence[int] = ()) -> Flops:
