@@ -5,8 +5,8 @@
     python benchmarks/zeroshot.py table
 
 Methods are named as in benchmarks/quality.py; the dense model's row is measured first. Tasks are lm-eval's (extra
-`eval`), the first N documents of each, the same for all rows; rows keep which were right, so that differences from
-dense have the paired standard error. A row that has its file is not computed again.
+`eval`), the first N documents of each, the same for all rows; rows keep which were right (a digit a document), so that
+differences from dense have the paired standard error. A row that has its file is not computed again.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def run(
             del loaded
             ((_, found),) = accuracy.measure_accuracies([folder], suite, limit, batch_size, device, runtime="dense")
         right = {task.removeprefix("local_"): metrics["acc"] for task, metrics in found.items()}
-        row |= {"right": right, "accuracy": {task: sum(each) / len(each) for task, each in right.items()}}
+        digits = {task: "".join(f"{one:.0f}" for one in each) for task, each in right.items()}
+        row |= {"right": digits, "accuracy": {task: sum(each) / len(each) for task, each in right.items()}}
         row["documents"] = {task: len(each) for task, each in right.items()}
         path.write_text(json.dumps(row, indent=2, sort_keys=True) + "\n")
 
@@ -132,11 +133,9 @@ def _standard_error(row: dict[str, Any]) -> float:
 
 
 def _paired(row: dict[str, Any], dense: dict[str, Any]) -> str:
-    """The standard error of the difference from dense over the same documents, where both rows kept them."""
-    if "right" not in row or "right" not in dense:
-        return ""
+    """The standard error of the difference from dense over the same documents."""
     gains = [
-        [one - other for one, other in zip(row["right"][task], dense["right"][task], strict=True)]
+        [int(one) - int(other) for one, other in zip(row["right"][task], dense["right"][task], strict=True)]
         for task in dense["right"]
     ]
     squares = [statistics.variance(each) / len(each) for each in gains]
