@@ -10,7 +10,7 @@ Gamma's diagonal is chance (what it is shrunk by), in the block with least and i
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -84,7 +84,9 @@ def main(
         print(f"| {kind} | {min(values):.2f} | {max(values):.2f} |")
 
 
-def _solved(problem: MetricProblem, nonzeros: int, gamma: str, constants: dict[str, float], t: int) -> tuple[float, float]:
+def _solved(
+    problem: MetricProblem, nonzeros: int, gamma: str, constants: dict[str, float], t: int
+) -> tuple[float, float]:
     """The two-sided error of a solution, and the seconds that it took."""
     outputs = problem.outputs if gamma == FULL else tuple(block.diagonal().clone() for block in problem.outputs)
     with _changed(constants):
@@ -118,7 +120,7 @@ def _changed(constants: dict[str, float]) -> Iterator[None]:
             setattr(htp, name, value)
 
 
-def _chance(job: Job, groups: list[Group]) -> dict[str, list[float]]:
+def _chance(job: Job, groups: Sequence[Group]) -> dict[str, list[float]]:
     """Kind -> the part of what is off the diagonal of its Gamma that is chance, the mean over its blocks of outputs."""
     found: dict[str, list[float]] = {}
     for group in groups:

@@ -19,7 +19,7 @@ from cospadi.errors import UserError
 MOST = 2**31
 """Bound of every count: beyond what anybody has, within what torch can count."""
 
-REFINE = 64
+REFINE = 128
 """Steps of refinement, unless told otherwise."""
 
 CACHE_BYTES = 4 * 10**9
@@ -92,7 +92,7 @@ class Recipe(BaseModel):
         None,
         description="what an error is measured in: of the weights (no text is needed), of the projection's output, of "
         "the outputs weighed by what they cost in the loss (fisher), or of that with all their products (two-sided) "
-        "(default: two-sided where D = I, fisher where it is stored)",
+        "(default: fisher; two-sided where D = I and blocks are not refined)",
     )
     compensate: bool | None = Field(
         None,
@@ -107,12 +107,12 @@ class Recipe(BaseModel):
         ge=0,
         le=MOST,
         description="steps by which the values of each block are tuned to its output, supports fixed "
-        "(default: 64; 0 without text and with --share layers:N)",
+        "(default: 128; 0 without text and with --share layers:N)",
     )
 
     update: Literal["power", "pca", "mod"] = Field("power", description="dictionary update of ksvd")
     iterations: int | None = Field(
-        None, ge=1, le=MOST, description="iterations T of the solver (default: 20 for htp, 60 for the others)"
+        None, ge=1, le=MOST, description="iterations T of the solver (default: 12 for htp, 300 for alps, else 60)"
     )
     tolerance: float = Field(0.0, ge=0, lt=1, description="stop once an iteration gains less than this; 0: never")
     seed: int = Field(42, ge=0, lt=2**63, description="of the initial dictionary and the choice of calibration text")
@@ -209,7 +209,9 @@ class Recipe(BaseModel):
         from cospadi.solvers import find_solver  # torch: not for who only reads recipes
 
         solver = find_solver(self.solver)
-        metric: str = self.metric or solver.metrics[0]
+        single, wanted = self.layers_shared == 1, REFINE if self.refine is None else self.refine
+        refined = single and wanted > 0
+        metric: str = self.metric or ("fisher" if refined and "fisher" in solver.metrics else solver.metrics[0])
         if metric not in solver.metrics:
             raise UserError(
                 f"solver {self.solver} does not measure errors in metric {metric}. Use --metric "
@@ -225,14 +227,14 @@ class Recipe(BaseModel):
         if self.allocate == "pooled" and not (by_loss and solver.identity):
             what = f"metric {metric} takes no gradients" if solver.identity else f"solver {self.solver} stores D"
             raise UserError(f"allocate pooled is not possible: {what}. Use --allocate uniform")
-        alone = text and self.layers_shared == 1
+        alone = text and single
         for name, asked in (("compensate", self.compensate), ("refine", self.refine)):
             if asked and not alone:
                 why = "a dictionary serves several blocks" if text else "there is no text"
                 no = "--no-compensate" if name == "compensate" else "--refine 0"
                 raise UserError(f"{name} is not possible: {why}. Use {no}, or leave it out")
         spread = by_loss and solver.identity
-        refine = (REFINE if self.refine is None else self.refine) if alone else 0
+        refine = wanted if alone else 0
         decided = {
             "metric": metric,
             "allocate": self.allocate or ("pooled" if spread else "uniform"),

@@ -144,8 +144,8 @@ def test_flags_that_would_change_the_plan_are_refused(
         (lambda plan: plan["groups"].pop(), "for another model, selection"),
         (lambda plan: plan["groups"].append(plan["groups"][0]), "for another model, selection"),
         (lambda plan: plan["recipe"].update(colour="red"), "unknown field 'colour'"),
-        (lambda plan: plan["recipe"].update(solver="ksvd"), "not for solver ksvd"),
-        (lambda plan: plan["recipe"].update(solver="svd-llm"), "not for solver svd-llm"),
+        (lambda plan: plan["recipe"].update(solver="ksvd", metric="fisher"), "not for solver ksvd"),
+        (lambda plan: plan["recipe"].update(solver="svd-llm", metric="fisher"), "not for solver svd-llm"),
         (lambda plan: plan.pop("cospadi_plan"), "is not a plan"),
     ],
 )

@@ -102,7 +102,7 @@ def gradient_grams_by_blocks(
 
     Yields:
         Index of a block, last one first; what `gradient_grams` returns, of its projections, and under the block's name
-        Gamma of its own output.
+        Gamma's diagonal of its own output.
     """
     step = len(sequences) / (2 * len(blocks))
     inputs = [embed(blocks, sequences, 1, spill)]
@@ -129,7 +129,7 @@ def gradient_grams_by_blocks(
             _summed_gradients(blocks.model, of_block, full) as sums,
             no_parameter_gradients(block),
         ):
-            sums.gammas[name] = _Gamma.zeros(width, full, blocks.device)
+            sums.gammas[name] = _Gamma.zeros(width, False, blocks.device)
             for batch in range(len(before)):
                 sums.gammas[name].add(gradients[batch], name)
                 hidden = before[batch].requires_grad_()

@@ -355,14 +355,13 @@ def refinement_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text) -> Itera
     """Steps of all blocks: forward, and back to the selected weights, but not beyond the first one's input."""
     steps, looks, checked = tuned_tokens(recipe, text)
     selected = {block: sum(p.d1 * p.d2 for p in shape.projections if p.block == block) for block in shape.blocks}
-    weighed = 2.0 * shape.hidden * output_widths(shape.hidden)[0] if recipe.metric == "two-sided" else 0.0
     for block in sorted({reader.block for reader in shape.readers}):
         first = next(reader for reader in shape.readers if reader.block == block)
         back = 2 * (shape.parameters[block] - first.after + selected[block])
         back += 0 if first.before else 10 * text.length * shape.attention
         forward = forward_flops(shape, steps, text.length, [block])
-        yield Cost("refine", "backward", Flops(forward + steps * (back + 2 * weighed)))
-        yield Cost("refine", "forward", Flops(forward_flops(shape, checked, text.length, [block]) + checked * weighed))
+        yield Cost("refine", "backward", Flops(forward + steps * back))
+        yield Cost("refine", "forward", Flops(forward_flops(shape, checked, text.length, [block])))
     if not find_solver(recipe.solver).identity:  # D S of every look and step, and its gradient
         products = sum(2.0 * group.d1 * group.k * sum(group.d2s) for group in plan.compressed)
         yield Cost("refine", "grams", Flops(products * (looks + 2 * (recipe.refine or 0))))
@@ -412,8 +411,8 @@ def memory_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text, cache_bytes:
 
 
 def gamma_bytes(shape: Shape, recipe: Recipe, block: int) -> int:
-    """Bytes of what a block's gradients leave: Gamma of its projections and of its own output, float32."""
-    outputs = [p.d2 for p in shape.projections if p.block == block] + [shape.hidden]
+    """Bytes of what a block's gradients leave, float32: Gamma of its projections."""
+    outputs = [p.d2 for p in shape.projections if p.block == block]
     return 4 * sum(math.prod(gamma_shape(d2, recipe.metric == "two-sided")) for d2 in outputs)
 
 

@@ -26,7 +26,7 @@ class Solver:
             (MetricProblem, nonzeros, options) -> Factorization, where the dictionary is the identity.
         flops: (d1, d2, k, s, options) -> what a solve costs; where the dictionary is the identity, with a Gram. Solvers
             with the metric two-sided take the widths of Gamma's full blocks as one more.
-        metrics: what it can measure errors in, best first; see Recipe.metric.
+        metrics: what it can measure errors in, best first where blocks are not refined; see Recipe.metric.
         support: how the support of S is stored, and dictionary: how D is, by the names of the kinds in `format`.
         codec: of its values, where it is always the same; None leaves it to the recipe.
         free_support: whether it spreads s d2 nonzeros over the whole matrix, s any number; else a column gets s.
@@ -61,7 +61,7 @@ def _identity(
 
 
 SOLVERS: dict[str, Solver] = {
-    "htp": _identity(htp.htp, htp.flops, ("two-sided", *FISHER), iterations=20),
+    "htp": _identity(htp.htp, htp.flops, ("two-sided", *FISHER), iterations=12),
     "mod-htp": Solver(mod_htp.mod_htp, mod_htp.flops, free_support=True),
     "ksvd": Solver(ksvd.ksvd, ksvd.flops),
     "procrustes": Solver(procrustes.procrustes, procrustes.flops),

@@ -128,19 +128,18 @@ def _descend(part: _Part, codes: Tensor, residual: Tensor, last: bool) -> None:
     if part.gamma is None:
         _descend_alone(part, codes, residual, support, LAST_STEPS if last else STEPS, last)
         return
-    before = None
+    before: tuple[Tensor, ...] = ()
     for _ in range(LAST_TIED_STEPS if last else TIED_STEPS):
         direction = torch.zeros_like(codes)
         _descend_alone(part, direction, residual * support, support, STEPS, last)
-        if before is not None:
-            squared = part.dot(before, before)
-            direction.addcmul_(before, _length(part.dot(direction, moved), curvature, squared), value=-1)
+        if before:
+            other, moved, curvature, squared = before
+            direction.addcmul_(other, _length(part.dot(direction, moved), curvature, squared), value=-1)
         moved = part.apply(direction, last)
-        curvature = part.dot(direction, moved)
-        length = _length(part.dot(direction, residual), curvature, part.dot(direction, direction))
+        before = direction, moved, part.dot(direction, moved), part.dot(direction, direction)
+        length = _length(part.dot(direction, residual), *before[2:])
         codes.addcmul_(direction, length)
         residual.addcmul_(moved, length, value=-1)
-        before = direction
 
 
 def _descend_alone(part: _Part, codes: Tensor, residual: Tensor, support: Tensor, steps: int, exact: bool) -> None:

@@ -49,9 +49,11 @@ class Costs:
         (outputs,) = conditioned(diagonal, None, member.d2, self._instead(member))
         return self._read(member.block, f"{member.name}{INPUT}"), outputs
 
-    def of_block(self, index: int, name: str, width: int) -> tuple[Tensor, ...]:
-        """Gamma of the output of a block of that name, of a model whose blocks follow each other."""
-        return tuple(self._conditioned(index, name, width, 1.0))
+    def of_block(self, index: int, name: str) -> Tensor:
+        """The diagonal of Gamma (width,) of the output of a block of that name, in a model whose blocks follow each
+        other."""
+        diagonal = self._read(index, name)
+        return conditioned(diagonal, None, len(diagonal), 1.0)[0]
 
     def _conditioned(self, index: int, name: str, d2: int, instead: float) -> list[Tensor]:
         gamma = self._read(index, name)

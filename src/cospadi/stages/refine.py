@@ -3,10 +3,10 @@
 Projections were solved one by one, each by second-order rules of its own. Here the block itself is run, on what the
 model compressed so far gives it, and the stored values of all its projections follow the gradient of
 
-    mean over tokens of (y' - y) Gamma_h (y' - y)^T
+    mean over tokens of sum_j c_j (y'_j - y_j)^2
 
-with y the block's output in the dense model, y' its own, and Gamma_h what errors of the output cost in the loss (I
-where no gradients were taken), by Adam (Kingma and Ba 2015) with a cosine schedule. Of the states on the way the one
+with y the block's output in the dense model, y' its own, and c_j the mean square of the loss's gradient at the output
+(1 where no gradients were taken), by Adam (Kingma and Ba 2015) with a cosine schedule. Of the states on the way the one
 with the lowest error on sequences that were set aside is kept, the first one among them, so that a block never gets
 worse.
 """
@@ -36,7 +36,7 @@ from cospadi.stages.solve import Packed, dense_weights, packed_of
 
 log = logging.getLogger("cospadi")
 
-STEP_TOKENS = 2048
+STEP_TOKENS = 1024
 """Tokens that a step's gradient is taken on, or one sequence where that has more."""
 LEARNING_RATE = 0.15
 """Largest step of a value, in root mean squares of the values of its projection times the relative error of the block's
@@ -79,8 +79,7 @@ class Refinement:
         if piece is None:
             block.pass_dense()
             assert job.calls is not None
-            width = block.dense.flow[0].shape[-1]
-            costs = None if self.costs is None else self.costs.of_block(index, name, width)
+            costs = None if self.costs is None else self.costs.of_block(index, name)
             steps = job.recipe.refine or 0
             with job.stages.stage("refine", block.count * steps) as progress:
                 progress.reach(index * steps, f"block {index + 1} of {block.count}")
@@ -144,7 +143,7 @@ def refine_block(
     inputs: Flow,
     wanted: Flow,
     packed: Sequence[Packed],
-    costs: Sequence[Tensor] | None,
+    costs: Tensor | None,
     steps: int,
     seed: int,
     on_step: Callable[[float], None],
@@ -156,7 +155,7 @@ def refine_block(
         calls: how blocks are called.
         inputs: the text before the block in the model compressed so far. wanted: after it in the dense model.
         packed: the block's groups.
-        costs: Gamma_h in blocks of outputs, or its diagonal alone; None for I.
+        costs: c (width,); None for ones.
         steps: of Adam. seed: of the order of the text. on_step: called with 1 after each.
 
     Returns:
@@ -165,7 +164,7 @@ def refine_block(
     """
     device = inputs.device
     parts = {item: part for group in packed for item, part in _parts(group, device).items()}
-    gamma = None if costs is None else [cost.to(device) for cost in costs]
+    costs = None if costs is None else costs.to(device)
     kept = max(1, len(inputs) // HELD_OUT) if len(inputs) > 1 else 0
     held_out = range(len(inputs) - kept, len(inputs)) if kept else range(1)
     rows, length = inputs[0].shape[:2]
@@ -178,7 +177,7 @@ def refine_block(
 
     def error(hidden: Tensor, target: Tensor, replaced: Mapping[str, Tensor]) -> Tensor:
         output = call(lambda *a, **k: functional_call(block, dict(replaced), a, k), index, calls, hidden)
-        return weighed_square(output.float() - target.float(), gamma)
+        return weighed_square(output.float() - target.float(), costs)
 
     @torch.no_grad()
     def checked() -> float:
@@ -186,7 +185,7 @@ def refine_block(
         return float(sum(error(inputs[batch], wanted[batch], replaced) for batch in held_out))
 
     with torch.no_grad():
-        largest = float(sum(weighed_square(wanted[batch].float(), gamma) for batch in held_out))
+        largest = float(sum(weighed_square(wanted[batch].float(), costs) for batch in held_out))
         unit = largest / sum(wanted[batch].shape[0] * wanted[batch].shape[1] for batch in held_out) or 1.0
     values = [part.codes for part in parts.values()]
     with torch.inference_mode(False), torch.enable_grad(), no_parameter_gradients(block), _deterministic():
@@ -246,14 +245,9 @@ def _deterministic() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
-def weighed_square(error: Tensor, gamma: Sequence[Tensor] | None) -> Tensor:
-    """The sum over tokens of e Gamma e^T, for errors e (..., width)."""
-    if gamma is None:
-        return error.square().sum()
-    if gamma[0].ndim == 1:
-        return (error.square() * gamma[0]).sum()
-    pieces = torch.split(error, [len(block) for block in gamma], dim=-1)
-    return torch.stack([((piece @ block) * piece).sum() for piece, block in zip(pieces, gamma, strict=True)]).sum()
+def weighed_square(error: Tensor, costs: Tensor | None) -> Tensor:
+    """The sum over tokens of c_j e_j^2, for errors e (..., width)."""
+    return (error.square() if costs is None else error.square() * costs).sum()
 
 
 def _parts(packed: Packed, device: torch.device) -> dict[str, _Part]:
