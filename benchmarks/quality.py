@@ -50,7 +50,7 @@ VARIANTS = (
     "sparse+refine=0+compensate=false",
     "sparse+compensate=true",
     "sparse+allocate=uniform",
-    "sparse+metric=fisher",
+    "sparse+metric=two-sided",
     "sparse+metric=output",
 )
 """The default with one thing changed."""

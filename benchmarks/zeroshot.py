@@ -2,7 +2,8 @@
 
     python benchmarks/zeroshot.py run MODEL --calibration FILE --text FILE --include-path FOLDER --tasks A,B --limit N \
         --ratio 0.3 --method sparse --method wanda
-    python benchmarks/zeroshot.py table
+    python benchmarks/zeroshot.py table --output docs/smollm2.md
+    python benchmarks/zeroshot.py summary
 
 Methods are named as in benchmarks/quality.py; the dense model's row is measured first. Tasks are lm-eval's (extra
 `eval`), the first N documents of each, the same for all rows; rows keep which were right (a digit a document), so that
@@ -30,6 +31,15 @@ from cospadi.recipe import Recipe
 from cospadi.runtime.layer import set_runtime
 
 RESULTS = Path(__file__).parent / "results" / "smollm2"
+SUMMARY = ("svd-llm", "rocket", "compot", "mod-htp", "wanda", "sparsegpt", "alps", "sparse (64 x 2048)")
+HEAD = """\
+# SmolLM2-135M-Instruct: perplexity and zero-shot accuracy by every method
+
+Written by `python benchmarks/zeroshot.py table --output docs/smollm2.md` from `benchmarks/results/smollm2`.
+[What was measured, and how](results.md#a-real-model-smollm2-135m-instruct); [what methods
+mean](results.md#methods-and-columns).
+
+"""
 app = typer.Typer(add_completion=False)
 
 
@@ -89,9 +99,35 @@ def _machine(device: str) -> str:
 
 
 @app.command()
-def table() -> None:
-    """Print every row there is as Markdown."""
-    print("\n".join(table_lines()))
+def table(output: Annotated[Path | None, typer.Option(help="the page; without it, it is printed")] = None) -> None:
+    """Every row there is as Markdown."""
+    if output is None:
+        print(page(), end="")
+    else:
+        output.write_text(page(), encoding="utf-8")
+
+
+def page() -> str:
+    """All rows on a page."""
+    return HEAD + "\n".join(table_lines()) + "\n"
+
+
+@app.command()
+def summary() -> None:
+    """ln(ppl / dense) of the methods that matter most, as Markdown."""
+    print("\n".join(summary_lines()))
+
+
+def summary_lines() -> list[str]:
+    """A row a ratio, a column a method; "-" where it was not measured."""
+    rows = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    dense = next(row for row in rows if row["method"] == "dense")["perplexity"]
+    found = {(row["ratio_asked"], row["method"]): math.log(row["perplexity"] / dense) for row in rows}
+    lines = [f"| ratio | {' | '.join(SUMMARY)} |", f"|---|{'---|' * len(SUMMARY)}"]
+    for ratio in sorted({ratio for ratio, _ in found if ratio}):
+        shown = [f"{found[ratio, name]:.4f}" if (ratio, name) in found else "-" for name in SUMMARY]
+        lines.append(f"| {ratio:g} | {' | '.join(shown)} |")
+    return lines
 
 
 def table_lines() -> list[str]:

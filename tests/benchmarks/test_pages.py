@@ -37,6 +37,7 @@ def test_pages_and_summary_of_results() -> None:
     assert summary in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 
-def test_table_of_a_real_model() -> None:
-    table = "\n".join(script("zeroshot").table_lines())
-    assert table in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+def test_page_and_summary_of_a_real_model() -> None:
+    zeroshot = script("zeroshot")
+    assert zeroshot.page() == (ROOT / "docs" / "smollm2.md").read_text(encoding="utf-8")
+    assert "\n".join(zeroshot.summary_lines()) in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")

@@ -420,8 +420,9 @@ def solving_bytes(recipe: Recipe, group: Group) -> int:
     """Bytes of a solver run and of packing what it finds: W in its dtype and in float64, and the solver's own."""
     d1, d2, k = group.d1, sum(group.d2s), group.k
     if find_solver(recipe.solver).identity:
-        gammas = sum(width**2 for member in group.d2s for width in output_widths(member))
-        return 28 * d1 * d2 + 12 * d1 * min(d2, COLUMNS) + 10 * (d1**2 + gammas * (recipe.metric == "two-sided"))
+        tied = recipe.metric == "two-sided"
+        gammas = sum(width**2 for member in group.d2s for width in output_widths(member)) if tied else 0
+        return 28 * d1 * d2 + (28 if tied else 12) * d1 * min(d2, COLUMNS) + 10 * (d1**2 + gammas)
     start = 28 * d1 * d2 + 32 * min(d1, d2) ** 2
     iterating = 4 * (d1 + d2) * min(d1, d2) + 16 * k * d2 + 20 * k**2
     packing = 4 * d1 * min(d1, d2) + 16 * d1 * k + 24 * k * d2 + 8 * d1 * d2

@@ -60,8 +60,8 @@ def htp(problem: MetricProblem, nonzeros: int, options: SolverOptions) -> Factor
     diagonals) count as little as float32 can tell. Of several members each gets a multiple of four nonzeros where the
     sum is one.
 
-    Deterministic. Memory: three matrices of the size of W, three of a block of at most 2048 columns, and G and a block
-    of Gamma, in bf16 too.
+    Deterministic. Memory: three matrices of the size of W, three of a block of at most 2048 columns (seven where Gamma
+    ties them), and G and a block of Gamma, in bf16 too.
     """
     metric = _Metric.of(problem)
     target = problem.weight.float().T * metric.inputs * metric.outputs[:, None]  # a column of W a row: (d2, d1)
