@@ -14,9 +14,11 @@ from typing import Any, Literal
 from unittest.mock import Mock
 
 import huggingface_hub
+import numpy as np
 import pytest
+import torch
 import typer
-from conftest import Answer
+from conftest import VOCABULARY, Answer
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 
@@ -24,6 +26,7 @@ import cospadi
 from cospadi import Recipe, UserError, cli
 from cospadi.errors import KernelError
 from cospadi.format import schema
+from cospadi.model import load
 from cospadi.stages import write
 
 COMMAND = [sys.executable, "-c", "from cospadi_cli import main; main()"]
@@ -190,6 +193,33 @@ def test_eval_compares_the_compressed_model_with_the_dense_one(
     assert report["difference"] == pytest.approx(first["perplexity"] - second["perplexity"])
     plain = run("eval", dense_folder, "--text", text_file, "--length", "32")
     assert f"perplexity {second['perplexity']:.4f} ({second['windows']} windows of 32 tokens)" in plain.out
+
+
+def test_eval_tells_the_divergence_where_it_is_asked_for(
+    compressed: tuple[Path, Any], dense_folder: Path, text_file: Path, run: Callable[..., Answer]
+) -> None:
+    words = ["eval", compressed[0], "--against", dense_folder, "--text", text_file, "--length", "32"]
+    before, report = (json.loads(run(*words, *more, "--json").out) for more in ([], ["--kl"]))
+    for found, plain in zip(report["models"], before["models"], strict=True):
+        assert found == plain | {"perplexity": pytest.approx(plain["perplexity"], rel=1e-6)}
+    models = [load.load_model(folder, torch.device("cpu")) for folder in (compressed[0], dense_folder)]
+    tokens = torch.tensor(load.load_tokenizer(dense_folder)(text_file.read_text())["input_ids"])
+    windows = tokens[: len(tokens) // 32 * 32].view(-1, 32)
+    with torch.no_grad():
+        p, q = (torch.softmax(model(input_ids=windows).logits[:, :-1].double(), dim=-1).numpy() for model in models)
+    assert report["kl_divergence"] == pytest.approx((q * np.log(q / p)).sum(-1).mean(), rel=1e-3)
+    told = f"KL divergence of the predictions from the second's: {report['kl_divergence']:.5f} nats a token"
+    assert run(*words, "--kl").out.splitlines()[-1] == told
+    assert json.loads(run("eval", dense_folder, *words[2:], "--kl", "--json").out)["kl_divergence"] == 0
+    check_mistake(run("eval", dense_folder, "--text", text_file, "--kl"), "--kl compares with a second model")
+
+
+def test_eval_finds_no_divergence_between_models_of_other_words(
+    dense_folder: Path, make_llama: Callable[..., Path], text_file: Path, run: Callable[..., Answer]
+) -> None:
+    other = make_llama(vocab_size=VOCABULARY + 8)
+    answer = run("eval", dense_folder, "--against", other, "--text", text_file, "--length", "32", "--kl")
+    check_mistake(answer, "do not read or predict the same tokens", "Leave --kl out")
 
 
 def test_generate_continues_the_prompt_the_same_way_twice(

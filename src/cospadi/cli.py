@@ -231,6 +231,7 @@ def evaluate(
         str | None, typer.Option(metavar="NAMES", help="lm-eval's tasks, with commas between; 'paper': the paper's")
     ] = None,
     against: Annotated[str | None, typer.Option(metavar="MODEL", help="a second model to compare with")] = None,
+    kl: Annotated[bool, typer.Option("--kl", help="the divergence from it too, with both in memory")] = False,
     length: Annotated[int | None, typer.Option(min=2, help="tokens a window  [default: min(1024, positions)]")] = None,
     include_path: Annotated[Path | None, typer.Option(metavar="FOLDER", help="more task files of lm-eval's")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="the first documents of each task  [default: all]")] = None,
@@ -245,6 +246,8 @@ def evaluate(
         raise UserError("there is nothing to measure. Give --text FILE, --tasks NAMES or both")
     if tasks is None and (include_path is not None or limit is not None):
         raise UserError("--include-path and --limit are of --tasks, which is not given")
+    if kl and (text is None or against is None):
+        raise UserError("--kl compares with a second model on a text. Give --text FILE and --against MODEL")
     stages, chosen = _talk(progress), _runtime(runtime)
     models = [model, *([against] if against else [])]
     data: dict[str, Any] = {}
@@ -255,11 +258,15 @@ def evaluate(
 
             suite = accuracy.open_suite(tasks.split(","), include_path)
         if text is not None:
-            from cospadi.commands.evaluate import evaluate_models, perplexity_json, perplexity_lines
+            from cospadi.commands.evaluate import compare_models, evaluate_models, perplexity_json, perplexity_lines
 
-            results = evaluate_models(models, text, length, batch_size, device, stages, chosen)
-            data |= perplexity_json(results)
-            parts += perplexity_lines(results)
+            divergence = None
+            if kl and against is not None:
+                results, divergence = compare_models(model, against, text, length, batch_size, device, stages, chosen)
+            else:
+                results = evaluate_models(models, text, length, batch_size, device, stages, chosen)
+            data |= perplexity_json(results, divergence)
+            parts += perplexity_lines(results, divergence)
         if tasks is not None:
             found = accuracy.measure_accuracies(models, suite, limit, batch_size, device, stages, chosen)
             data["tasks"] = accuracy.accuracy_json(found)

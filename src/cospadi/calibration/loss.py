@@ -46,6 +46,38 @@ def mean_loss(
     return total / predicted_tokens(windows)
 
 
+@torch.inference_mode()
+def compared(
+    model: nn.Module,
+    reference: nn.Module,
+    windows: Tensor,
+    batch_size: int = 4,
+    on_batch: Callable[[int], None] | None = None,
+) -> tuple[float, float, float]:
+    """Two models of one vocabulary on the same windows, int64 (windows, length), logits in their dtypes.
+
+    Args:
+        on_batch: called with the number of windows just done.
+
+    Returns:
+        `mean_loss` of each; and KL(q || p), q the next-token distribution of the reference and p that of the model, in
+        nats, the mean over the same tokens, log-softmax in float32.
+    """
+    device = next(model.parameters()).device
+    losses, divergence = [0.0, 0.0], 0.0
+    for start in range(0, len(windows), batch_size):
+        batch = windows[start : start + batch_size].to(device)
+        found = [one(input_ids=batch, use_cache=False).logits for one in (model, reference)]
+        losses = [loss + total_loss(logits, batch) for loss, logits in zip(losses, found, strict=True)]
+        for ours, theirs in zip(*found, strict=True):
+            p, q = ours[:-1].float().log_softmax(-1), theirs[:-1].float().log_softmax(-1)
+            divergence += float((q.exp() * (q - p)).sum(-1).sum(dtype=torch.float64))
+        if on_batch:
+            on_batch(len(batch))
+    tokens = predicted_tokens(windows)
+    return losses[0] / tokens, losses[1] / tokens, divergence / tokens
+
+
 def predicted_tokens(windows: Tensor) -> int:
     """Tokens of all windows, (windows, length), but the first of each."""
     count, length = windows.shape

@@ -311,8 +311,7 @@ def gradients_of(shape: Shape, recipe: Recipe, text: Text) -> Iterator[Cost]:
     yield Cost("gradients", "forward", Flops(forward_flops(shape, m, length) + 2 * head_flops(shape, m)))
     yield Cost("gradients", "backward", Flops(forward_flops(shape, m, length) + back))
     if recipe.metric == "two-sided":
-        outputs = [p.d2 for p in shape.projections] + [shape.hidden] * len(shape.parameters)
-        widths = [width for d2 in outputs for width in output_widths(d2)]
+        widths = [width for p in shape.projections for width in output_widths(p.d2)]
         yield Cost("gradients", "grams", Flops(sum(self_product_flops(m, width) for width in widths)))
 
 

@@ -1,4 +1,4 @@
-"""What a model is worth on text: perplexity."""
+"""What a model is worth on text: perplexity, and how far its predictions are from another's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cospadi.calibration.loss import mean_loss, perplexity_of
+from cospadi.calibration.loss import compared, mean_loss, perplexity_of
 from cospadi.calibration.text import read_text, sequence_length, tokenize
 from cospadi.errors import UserError
 from cospadi.jobs.progress import Stages
@@ -102,8 +102,44 @@ def evaluate_models(
     return results
 
 
-def perplexity_json(results: Sequence[tuple[str, Perplexity]]) -> dict[str, Any]:
-    """Perplexity of each model; of two, also the difference and ln of the ratio, first against second."""
+def compare_models(
+    model: str | Path,
+    reference: str | Path,
+    text: Path,
+    length: int | None = None,
+    batch_size: int = 4,
+    device: str = "auto",
+    stages: Stages | None = None,
+    runtime: Runtime = "auto",
+) -> tuple[list[tuple[str, Perplexity]], float]:
+    """`evaluate_models` of two, both in memory at once; and the mean divergence of the first from the second.
+
+    Raises:
+        UserError: as there, or two that do not read or predict the same tokens.
+    """
+    content = read_text(text)
+    where, stages = load.pick_device(device), stages or Stages()
+    loaded, windows = [], []
+    for name in (model, reference):
+        one, tokenizer = open_model(name, where, runtime, stages)
+        loaded.append(one)
+        asked = sequence_length(length, load.positions(one.config))
+        windows.append(text_windows(tokenizer, content, asked, load.vocabulary(one)))
+    widths = {one.get_output_embeddings().weight.shape[0] for one in loaded}
+    if len(widths) > 1 or not torch.equal(*windows):
+        raise UserError(
+            f"{model} and {reference} do not read or predict the same tokens, so that there is no divergence between "
+            "them. Leave --kl out"
+        )
+    with stages.stage("evaluate", len(windows[0])) as progress:
+        *losses, divergence = compared(loaded[0], loaded[1], windows[0], batch_size, progress.advance)
+    found = [Perplexity(perplexity_of(loss), *windows[0].shape) for loss in losses]
+    return [(str(model), found[0]), (str(reference), found[1])], divergence
+
+
+def perplexity_json(results: Sequence[tuple[str, Perplexity]], divergence: float | None = None) -> dict[str, Any]:
+    """Perplexity of each model; of two, also the difference and ln of the ratio, first against second, and the
+    divergence where it was measured."""
     data: dict[str, Any] = {
         "models": [
             {"model": name, "perplexity": _finite(result.value), "windows": result.windows, "length": result.length}
@@ -113,6 +149,8 @@ def perplexity_json(results: Sequence[tuple[str, Perplexity]]) -> dict[str, Any]
     if len(results) == 2:
         first, second = (result.value for _, result in results)
         data |= {"difference": _finite(first - second), "log_ratio": _finite(math.log(first / second))}
+    if divergence is not None:
+        data["kl_divergence"] = _finite(divergence)
     return data
 
 
@@ -121,8 +159,8 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def perplexity_lines(results: Sequence[tuple[str, Perplexity]]) -> list[str]:
-    """A line a model, and a line for the difference."""
+def perplexity_lines(results: Sequence[tuple[str, Perplexity]], divergence: float | None = None) -> list[str]:
+    """A line a model, a line for the difference, and one for the divergence."""
     lines = [
         f"{name}: perplexity {result.value:.4f} ({result.windows} windows of {result.length} tokens)"
         for name, result in results
@@ -130,4 +168,6 @@ def perplexity_lines(results: Sequence[tuple[str, Perplexity]]) -> list[str]:
     data = perplexity_json(results)
     if data.get("difference") is not None:
         lines.append(f"difference {data['difference']:+.4f}, ln of the ratio {data['log_ratio']:+.4f}")
+    if divergence is not None:
+        lines.append(f"KL divergence of the predictions from the second's: {divergence:.5f} nats a token")
     return lines

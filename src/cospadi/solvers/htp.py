@@ -245,20 +245,30 @@ def _roots(diagonal: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class _Quick:
+    """A Gram matrix as quick products take it: B T B^T + diag(diagonal) + rest.
+
+    Attributes:
+        basis, weighed: B and B T, float32 (d, LEADING): what lies in the leading directions.
+        diagonal: (d,) of what is left. rest: bf16 (d, d), the same less its diagonal.
+    """
+
+    basis: Tensor
+    weighed: Tensor
+    diagonal: Tensor
+    rest: Tensor
+
+
+@dataclass(frozen=True)
 class _Gram:
     """A Gram matrix with a unit diagonal.
 
     Attributes:
-        exact: float32 (d, d), less the unit diagonal.
-        leading: B and B T, (d, LEADING), with B T B^T what lies in the leading directions.
-        diagonal: (d,) of what is left. rest: bf16 (d, d), the same less its diagonal. All three None where products are
-            exact anyway.
+        exact: float32 (d, d), less the unit diagonal. quick: None where products are exact anyway.
     """
 
     exact: Tensor
-    leading: tuple[Tensor, Tensor] | None = None
-    diagonal: Tensor | None = None
-    rest: Tensor | None = None
+    quick: _Quick | None
 
     @classmethod
     def of(cls, matrix: Tensor, roots: Tensor, quick: bool) -> _Gram:
@@ -266,7 +276,7 @@ class _Gram:
         exact = matrix.float() / roots / roots[:, None]
         exact.diagonal().zero_()
         if not quick:
-            return cls(exact)
+            return cls(exact, None)
         basis = torch.randn(len(exact), LEADING, generator=torch.Generator().manual_seed(0)).to(exact.device)
         with float32_products("highest"):
             for _ in range(ROUNDS):
@@ -275,25 +285,25 @@ class _Gram:
             rest = exact - basis @ weighed.T
         diagonal = 1 + rest.diagonal()
         rest.diagonal().zero_()
-        return cls(exact, (basis, weighed), diagonal, rest.bfloat16())
+        return cls(exact, _Quick(basis, weighed, diagonal, rest.bfloat16()))
 
     def behind(self, error: Tensor, exact: bool) -> Tensor:
         """E times it."""
         with float32_products("highest"):
-            if exact or self.leading is None or self.diagonal is None or self.rest is None:
+            quick = self.quick
+            if exact or quick is None:
                 return torch.addmm(error, error, self.exact)
-            basis, weighed = self.leading
-            product = (error.bfloat16() @ self.rest).float().addcmul_(error, self.diagonal)
-            return product.addmm_(error @ basis, weighed.T)
+            product = (error.bfloat16() @ quick.rest).float().addcmul_(error, quick.diagonal)
+            return product.addmm_(error @ quick.basis, quick.weighed.T)
 
     def before(self, error: Tensor, exact: bool) -> Tensor:
         """It times E."""
         with float32_products("highest"):
-            if exact or self.leading is None or self.diagonal is None or self.rest is None:
+            quick = self.quick
+            if exact or quick is None:
                 return torch.addmm(error, self.exact, error)
-            basis, weighed = self.leading
-            product = (self.rest @ error.bfloat16()).float().addcmul_(error, self.diagonal[:, None])
-            return product.addmm_(basis, weighed.T @ error)
+            product = (quick.rest @ error.bfloat16()).float().addcmul_(error, quick.diagonal[:, None])
+            return product.addmm_(quick.basis, quick.weighed.T @ error)
 
 
 def flops(d1: int, d2: int, nonzeros: int, options: SolverOptions, widths: Sequence[int] = ()) -> Flops:

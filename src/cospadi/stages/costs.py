@@ -37,11 +37,12 @@ class Costs:
 
     def of(self, group: Group) -> tuple[Tensor, ...]:
         """Gamma of a group's members side by side, as solvers take them: blocks of outputs, float32 on the CPU."""
-        return tuple(
-            gamma
-            for member in group.members
-            for gamma in self._conditioned(member.block, member.name, member.d2, self._instead(member))
-        )
+        found: list[Tensor] = []
+        for member in group.members:
+            gamma = self._read(member.block, member.name)
+            noise = None if gamma.ndim == 1 else self._read(member.block, f"{member.name}{NOISE}")
+            found += conditioned(gamma, noise, member.d2, self._instead(member))
+        return tuple(found)
 
     def diagonals(self, member: Projection) -> tuple[Tensor, Tensor]:
         """E[x_i^2] of a projection's inputs (d1,) and the diagonal of its Gamma (d2,), float32."""
@@ -54,11 +55,6 @@ class Costs:
         other."""
         diagonal = self._read(index, name)
         return conditioned(diagonal, None, len(diagonal), 1.0)[0]
-
-    def _conditioned(self, index: int, name: str, d2: int, instead: float) -> list[Tensor]:
-        gamma = self._read(index, name)
-        noise = None if gamma.ndim == 1 else self._read(index, f"{name}{NOISE}")
-        return conditioned(gamma, noise, d2, instead)
 
     def _read(self, index: int, name: str) -> Tensor:
         piece = self.ledger.get(_key(index))
