@@ -367,14 +367,13 @@ def refinement_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text) -> Itera
 
 
 def tuned_tokens(recipe: Recipe, text: Text) -> tuple[int, int, int]:
-    """Tokens of all steps of one block, how often it looks at what was set aside, and tokens of all these looks and of
-    one more, with the dense weights."""
+    """Tokens of all steps of one block, how often it looks at what was set aside, and tokens of all these looks."""
     steps, batches = recipe.refine or 0, -(-text.sequences // text.batch)
     kept = max(1, batches // HELD_OUT)
     every = math.ceil(steps / CHECKS)
     looks = 1 + steps // every + (steps % every > 0)
     step = min(max(1, STEP_TOKENS // text.length), text.batch * max(1, batches - kept))
-    return steps * step * text.length, looks, (looks + 1) * kept * text.batch_tokens
+    return steps * step * text.length, looks, looks * kept * text.batch_tokens
 
 
 # Memory and disk

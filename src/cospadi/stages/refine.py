@@ -38,12 +38,9 @@ log = logging.getLogger("cospadi")
 
 STEP_TOKENS = 1024
 """Tokens that a step's gradient is taken on, or one sequence where that has more."""
-LEARNING_RATE = 0.1
-"""Largest step of a value, in root mean squares of the values of its projection times the relative error that is the
-block's own (the root of its square): what is nearly right is to be moved little."""
-OWN = 0.05
-"""Least part of the error of a block's output that counts as its own: with compensation it may have less than the dense
-weights have there."""
+LEARNING_RATE = 0.15
+"""Largest step of a value, in root mean squares of the values of its projection times the relative error of the block's
+output (the root of its square): what is nearly right is to be moved little."""
 FASTEST = 2e-2
 """Largest step of a value, in root mean squares."""
 WARM_UP = 5
@@ -183,7 +180,8 @@ def refine_block(
         return weighed_square(output.float() - target.float(), costs)
 
     @torch.no_grad()
-    def checked(replaced: Mapping[str, Tensor]) -> float:
+    def checked() -> float:
+        replaced = weights()
         return float(sum(error(inputs[batch], wanted[batch], replaced) for batch in held_out))
 
     with torch.no_grad():
@@ -193,9 +191,9 @@ def refine_block(
     with torch.inference_mode(False), torch.enable_grad(), no_parameter_gradients(block), _deterministic():
         for value in values:
             value.requires_grad_()
-        best, first = [value.detach().clone() for value in values], checked(weights())
-        lowest, own = first, max(first - checked({}), OWN * first)
-        pace = min(FASTEST, LEARNING_RATE * math.sqrt(own / largest)) if largest > 0 else 0.0
+        best, first = [value.detach().clone() for value in values], checked()
+        lowest = first
+        pace = min(FASTEST, LEARNING_RATE * math.sqrt(first / largest)) if largest > 0 else 0.0
         rates = [pace * _rms(part) for part in parts.values()]
         groups = [{"params": [value], "lr": rate} for value, rate in zip(values, rates, strict=True)]
         optimizer = torch.optim.Adam(groups, betas=BETAS, eps=1e-12)
@@ -222,7 +220,7 @@ def refine_block(
             optimizer.step()
             on_step(1)
             if step % math.ceil(steps / CHECKS) == 0 or step == steps:
-                now = checked(weights())
+                now = checked()
                 if now < lowest:
                     lowest, best = now, [value.detach().clone() for value in values]
     for part, value in zip(parts.values(), best, strict=True):
