@@ -70,6 +70,15 @@ def open_model(name: str | Path, device: torch.device, runtime: Runtime, stages:
     return model, tokenizer
 
 
+def _open_with_windows(
+    name: str | Path, content: str, length: int | None, device: torch.device, runtime: Runtime, stages: Stages
+) -> tuple[Any, Tensor]:
+    """A model, and a text in windows of its own tokens; `length` as for `evaluate_models`."""
+    model, tokenizer = open_model(name, device, runtime, stages)
+    asked = sequence_length(length, load.positions(model.config))
+    return model, text_windows(tokenizer, content, asked, load.vocabulary(model))
+
+
 def evaluate_models(
     models: Sequence[str | Path],
     text: Path,
@@ -93,9 +102,7 @@ def evaluate_models(
     stages = stages or Stages()
     results: list[tuple[str, Perplexity]] = []
     for name in models:
-        model, tokenizer = open_model(name, where, runtime, stages)
-        asked = sequence_length(length, load.positions(model.config))
-        windows = text_windows(tokenizer, content, asked, load.vocabulary(model))
+        model, windows = _open_with_windows(name, content, length, where, runtime, stages)
         with stages.stage("evaluate", len(windows)) as progress:
             results.append((str(name), perplexity(model, windows, batch_size, progress.advance)))
         del model  # before the next one is loaded
@@ -119,21 +126,16 @@ def compare_models(
     """
     content = read_text(text)
     where, stages = load.pick_device(device), stages or Stages()
-    loaded, windows = [], []
-    for name in (model, reference):
-        one, tokenizer = open_model(name, where, runtime, stages)
-        loaded.append(one)
-        asked = sequence_length(length, load.positions(one.config))
-        windows.append(text_windows(tokenizer, content, asked, load.vocabulary(one)))
-    widths = {one.get_output_embeddings().weight.shape[0] for one in loaded}
-    if len(widths) > 1 or not torch.equal(*windows):
+    first, windows = _open_with_windows(model, content, length, where, runtime, stages)
+    second, others = _open_with_windows(reference, content, length, where, runtime, stages)
+    if load.vocabulary(first) != load.vocabulary(second) or not torch.equal(windows, others):
         raise UserError(
             f"{model} and {reference} do not read or predict the same tokens, so that there is no divergence between "
             "them. Leave --kl out"
         )
-    with stages.stage("evaluate", len(windows[0])) as progress:
-        *losses, divergence = compared(loaded[0], loaded[1], windows[0], batch_size, progress.advance)
-    found = [Perplexity(perplexity_of(loss), *windows[0].shape) for loss in losses]
+    with stages.stage("evaluate", len(windows)) as progress:
+        *losses, divergence = compared(first, second, windows, batch_size, progress.advance)
+    found = [Perplexity(perplexity_of(loss), *windows.shape) for loss in losses]
     return [(str(model), found[0]), (str(reference), found[1])], divergence
 
 
