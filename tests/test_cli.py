@@ -222,6 +222,16 @@ def test_eval_finds_no_divergence_between_models_of_other_words(
     check_mistake(answer, "do not read or predict the same tokens", "Leave --kl out")
 
 
+def test_eval_compares_two_models_in_windows_that_both_have_the_positions_for(
+    dense_folder: Path, make_llama: Callable[..., Path], text_file: Path, run: Callable[..., Answer]
+) -> None:
+    other = make_llama(max_position_embeddings=16)
+    for first, second in ((dense_folder, other), (other, dense_folder)):
+        answer = run("eval", first, "--against", second, "--text", text_file, "--kl", "--json")
+        assert answer.code == 0, answer.err
+        assert {one["length"] for one in json.loads(answer.out)["models"]} == {16}
+
+
 def test_generate_continues_the_prompt_the_same_way_twice(
     compressed: tuple[Path, Any], run: Callable[..., Answer]
 ) -> None:

@@ -70,15 +70,6 @@ def open_model(name: str | Path, device: torch.device, runtime: Runtime, stages:
     return model, tokenizer
 
 
-def _open_with_windows(
-    name: str | Path, content: str, length: int | None, device: torch.device, runtime: Runtime, stages: Stages
-) -> tuple[Any, Tensor]:
-    """A model, and a text in windows of its own tokens; `length` as for `evaluate_models`."""
-    model, tokenizer = open_model(name, device, runtime, stages)
-    asked = sequence_length(length, load.positions(model.config))
-    return model, text_windows(tokenizer, content, asked, load.vocabulary(model))
-
-
 def evaluate_models(
     models: Sequence[str | Path],
     text: Path,
@@ -102,7 +93,9 @@ def evaluate_models(
     stages = stages or Stages()
     results: list[tuple[str, Perplexity]] = []
     for name in models:
-        model, windows = _open_with_windows(name, content, length, where, runtime, stages)
+        model, tokenizer = open_model(name, where, runtime, stages)
+        asked = sequence_length(length, load.positions(model.config))
+        windows = text_windows(tokenizer, content, asked, load.vocabulary(model))
         with stages.stage("evaluate", len(windows)) as progress:
             results.append((str(name), perplexity(model, windows, batch_size, progress.advance)))
         del model  # before the next one is loaded
@@ -119,15 +112,18 @@ def compare_models(
     stages: Stages | None = None,
     runtime: Runtime = "auto",
 ) -> tuple[list[tuple[str, Perplexity]], float]:
-    """`evaluate_models` of two, both in memory at once; and the mean divergence of the first from the second.
+    """`evaluate_models` of two, both in memory at once, in windows that both have the positions for; and the mean
+    divergence of the first from the second.
 
     Raises:
         UserError: as there, or two that do not read or predict the same tokens.
     """
     content = read_text(text)
     where, stages = load.pick_device(device), stages or Stages()
-    first, windows = _open_with_windows(model, content, length, where, runtime, stages)
-    second, others = _open_with_windows(reference, content, length, where, runtime, stages)
+    opened = [open_model(name, where, runtime, stages) for name in (model, reference)]
+    (first, _), (second, _) = opened
+    asked = sequence_length(length, min(load.positions(one.config) for one, _ in opened))
+    windows, others = (text_windows(tokenizer, content, asked, load.vocabulary(one)) for one, tokenizer in opened)
     if load.vocabulary(first) != load.vocabulary(second) or not torch.equal(windows, others):
         raise UserError(
             f"{model} and {reference} do not read or predict the same tokens, so that there is no divergence between "
