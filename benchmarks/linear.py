@@ -6,7 +6,7 @@
 
 Every timed call, dense or compressed, takes the next of several copies of its weights, which together exceed four
 times the last-level cache, so that weights come from memory. Calls take turns; figures are medians. Factors are
-random: a dictionary, and supports spread evenly. `run` keeps a row a file; `table` makes a page of them.
+random: a dictionary or none, and supports spread evenly. `run` keeps a row a file; `table` makes a page of them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +30,7 @@ from torch import Tensor
 from cospadi.budget import accounting
 from cospadi.format import packing
 from cospadi.format.codecs import codec_of_bits
+from cospadi.format.dictionaries import DICTIONARIES
 from cospadi.format.form import Form
 from cospadi.runtime import cpu
 from cospadi.runtime.layer import CompressedLinear
@@ -53,6 +55,7 @@ def run(
     ratio: Annotated[list[float] | None, typer.Option(help="repeatable  [default: 0.2 to 0.5]")] = None,
     value_bits: Annotated[list[int] | None, typer.Option(help="repeatable  [default: 14]")] = None,
     rows: Annotated[list[int] | None, typer.Option(help="repeatable  [default: 1, 4, 16, 128, 512]")] = None,
+    dictionary: Annotated[list[str] | None, typer.Option(help="repeatable  [default: identity]")] = None,
     threads: int = 2,
     seconds: Annotated[float, typer.Option(help="time for each comparison, about")] = 2.0,
 ) -> None:
@@ -66,6 +69,9 @@ def run(
     for one_ratio in ratio or []:
         if not 0 < one_ratio < 1:
             raise typer.BadParameter(f"--ratio {one_ratio:g} is not between 0 and 1")
+    for kind in dictionary or []:
+        if kind not in DICTIONARIES:
+            raise typer.BadParameter(f"--dictionary {kind} is not known. Use {', '.join(DICTIONARIES)}")
     if not cpu.AVAILABLE:
         raise typer.BadParameter("the CPU kernels were not built; `cospadi doctor` says what to do")
     torch.set_num_threads(threads)
@@ -73,31 +79,37 @@ def run(
     shapes = list(dict.fromkeys([*(shape or []), *(one for name in model or [] for one in MODELS[name])]))
     for one_shape in shapes or MODELS["Llama-3.2-1B"]:
         for one_ratio in ratio or [0.2, 0.3, 0.4, 0.5]:
-            for bits in value_bits or [14]:
+            for kind, bits in product(dictionary or ["identity"], value_bits or [14]):
                 of_rows = f"-rows{'-'.join(map(str, rows))}" if rows else ""
-                path = RESULTS / f"{one_shape}-{one_ratio:g}-{bits}-{threads}{of_rows}.json"
+                path = RESULTS / f"{one_shape}-{one_ratio:g}-{bits}-{threads}-{kind}{of_rows}.json"
                 if path.exists():
                     continue
                 d1, d2 = map(int, one_shape.split("x"))
-                row = measure(d1, d2, one_ratio, bits, rows or [*DECODE_ROWS, *PREFILL_ROWS], seconds)
+                form = Form(kind, "mask", codec_of_bits(bits))
+                row = measure(d1, d2, one_ratio, form, rows or [*DECODE_ROWS, *PREFILL_ROWS], seconds)
                 path.write_text(json.dumps(row | {"threads": threads}, indent=1) + "\n")
                 for line in _lines(row):
                     print(line, flush=True)
 
 
-def measure(d1: int, d2: int, ratio: float, value_bits: int, rows: list[int], seconds: float) -> dict[str, Any]:
+def measure(d1: int, d2: int, ratio: float, form: Form, rows: list[int], seconds: float) -> dict[str, Any]:
     """One shape at one ratio: milliseconds of dense, ours, its parts, and a plain read of the packed coefficients."""
-    k, s = accounting.exact_size(accounting.byte_budget(ratio, d1, [d2]), _form(value_bits), d1, [d2], RHO)
+    budget = accounting.byte_budget(ratio, d1, [d2])
+    if form.dictionary_kind.atoms(d1) is None:
+        k, s = accounting.exact_size(budget, form, d1, [d2], RHO)
+    else:
+        k, nonzeros = accounting.free_size(budget, form, d1, [d2], RHO)
+        s = nonzeros // d2
     wanted = 4 * last_level_cache()
-    first = random_layer(d1, d2, k, s, value_bits)
+    first = random_layer(d1, d2, k, s, form)
     packed_bytes = sum(map(_nbytes, _packed(first)))
-    compressed_bytes = packed_bytes + _nbytes(_atoms(first))
+    compressed_bytes = packed_bytes + (0 if first.atoms is None else _nbytes(first.atoms))
     layers = [first, *(_copy(first) for _ in range(wanted // compressed_bytes + 1))]
     weights = [torch.randn(d2, d1, dtype=torch.bfloat16) for _ in range(wanted // (2 * d1 * d2) + 2)]
     # As many copies of the packed coefficients alone as exceed the caches too.
     codes = [first, *(_copy(first) for _ in range(wanted // packed_bytes + 1))]
-    product = first._weight(torch.bfloat16)
-    kept = [product.clone() for _ in weights] if any(count > cpu.DECODE_ROWS for count in rows) else []
+    merged = first._weight(torch.bfloat16)
+    kept = [merged.clone() for _ in weights] if any(count > cpu.DECODE_ROWS for count in rows) else []
     figures = []
     for count in rows:
         x, z = (torch.randn(count, width, dtype=torch.bfloat16) for width in (d1, k))
@@ -111,10 +123,10 @@ def measure(d1: int, d2: int, ratio: float, value_bits: int, rows: list[int], se
             calls["kept dense"] = partial(_call, kept, torch.nn.functional.linear, x)
         figures.append({"rows": count, "ms": {name: 1e3 * t for name, t in take_turns(calls, seconds).items()}})
     return {
-        "shape": f"{d1}x{d2}", "ratio": ratio, "value_bits": value_bits, "k": k, "s": s,
-        "dense_bytes": 2 * d1 * d2, "bytes": compressed_bytes, "codes_bytes": packed_bytes,
-        "flops_bound": d1 * d2 / (k * (d1 + d2)), "figures": figures, "level": cpu.levels() and cpu.best_level(),
-        "processor": platform.processor() or platform.machine(), "torch": torch.__version__,
+        "shape": f"{d1}x{d2}", "ratio": ratio, "dictionary": form.dictionary, "value_bits": form.codec.bits,
+        "k": k, "s": s, "dense_bytes": 2 * d1 * d2, "bytes": compressed_bytes, "codes_bytes": packed_bytes,
+        "flops_bound": 1.0 if first.atoms is None else d1 * d2 / (k * (d1 + d2)), "figures": figures,
+        "level": cpu.levels() and cpu.best_level(), "processor": processor(), "torch": torch.__version__,
     }  # fmt: skip
 
 
@@ -138,24 +150,31 @@ def take_turns(calls: Mapping[str, Callable[[int], object]], seconds: float) -> 
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def random_layer(d1: int, d2: int, k: int, s: int, value_bits: int) -> CompressedLinear:
+def random_layer(d1: int, d2: int, k: int, s: int, form: Form) -> CompressedLinear:
     """A layer whose columns have s random nonzeros each."""
-    layer = CompressedLinear(d1, d2, k, s * d2, _form(value_bits), dtype=torch.bfloat16)
+    layer = CompressedLinear(d1, d2, k, s * d2, form, dtype=torch.bfloat16)
     support = torch.zeros(d2, k, dtype=torch.bool)
     for block in range(0, d2, 1024):
         drawn = torch.rand(min(1024, d2 - block), k)
         support[block : block + 1024].scatter_(1, drawn.topk(s, dim=1).indices, True)
     with torch.no_grad():
-        _atoms(layer).normal_()
+        if layer.atoms is not None:
+            layer.atoms.normal_()
     mask, values = _packed(layer)
     mask.copy_(packing.pack_support(support))
-    values.copy_(packing.pack_values(torch.randn(s * d2), value_bits))
+    values.copy_(form.codec.encode(torch.randn(s * d2)))
     layer.column_offsets()
     return layer
 
 
-def _form(value_bits: int) -> Form:
-    return Form("stored", "mask", codec_of_bits(value_bits))
+def processor() -> str:
+    """This machine's, as it calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+        return name + (" with AMX" if any(" amx_bf16" in line for line in lines) else "")
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def last_level_cache() -> int:
@@ -186,11 +205,6 @@ def _read(layer: CompressedLinear) -> Tensor:
     return mask[: len(mask) // 8 * 8].view(torch.int64).sum() + values[: len(values) // 8 * 8].view(torch.int64).sum()
 
 
-def _atoms(layer: CompressedLinear) -> Tensor:
-    assert layer.atoms is not None
-    return layer.atoms
-
-
 def _packed(layer: CompressedLinear) -> tuple[Tensor, Tensor]:
     """The mask and the values."""
     assert layer.support is not None
@@ -216,13 +230,20 @@ def page() -> str:
     rows = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     rows.sort(key=lambda row: (row["threads"], row["value_bits"], row["dense_bytes"], row["shape"], row["ratio"]))
     lines = [HEADER]
-    for threads in sorted({row["threads"] for row in rows}):
-        of_threads = [row for row in rows if row["threads"] == threads]
-        lines += [f"\n## {threads} threads\n", *_reached(of_threads), DECODE_HEAD]
-        lines += [line for row in of_threads for line in _lines(row, prefill=False)]
+    sections = sorted({_section(row) for row in rows})
+    for section in sections:
+        some = [row for row in rows if _section(row) == section]
+        dictionary, processor, threads = section
+        lines += [f"\n## Dictionary {dictionary}, {processor}, {threads} threads\n", *_reached(some), DECODE_HEAD]
+        lines += [line for row in some for line in _lines(row, prefill=False)]
         lines.append(PREFILL_HEAD)
-        lines += [line for row in of_threads for line in _lines(row, decode=False)]
+        lines += [line for row in some for line in _lines(row, decode=False)]
     return "\n".join(lines) + "\n"
+
+
+def _section(row: dict[str, Any]) -> tuple[str, str, int]:
+    """What rows of one table have in common: kind of dictionary, processor, threads."""
+    return row["dictionary"], row["processor"], row["threads"]
 
 
 HEADER = """# Projections, one at a time

@@ -29,13 +29,11 @@ import yaml
 
 import cospadi
 from cospadi.budget.accounting import byte_budget
-from cospadi.calibration.text import read_text as read_file
 from cospadi.commands import evaluate
 from cospadi.format.codecs import CODECS
 from cospadi.jobs.ledger import Ledger
 from cospadi.jobs.pool import Engine
 from cospadi.jobs.progress import Stages
-from cospadi.model import load
 from cospadi.recipe import CACHE_BYTES, METHODS, Recipe
 from cospadi.solvers import MetricProblem, SolverOptions
 from cospadi.solvers.oats import oats
@@ -124,10 +122,10 @@ def _row(model: Path, calibration: str, text: Path, ratio: float, method: str, t
                 "calibration": result.manifest["recipe"]["calibration"],
                 "sequences": result.manifest.get("calibration", {}).get("sequences"),
             }
-        loaded = load.load_model(folder, torch.device("cpu"))
-        tokenizer = load.load_tokenizer(folder)
-        windows = evaluate.text_windows(tokenizer, read_file(text), min(1024, load.positions(loaded.config)))
-        measured = evaluate.perplexity(loaded, windows)
+        if method == "dense":
+            ((_, measured),) = evaluate.evaluate_models([model], text, device="cpu")
+        else:
+            ((_, measured), _), row["kl"] = evaluate.compare_models(folder, model, text, device="cpu")
     return row | {
         "perplexity": measured.value,
         "windows": measured.windows,
@@ -210,8 +208,8 @@ def _page(model: str, rows: list[dict[str, Any]]) -> str:
         f"Dense perplexity {dense['perplexity']:.2f} on {dense['text']}",
         f"({dense['windows']} windows of {dense['length']} tokens).",
         "",
-        "| ratio | method | T | perplexity | ln(ppl / dense) | of the paper's | error | ratio reached | solving, s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| ratio | method | T | perplexity | ln(ppl / dense) | of the paper's | KL | error | reached | solving, s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     paper = {row["ratio_asked"]: _loss(row, dense) for row in rows if row["method"] == "paper"}
     compressed = [row for row in rows if row["method"] != "dense"]
@@ -219,9 +217,10 @@ def _page(model: str, rows: list[dict[str, Any]]) -> str:
         ratio, loss = row["ratio_asked"], _loss(row, dense)
         error, reached = row["mean_relative_error"], row["ratio_reached"]
         of_paper = f"{loss / paper[ratio]:.3f}" if ratio in paper else "-"
+        divergence = f"{row['kl']:.5f}" if "kl" in row else "-"
         lines.append(
             f"| {ratio:g} | {row['method']} | {row['iterations'] or '-'} | {row['perplexity']:.2f} | {loss:.4f} "
-            f"| {of_paper} | {error:.4f} | {reached:.4f} | {row['seconds_solve']:.0f} |"
+            f"| {of_paper} | {divergence} | {error:.4f} | {reached:.4f} | {row['seconds_solve']:.0f} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -2,7 +2,8 @@
 
     python benchmarks/random_model.py Llama-3.2-1B OUT --ratio 0.4
 
-writes OUT/dense, OUT/sparse-0.4 and OUT/low-rank-0.4. Perplexity of such a model means nothing.
+writes OUT/dense, OUT/sparse-0.4 (the default, D = I), OUT/stored-0.4 (mod-htp, dictionaries shared by what reads the
+same) and OUT/low-rank-0.4. Perplexity of such a model means nothing.
 """
 
 from __future__ import annotations
@@ -75,13 +76,11 @@ def main(
         model.save_pretrained(dense)
         del model
     for one in ratio or [0.4]:
-        for name, solver in ((f"sparse-{one:g}", "mod-htp"), (f"low-rank-{one:g}", "svd-llm")):
+        for kind, method in (("sparse", "sparse"), ("stored", "mod-htp"), ("low-rank", "svd-llm")):
+            name = f"{kind}-{one:g}"
             if (output / name).exists():
                 continue
-            share = "input" if solver == "mod-htp" else "none"
-            recipe = Recipe.build(
-                {"ratio": one, "solver": solver, "share": share, "value_bits": value_bits, "allocate": "uniform"}
-            )
+            recipe = Recipe.build({"ratio": one, "method": method, "value_bits": value_bits, "allocate": "uniform"})
             plan = outlook(dense, recipe).plan
             model = _empty(config)
             entries = {name: entry for group in plan.groups for name, entry in _entries(group).items()}

@@ -31,7 +31,10 @@ from cospadi.recipe import Recipe
 from cospadi.runtime.layer import set_runtime
 
 RESULTS = Path(__file__).parent / "results" / "smollm2"
-SUMMARY = ("svd-llm", "rocket", "compot", "mod-htp", "wanda", "sparsegpt", "alps", "sparse (64 x 2048)")
+SUMMARY = (
+    *("svd-llm", "paper+iterations=2", "rocket", "compot", "mod-htp", "wanda", "sparsegpt", "alps"),
+    *("sparse (64 x 2048)", "sparse"),
+)
 HEAD = """\
 # SmolLM2-135M-Instruct: perplexity and zero-shot accuracy by every method
 
@@ -150,10 +153,15 @@ def table_lines() -> list[str]:
             f"{average:.2f} ± {_standard_error(row):.2f}",
             "-" if is_dense else f"{average - _average(dense):+.2f}{_paired(row, dense)}",
             *(f"{100 * row['accuracy'][task]:.1f}" for task in tasks),
-            "-" if is_dense else f"{row['seconds_compress']:.0f}",
+            "-" if is_dense else f"{row['seconds_compress']:.0f}{_elsewhere(row, dense)}",
         ]
         lines.append(f"| {' | '.join(shown)} |")
     return lines
+
+
+def _elsewhere(row: dict[str, Any], dense: dict[str, Any]) -> str:
+    """Where a row was measured, if not where the dense model's was."""
+    return "" if row["device"] == dense["device"] else f" ({row['device']})"
 
 
 def _average(row: dict[str, Any]) -> float:
