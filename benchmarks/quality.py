@@ -227,8 +227,8 @@ def _page(model: str, rows: list[dict[str, Any]]) -> str:
 
 @app.command()
 def summary() -> None:
-    """Print one line a model and ratio: ln(ppl / dense) of the main methods."""
-    print("\n".join(summary_lines()))
+    """Print one line a model and ratio: ln(ppl / dense) of the main methods, then the divergence where it is known."""
+    print("\n".join([*summary_lines(), "", *divergence_lines()]))
 
 
 def summary_lines() -> list[str]:
@@ -246,6 +246,18 @@ def summary_lines() -> list[str]:
         if values[-1] is not None:
             shown = " | ".join("-" if value is None else f"{value:.4f}" for value in values)
             lines.append(f"| {model} | {ratio:g} | {shown} |")
+    return lines
+
+
+def divergence_lines() -> list[str]:
+    """The same of the predictions' divergence from the dense model's, for the methods where it was measured."""
+    found = {(row["model"], row["ratio_asked"], row["method"]): row["kl"] for row in _rows() if "kl" in row}
+    names = [name for name in SUMMARY if any(method == name for *_, method in found)]
+    lines = [f"| model | ratio | {' | '.join(names)} |", f"|---|---|{'---|' * len(names)}"]
+    for model, ratio in sorted({(model, ratio) for model, ratio, method in found if method in names}):
+        values = [found.get((model, ratio, name)) for name in names]
+        shown = " | ".join("-" if value is None else f"{value:.5f}" for value in values)
+        lines.append(f"| {model} | {ratio:g} | {shown} |")
     return lines
 
 

@@ -99,7 +99,8 @@ def _empty(config: PretrainedConfig) -> Any:
 
 def _entries(group: Group) -> dict[str, StoredProjection]:
     """What a checkpoint would say of a group; every member has its part of the nonzeros."""
-    form, owner = group.stored, group.members[0].name
+    form = group.stored
+    shared = form.dictionary_kind.shape(group.d1, group.k) is not None
     spent, entries = 0, {}
     for index, member in enumerate(group.members):
         last = index == len(group.members) - 1
@@ -117,7 +118,7 @@ def _entries(group: Group) -> dict[str, StoredProjection]:
             d2=member.d2,
             k=group.k,
             nnz=nnz if form.support_kind.chosen else 0,
-            owner=owner,
+            owner=group.members[0].name if shared else member.name,
         )
     return entries
 

@@ -34,7 +34,9 @@ def test_pages_and_summary_of_results() -> None:
     }
     summary = "\n".join(quality.summary_lines())
     assert summary in (ROOT / "README.md").read_text(encoding="utf-8")
-    assert summary in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert summary in results
+    assert "\n".join(quality.divergence_lines()) in results
 
 
 def test_page_and_summary_of_a_real_model() -> None:
