@@ -92,7 +92,7 @@ class Recipe(BaseModel):
         None,
         description="what an error is measured in: of the weights (no text is needed), of the projection's output, of "
         "the outputs weighed by what they cost in the loss (fisher), or of that with all their products (two-sided) "
-        "(default: fisher; two-sided where D = I and blocks are not refined)",
+        "(default: the best that the solver knows: fisher; two-sided for htp where blocks are not refined)",
     )
     compensate: bool | None = Field(
         None,
@@ -230,7 +230,7 @@ class Recipe(BaseModel):
         alone = text and single
         for name, asked in (("compensate", self.compensate), ("refine", self.refine)):
             if asked and not alone:
-                why = "a dictionary serves several blocks" if text else "there is no text"
+                why = "groups span several blocks" if text else "there is no text"
                 no = "--no-compensate" if name == "compensate" else "--refine 0"
                 raise UserError(f"{name} is not possible: {why}. Use {no}, or leave it out")
         spread = by_loss and solver.identity

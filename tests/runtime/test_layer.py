@@ -11,7 +11,7 @@ from cospadi.format import packing
 from cospadi.format.codecs import CODECS, codec_of_bits
 from cospadi.format.form import Form
 from cospadi.runtime import op
-from cospadi.runtime.layer import Runtime
+from cospadi.runtime.layer import Runtime, set_runtime
 
 LOW_RANK = Form("stored", "full", "bf16")
 
@@ -75,6 +75,25 @@ def test_what_a_runtime_keeps_is_made_once_and_dropped_when_the_layer_moves(runt
     layer.set_runtime("packed")
     layer(x)
     assert layer._kept is None
+
+
+@pytest.mark.parametrize("chosen", ["unpacked", "dense"])
+def test_without_a_dictionary_the_model_tells_what_to_keep_before_it_runs(chosen: Runtime) -> None:
+    """A compiler could not make it."""
+    support = torch.rand(19, 24) < 0.6
+    layer = CompressedLinear(24, 19, 24, int(support.sum()), Form("identity", "mask", "f14"))
+    assert layer.support is not None
+    layer.support.copy_(packing.pack_support(support))
+    layer.codes.copy_(layer.form.codec.encode(torch.randn(layer.nnz)))
+    model = torch.nn.Sequential(torch.nn.Linear(24, 24), layer).requires_grad_(False)
+    set_runtime(model, chosen)
+    kept = layer._kept
+    assert kept is not None
+    torch.testing.assert_close(kept[1], layer.coefficients())
+    x = torch.randn(3, 24)
+    found = torch.compile(model, backend="eager")(x)
+    torch.testing.assert_close(found, model[0](x) @ kept[1].T)
+    assert layer._kept is kept
 
 
 def test_without_a_kernel_coefficients_are_kept_unless_packed_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,7 +112,7 @@ def test_what_an_unset_field_becomes(fields: dict[str, Any], expected: tuple[obj
         ({"metric": "output", "allocate": "pooled"}, "pooled is not possible: metric output takes no gradients"),
         ({"solver": "ksvd", "accounting": "eq10", "allocate": "pooled"}, "allocate pooled spreads real bytes"),
         ({"metric": "weights", "refine": 3}, "refine is not possible: there is no text. Use --refine 0"),
-        ({"share": "layers:2", "refine": 3}, "refine is not possible: a dictionary serves several blocks"),
+        ({"share": "layers:2", "refine": 3}, "refine is not possible: groups span several blocks"),
         ({"metric": "weights", "compensate": True}, "compensate is not possible: there is no text"),
         ({"refine": -1}, "refine"),
         ({"metric": "cosine"}, "metric"),

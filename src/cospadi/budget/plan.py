@@ -151,10 +151,17 @@ def _uniform_group(members: tuple[Projection, ...], recipe: Recipe) -> Group:
     group = size_group(members, recipe.ratio, recipe.rho, recipe)
     if group is None:
         kinds = dict.fromkeys(member.kind for member in members)
-        d1, d2 = members[0].d1, sum(member.d2 for member in members)
+        d1, d2s = members[0].d1, [member.d2 for member in members]
+        form = form_of(recipe)
+        k = form.dictionary_kind.atoms(d1)
+        what, instead = "not one atom fits", "Leave"
+        if k is not None:
+            taken = form.nbytes(d1, d2s, k, []).total / dense_bytes(d1, sum(d2s))
+            what = f"telling which weights stay takes {taken:.1%} of its bytes, and no weight fits beside that"
+            instead = "Use a smaller one, or leave"
         raise UserError(
-            f"{members[0].name}: a projection of {d1} x {d2} is too small for ratio {recipe.ratio:g}: not one atom "
-            f"fits. Leave {'it' if len(kinds) == 1 else 'them'} dense with "
+            f"{members[0].name}: a projection of {d1} x {sum(d2s)} is too small for ratio {recipe.ratio:g}: {what}. "
+            f"{instead} {'it' if len(kinds) == 1 else 'them'} dense with "
             + " ".join(f"--exclude '*.{kind}'" for kind in kinds)
         )
     return group

@@ -209,12 +209,18 @@ class CompressedLinear(nn.Module):
                 self._kept = state, make(like.dtype)
         return self._kept[1]
 
-    def set_runtime(self, runtime: Runtime) -> None:
-        """See `cospadi.runtime.layer.set_runtime`."""
+    def set_runtime(self, runtime: Runtime, dtype: torch.dtype | None = None) -> None:
+        """See `cospadi.runtime.layer.set_runtime`.
+
+        Args:
+            dtype: of x, which a dictionary tells too; where neither does, what is kept is made when the layer first
+                runs.
+        """
         self.runtime, self._kept = runtime, None
-        atoms = self.atoms
-        if runtime in ("unpacked", "dense") and atoms is not None and not isinstance(self.codes, nn.Parameter):
-            self._keep(atoms, self._weight if runtime == "dense" else self.coefficients)
+        dtype = dtype if self.atoms is None else self.atoms.dtype
+        if runtime in ("unpacked", "dense") and dtype is not None and not isinstance(self.codes, nn.Parameter):
+            like = self.codes.new_empty(0, dtype=dtype)
+            self._keep(like, self._weight if runtime == "dense" else self.coefficients)
 
     def column_offsets(self) -> Tensor | None:
         """Number of nonzeros before each column and in all, int32 (d2 + 1,), counted once.
@@ -318,6 +324,7 @@ def set_runtime(model: nn.Module, runtime: Runtime) -> None:
             "dense" keeps the product W = D S: the dense model's speed for long prompts, and its memory beside the
             packed form's. "auto", as loaded: packed where there is a kernel, else unpacked, on first use.
     """
+    dtype = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
     for module in model.modules():
         if isinstance(module, CompressedLinear):
-            module.set_runtime(runtime)
+            module.set_runtime(runtime, dtype)
