@@ -23,9 +23,9 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
+from linear import even_size
 from torch import Tensor
 
-from cospadi.budget import accounting
 from cospadi.format import packing
 from cospadi.format.codecs import codec_of_bits
 from cospadi.format.dictionaries import DICTIONARIES
@@ -47,7 +47,6 @@ CHECKED_ROWS = [1, 3, 4, 5, 16, 17, 128, 300]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 """Error of a product in relation to its norm: the rounding of the result, or that of sums in float32."""
 
-RHO = 2.0
 CACHES = 4
 """Copies of the weights exceed the L2 cache this many times."""
 
@@ -136,9 +135,7 @@ def check(
     for shape, ratio in shapes:
         d1, d2 = map(int, shape.split("x"))
         for bits in (14, 16):
-            k, s = accounting.exact_size(
-                accounting.byte_budget(ratio, d1, [d2]), Form("stored", "mask", codec_of_bits(bits)), d1, [d2], RHO
-            )
+            k, s = even_size(Form("stored", "mask", codec_of_bits(bits)), ratio, d1, d2)
             coefficients = random_coefficients(k, d2, s, bits, device)
             dense = reference.coefficients(
                 coefficients.support, coefficients.values, d2, k, "mask", codec_of_bits(bits), torch.float64
@@ -180,12 +177,7 @@ def time_shape(
     del weights
     for kind, ratio, bits in product(kinds, ratios, widths):
         form = Form(kind, "mask", codec_of_bits(bits))
-        budget = accounting.byte_budget(ratio, d1, [d2])
-        if form.dictionary_kind.atoms(d1) is None:
-            k, s = accounting.exact_size(budget, form, d1, [d2], RHO)
-        else:
-            k, nonzeros = accounting.free_size(budget, form, d1, [d2], RHO)
-            s = nonzeros // d2
+        k, s = even_size(form, ratio, d1, d2)
         coefficients = random_coefficients(k, d2, s, bits, device)
         dictionary_bytes = form.dictionary_kind.nbytes(d1, k)
         stored = dictionary_bytes + coefficients.bytes

@@ -94,12 +94,7 @@ def run(
 
 def measure(d1: int, d2: int, ratio: float, form: Form, rows: list[int], seconds: float) -> dict[str, Any]:
     """One shape at one ratio: milliseconds of dense, ours, its parts, and a plain read of the packed coefficients."""
-    budget = accounting.byte_budget(ratio, d1, [d2])
-    if form.dictionary_kind.atoms(d1) is None:
-        k, s = accounting.exact_size(budget, form, d1, [d2], RHO)
-    else:
-        k, nonzeros = accounting.free_size(budget, form, d1, [d2], RHO)
-        s = nonzeros // d2
+    k, s = even_size(form, ratio, d1, d2)
     wanted = 4 * last_level_cache()
     first = random_layer(d1, d2, k, s, form)
     packed_bytes = sum(map(_nbytes, _packed(first)))
@@ -128,6 +123,15 @@ def measure(d1: int, d2: int, ratio: float, form: Form, rows: list[int], seconds
         "flops_bound": 1.0 if first.atoms is None else d1 * d2 / (k * (d1 + d2)), "figures": figures,
         "level": cpu.levels() and cpu.best_level(), "processor": processor(), "torch": torch.__version__,
     }  # fmt: skip
+
+
+def even_size(form: Form, ratio: float, d1: int, d2: int) -> tuple[int, int]:
+    """k, and nonzeros of every column, at a ratio."""
+    budget = accounting.byte_budget(ratio, d1, [d2])
+    if form.dictionary_kind.atoms(d1) is None:
+        return accounting.exact_size(budget, form, d1, [d2], RHO)
+    k, nonzeros = accounting.free_size(budget, form, d1, [d2], RHO)
+    return k, nonzeros // d2
 
 
 def _call(copies: Sequence[Any], product: Callable[[Tensor, Any], Tensor], x: Tensor, index: int) -> Tensor:
@@ -233,8 +237,8 @@ def page() -> str:
     sections = sorted({_section(row) for row in rows})
     for section in sections:
         some = [row for row in rows if _section(row) == section]
-        dictionary, processor, threads = section
-        lines += [f"\n## Dictionary {dictionary}, {processor}, {threads} threads\n", *_reached(some), DECODE_HEAD]
+        dictionary, machine, threads = section
+        lines += [f"\n## Dictionary {dictionary}, {machine}, {threads} threads\n", *_reached(some), DECODE_HEAD]
         lines += [line for row in some for line in _lines(row, prefill=False)]
         lines.append(PREFILL_HEAD)
         lines += [line for row in some for line in _lines(row, decode=False)]
