@@ -24,11 +24,9 @@ import torch
 import typer
 
 import cospadi
-from cospadi.calibration.text import read_text
 from cospadi.commands import evaluate
 from cospadi.model import load
 from cospadi.recipe import Recipe
-from cospadi.runtime.layer import set_runtime
 
 RESULTS = Path(__file__).parent / "results" / "smollm2"
 SUMMARY = (
@@ -83,11 +81,11 @@ def run(
                     "seconds_stages": result.seconds,
                 }
                 row |= {"seconds_compress": sum(result.seconds.values()), "pass_seconds": result.pass_seconds}
-            loaded = load.load_model(folder, load.pick_device(device))
-            set_runtime(loaded, "dense")
-            windows = evaluate.text_windows(load.load_tokenizer(folder), read_text(text), 1024, load.vocabulary(loaded))
-            row["perplexity"] = evaluate.perplexity(loaded, windows).value
-            del loaded
+            if one:
+                both, row["kl"] = evaluate.compare_models(folder, model, text, 1024, device=device, runtime="dense")
+            else:
+                both = evaluate.evaluate_models([folder], text, 1024, device=device)
+            row["perplexity"] = both[0][1].value
             ((_, found),) = accuracy.measure_accuracies([folder], suite, limit, batch_size, device, runtime="dense")
         right = {task.removeprefix("local_"): metrics["acc"] for task, metrics in found.items()}
         digits = {task: "".join(f"{one:.0f}" for one in each) for task, each in right.items()}
@@ -139,8 +137,9 @@ def table_lines() -> list[str]:
     dense = next(row for row in rows if row["method"] == "dense")
     tasks = list(dense["accuracy"])
     lines = [
-        f"| ratio | method | perplexity | ln(ppl / dense) | average | from dense | {' | '.join(tasks)} | seconds |",
-        "|---|---|---|---|---|---|" + "---|" * len(tasks) + "---|",
+        "| ratio | method | perplexity | ln(ppl / dense) | KL | average | from dense | "
+        f"{' | '.join(tasks)} | seconds |",
+        "|---|---|---|---|---|---|---|" + "---|" * len(tasks) + "---|",
     ]
     for row in sorted(rows, key=lambda row: (row["ratio_asked"], row["perplexity"])):
         is_dense = row is dense
@@ -150,6 +149,7 @@ def table_lines() -> list[str]:
             row["method"],
             f"{row['perplexity']:.2f}",
             "-" if is_dense else f"{math.log(row['perplexity'] / dense['perplexity']):.4f}",
+            f"{row['kl']:.4f}" if "kl" in row else "-",
             f"{average:.2f} ± {_standard_error(row):.2f}",
             "-" if is_dense else f"{average - _average(dense):+.2f}{_paired(row, dense)}",
             *(f"{100 * row['accuracy'][task]:.1f}" for task in tasks),

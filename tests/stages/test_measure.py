@@ -13,6 +13,7 @@ from torch import Tensor
 
 import cospadi
 from cospadi.calibration.grams import IDENTITY, Whitening, accumulate_grams, whiten
+from cospadi.calibration.walk import DAMPING
 from cospadi.format.manifest import hash_files
 from cospadi.jobs.ledger import Ledger
 from cospadi.jobs.pool import Engine
@@ -99,6 +100,50 @@ def test_with_compensation_nothing_is_corrected_before_anything_was_compressed(
     torch.testing.assert_close(torch.cat([weight.flatten() for _, _, weight in found]), dense, rtol=1e-4, atol=1e-4)
     assert sequences is not None
     check_grams(folder, found, sequences)
+
+
+@pytest.mark.parametrize("refine", [0, 2])
+def test_weights_make_up_for_what_the_first_of_the_text_shows(
+    make_llama: Callable[..., Path], recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, refine: int
+) -> None:
+    """Against least squares on the inputs that two whole models have on it. Grams are half that of this text in the
+    compressed model, half that of all of it in the dense one."""
+    monkeypatch.setattr("cospadi.stages.measure.PAIRED_TOKENS", 33)  # two batches of a sequence
+    recipe |= {"compensate": True, "refine": refine, "batch_size": 1, "metric": "output"}
+    folder = make_llama(num_hidden_layers=2)
+    dense, damaged = (load.load_model(folder, torch.device("cpu")) for _ in range(2))
+    with opened(folder, Recipe.build(recipe), None, Stages(), Engine(), Ledger(), 0) as job:
+        read_text(job)
+        assert job.sequences is not None
+        for block in blocks_to_solve(job, job.uniform.groups, job.uniform.groups):
+            assert isinstance(block, WalkedBlock)
+            for some in block.sets:
+                for group, whitening, weight in block.measure(some):
+                    (reader,) = job.inputs(group)
+                    x, y = (input_of(model, reader, job.sequences[:2]) for model in (dense, damaged))
+                    pull = DAMPING * (y.T @ y).diagonal().mean()
+                    rows = torch.cat([y, pull.sqrt() * torch.eye(y.shape[1])])
+                    plain = job.weight(group).double()
+                    wanted = torch.cat([x @ plain, pull.sqrt() * plain])
+                    expected = torch.linalg.lstsq(rows, wanted).solution
+                    torch.testing.assert_close(weight.double(), expected, rtol=1e-3, atol=1e-4)
+                    x = input_of(dense, reader, job.sequences)
+                    gram = (x.T @ x + y.T @ y * (len(x) / len(y))) / 2
+                    torch.testing.assert_close(whitening.gram, gram, rtol=1e-4, atol=1e-4)
+                for member in (member for group in some for member in group.members):
+                    coarse = 0.05 * (dense.get_submodule(member.name).weight.data / 0.05).round()
+                    damaged.get_submodule(member.name).weight.data.copy_(coarse)
+                    block.swap_in({member.name: coarse})
+
+
+def input_of(model: Any, name: str, tokens: Tensor) -> Tensor:
+    """What a module reads when the whole model runs, float64 (tokens, width)."""
+    seen: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(input_ids=tokens, use_cache=False)
+    handle.remove()
+    return seen[0].flatten(0, -2).double()
 
 
 def test_without_text_nothing_is_whitened(folder: Path, mixed: dict[str, Any]) -> None:

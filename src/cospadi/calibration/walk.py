@@ -11,7 +11,8 @@ asymmetric calibration in quantization, GPTAQ, arXiv 2504.02692). With G = X'^T 
 
     ||X W - X' D S||^2 = ||L (W' - D S)||^2 + const,    L^T L = G,  W' = G^-1 C W:
 
-the same problem for a corrected weight W', which is damped here: (G + a I)^-1 (C + a I) W.
+the same problem for a corrected weight W', which is damped here: (G + a I)^-1 (C + a I) W. W' needs fewer
+tokens than the metric of what is left.
 """
 
 from __future__ import annotations
@@ -69,9 +70,9 @@ class Flow:
         self.spill.drop(self.items[batch])
         self.items[batch] = self.spill.put(hidden)
 
-    def copy(self) -> Flow:
-        """The same hidden states again."""
-        return Flow(self.spill, self.device, [self.spill.put(self[batch]) for batch in range(len(self))])
+    def copy(self, batches: int | None = None) -> Flow:
+        """The same hidden states again, of the first batches or of all."""
+        return Flow(self.spill, self.device, [self.spill.put(self[batch]) for batch in range(len(self))[:batches]])
 
     def close(self) -> None:
         """Forget them."""
@@ -308,15 +309,14 @@ def paired_grams(
     compressed: Flow,
     replacement: Mapping[str, Tensor],
     readers: Mapping[str, nn.Module],
-    on_batch: Callable[[int], None] | None = None,
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
     """G = X'^T X' and C = X'^T X of the inputs of some modules of a block.
 
     Args:
-        dense, compressed: the text in the dense model and in the one that is compressed so far, before the block.
+        dense, compressed: a text in the dense model and in the one that is compressed so far, before the block; of the
+            second as many batches are looked at as the first has.
         replacement: names in the block -> weights of what is already compressed.
         readers: names in the block -> linear layers, one for each distinct input.
-        on_batch: called with 1 after each batch.
 
     Returns:
         name -> float64 (d1, d1) each. C is None where tokens of X and X' do not correspond: behind a router.
@@ -342,8 +342,6 @@ def paired_grams(
                     cross += gram_block(y, x, name)
                 else:
                     sums[name] = gram, None
-        if on_batch:
-            on_batch(1)
     return sums
 
 

@@ -32,6 +32,7 @@ from cospadi.solvers import find_solver
 from cospadi.solvers.flops import Flops, cholesky, triangular
 from cospadi.solvers.htp import COLUMNS
 from cospadi.solvers.products import self_product_flops
+from cospadi.stages.measure import PAIRED_TOKENS
 from cospadi.stages.refine import CHECKS, HELD_OUT, STEP_TOKENS
 
 STAGES = ("load", "text", "gradients", "calibrate", "solve", "refine", "write")
@@ -223,6 +224,11 @@ class Text:
         return self.batch * self.length
 
     @property
+    def paired_tokens(self) -> int:
+        """Tokens of the first batches, which compensation looks at in both models."""
+        return min(self.tokens, -(-PAIRED_TOKENS // self.batch_tokens) * self.batch_tokens)
+
+    @property
     def learned(self) -> int:
         """Tokens that the whole model runs: two batches and two sequences to learn how blocks are called, and two
         batches to time a pass."""
@@ -318,18 +324,17 @@ def gradients_of(shape: Shape, recipe: Recipe, text: Text) -> Iterator[Cost]:
 def walks_of(shape: Shape, recipe: Recipe, text: Text) -> Iterator[Cost]:
     """Text through the dense model, and where blocks need it through the model compressed so far; Grams on the way.
 
-    With compensation both pass up to each input again, for G and C.
+    With compensation the first of it passes up to each input again in both, for G and C.
     """
-    n, length = text.tokens, text.length
-    through, past = shape.blocks, shape.blocks[:-1]
-    passed = forward_flops(shape, n, length, through if recipe.refine or not recipe.compensate else past)
-    if recipe.refine or recipe.compensate:
-        passed += forward_flops(shape, n, length, past)
+    n, some, length = text.tokens, text.paired_tokens, text.length
+    passed = forward_flops(shape, n, length, shape.blocks)
     grams = sum(self_product_flops(n, reader.d1) for reader in shape.readers)
+    if recipe.refine or recipe.compensate:
+        passed += forward_flops(shape, n if recipe.refine else some, length, shape.blocks[:-1])
     if recipe.compensate:
         attended = 4.0 * length * shape.attention
-        passed += sum(2 * n * (2.0 * reader.before + (attended if reader.before else 0)) for reader in shape.readers)
-        grams += sum(2.0 * n * reader.d1**2 for reader in shape.readers)
+        passed += sum(2 * some * (2.0 * reader.before + (attended if reader.before else 0)) for reader in shape.readers)
+        grams += sum(self_product_flops(some, reader.d1) + 2.0 * some * reader.d1**2 for reader in shape.readers)
     yield Cost("calibrate", "forward", Flops(passed))
     yield Cost("calibrate", "grams", Flops(grams))
 
@@ -382,8 +387,7 @@ def tuned_tokens(recipe: Recipe, text: Text) -> tuple[int, int, int]:
 def memory_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text, cache_bytes: int) -> int:
     """The largest of what the stages hold, in bytes: each one block, its text in the cache, and its own working set."""
     batch, length, item = text.batch_tokens, text.length, shape.item
-    flow = text.tokens * shape.hidden * item
-    flows = min(cache_bytes, flow * (1 + bool(recipe.refine or recipe.compensate)))
+    flows = min(cache_bytes, flow_bytes(shape, recipe, text))
 
     def activations(tokens: int) -> int:
         """Hidden states, queries and the like, three tensors of the widest, its copy in float32, the product."""
@@ -395,7 +399,7 @@ def memory_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text, cache_bytes:
         seen = 2 * len(shape.parameters) * batch * shape.hidden * item
         stages.append(seen + shape.edge_bytes + batch * shape.vocabulary * item)
         grams = max(sum(8 * r.d1**2 for r in shape.readers if r.block == index) for index in shape.blocks)
-        paired = 2 * grams + shape.block_bytes if recipe.compensate else grams
+        paired = grams + 16 * shape.widest**2 + shape.block_bytes if recipe.compensate else grams
         stages.append(flows + shape.block_bytes + paired + max(activations(batch), solving))
     if text.checked:
         inputs = min(cache_bytes, (len(shape.parameters) + 2) * text.checked_tokens * shape.hidden * item)
@@ -407,6 +411,14 @@ def memory_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text, cache_bytes:
         # W, S, its support, gradient, two moments, the best state and one before it; W again with its gradient
         stages.append(flows + shape.block_bytes + (36 + 2 * item) * selected + 6 * activations(batch))
     return base_bytes() + max(stages)
+
+
+def flow_bytes(shape: Shape, recipe: Recipe, text: Text) -> int:
+    """Bytes of hidden states: of the dense model, and of the one compressed so far where it is there. Of what is looked
+    at in both the dense ones wait, too, until their block is done."""
+    some = text.paired_tokens if recipe.compensate else 0
+    tokens = text.tokens + some + (text.tokens if recipe.refine else some)
+    return tokens * shape.hidden * shape.item
 
 
 def gamma_bytes(shape: Shape, recipe: Recipe, block: int) -> int:
@@ -447,12 +459,11 @@ def disk_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text, cache_bytes: i
     The job directory keeps tokens and Gamma, hidden states beyond the cache, and the factors, refined ones beside those
     that were solved, in the end beside the output.
     """
-    flow, checked = text.tokens * shape.hidden * shape.item, text.checked_tokens * shape.hidden * shape.item
+    checked = text.checked_tokens * shape.hidden * shape.item
     kept = 8 * text.tokens
     if text.checked:
         inputs = 4 * sum(projection.d1 for projection in shape.projections)
         kept += inputs + sum(gamma_bytes(shape, recipe, index) for index in range(len(shape.parameters)))
-    walked = bool(recipe.refine or recipe.compensate)
     factors = sum(group.parts.total for group in plan.compressed) * (1 + bool(recipe.refine))
     taped = max(0, (len(shape.parameters) + 2) * checked - cache_bytes)
-    return kept + max(taped, factors + max(output, max(0, flow * (1 + walked) - cache_bytes)))
+    return kept + max(taped, factors + max(output, max(0, flow_bytes(shape, recipe, text) - cache_bytes)))

@@ -1,4 +1,4 @@
-"""What groups read: Gram matrices of their inputs, on the dense model and on the one that is compressed so far."""
+"""What groups read: Gram matrices of their inputs in the dense model, and what compensation takes of the compressed."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from cospadi.budget.plan import Group
 from cospadi.calibration import walk
 from cospadi.calibration.grams import IDENTITY, Whitening, accumulate_grams, whiten
-from cospadi.calibration.walk import Stream
+from cospadi.calibration.walk import Flow, Stream
 from cospadi.jobs.progress import Stage
 from cospadi.model.projections import kinds_of
 from cospadi.stages.open import Job
 
 log = logging.getLogger("cospadi")
+
+PAIRED_TOKENS = 65536
+"""Tokens, the first of the text, that are looked at in both models for compensation."""
 
 
 @dataclass
@@ -47,7 +50,8 @@ class WalkedBlock:
     Attributes:
         sets: in running order; with compensation the inputs of each depend on those before it.
         dense: the text in the dense model, behind the block once `pass_dense` was called.
-        compressed: the text before the block in the model that is compressed so far.
+        compressed: the text before the block in the model that is compressed so far, as much as is needed of it.
+        paired: with compensation, the first of the text before the block in the dense model.
         count: blocks of the walk, for the progress bar.
     """
 
@@ -55,9 +59,11 @@ class WalkedBlock:
     sets: Sequence[Sequence[Group]]
     dense: Stream
     compressed: Stream
+    paired: Flow | None
     index: int
     module: nn.Module
     count: int
+    _grams: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def groups(self) -> list[Group]:
@@ -69,58 +75,77 @@ class WalkedBlock:
         return self.job.blocks.name_of(self.index)
 
     def measure(self, groups: Sequence[Group]) -> Iterator[tuple[Group, Whitening, Tensor]]:
-        """Of each group of a set the whitening of its input and the weight (d1, sum of d2) that is approximated: with
-        compensation in the compressed model, and W', which makes up for the errors before it."""
+        """Of each group of a set the whitening of its input, and the weight (d1, sum of d2) that is approximated. With
+        compensation that is W', which makes up for the errors before it, and the metric is the mean of that of the
+        dense model and that of the compressed one."""
         if not groups:
             return
-        job = self.job
-        assert job.sequences is not None
-        by_input: dict[str, list[Group]] = {}
+        if self.dense.block <= self.index:  # one pass measures all inputs of the block
+            self._grams = self.pass_dense(self._readers(self.groups))
+        readers = self._readers(groups)
+        pairs = None if self.paired is None else self._pairs(self.paired, readers)
+        whitenings = {name: self._whitening(name, None if pairs is None else pairs[name][0]) for name in readers}
         for group in groups:
-            by_input.setdefault(job.inputs(group)[0].removeprefix(f"{self.name}."), []).append(group)
-        readers = {name: self.module.get_submodule(name) for name in by_input}
-        pairs = self._paired(readers) if job.compensates else self.pass_dense(readers)
-        for name, some in by_input.items():
-            gram, cross = pairs.pop(name)
-            whitening = whiten(gram, job.sequences.numel(), job.recipe.damping)
-            if whitening.gram is None:
-                log.warning("%s.%s reads only zeros on the calibration text: not whitened", self.name, name)
-            for group in some:
-                weight = job.weight(group)
-                yield group, whitening, walk.corrected(weight, gram, cross) if job.compensates else weight
+            weight, name = self.job.weight(group), self._reader(group)
+            yield group, whitenings[name], weight if pairs is None else walk.corrected(weight, *pairs[name])
 
-    def _paired(self, readers: Mapping[str, nn.Module]) -> dict[str, tuple[Tensor, Tensor | None]]:
+    def _reader(self, group: Group) -> str:
+        """The name in the block of what first reads the input of a group."""
+        return self.job.inputs(group)[0].removeprefix(f"{self.name}.")
+
+    def _readers(self, groups: Sequence[Group]) -> dict[str, nn.Module]:
+        return {name: self.module.get_submodule(name) for name in map(self._reader, groups)}
+
+    def _whitening(self, name: str, compressed: Tensor | None) -> Whitening:
+        """Of what a module reads.
+
+        Args:
+            compressed: the Gram in the compressed model of the tokens that both are looked at on.
+        """
+        job, gram = self.job, self._grams.pop(name)
+        assert job.sequences is not None
+        tokens = job.sequences.numel()
+        if compressed is not None and self.paired is not None:
+            some = job.sequences[: len(self.paired) * job.recipe.batch_size].numel()
+            gram = (gram + compressed * (tokens / some)) / 2
+        whitening = whiten(gram, tokens, job.recipe.damping)
+        if whitening.gram is None:
+            log.warning("%s.%s reads only zeros on the calibration text: not whitened", self.name, name)
+        return whitening
+
+    def _pairs(self, dense: Flow, readers: Mapping[str, nn.Module]) -> dict[str, tuple[Tensor, Tensor | None]]:
         assert self.job.calls is not None
-        with self._stage() as progress:
+        with self._stage(1):
             return walk.paired_grams(
-                self.module, self.index, self.job.calls, self.dense.flow, self.compressed.flow,
-                self.compressed.inside(self.name), readers, progress.advance,
+                self.module, self.index, self.job.calls, dense, self.compressed.flow,
+                self.compressed.inside(self.name), readers,
             )  # fmt: skip
 
-    def pass_dense(self, readers: Mapping[str, nn.Module] | None = None) -> dict[str, tuple[Tensor, Tensor | None]]:
+    def pass_dense(self, readers: Mapping[str, nn.Module] | None = None) -> dict[str, Tensor]:
         """Carry the text of the dense model through the block, and take the Grams of what some modules read on the way;
         nothing where that was done."""
         if self.dense.block > self.index:
             return {}
         assert self.job.calls is not None
-        with self._stage() as progress:
+        with self._stage(0) as progress:
             grams = walk.grams(
                 self.module, self.index, self.job.calls, self.dense.flow, readers or {}, lambda _: progress.advance(1)
             )
         self.dense.block = self.index + 1
-        return {name: (gram, None) for name, gram in grams.items()}
+        return grams
 
     def pass_compressed(self) -> None:
         """Carry the text of the compressed model through the block."""
         assert self.job.calls is not None
-        with self._stage():
+        with self._stage(1):
             self.compressed.advance(self.module, self.name, self.index, self.job.calls)
 
     @contextmanager
-    def _stage(self) -> Iterator[Stage]:
+    def _stage(self, passed: int) -> Iterator[Stage]:
+        """The progress bar, which counts the dense model's batches; `passed` is 1 once they are through the block."""
         batches = len(self.dense.flow)
         with self.job.stages.stage("calibrate", self.count * batches) as progress:
-            progress.reach(self.index * batches, f"block {self.index + 1} of {self.count}")
+            progress.reach((self.index + passed) * batches, f"block {self.index + 1} of {self.count}")
             yield progress
 
     def swap_in(self, weights: Mapping[str, Tensor]) -> None:
@@ -134,7 +159,7 @@ def blocks_to_solve(job: Job, groups: Sequence[Group], missing: Sequence[Group])
     """The decoder blocks in order, with the text running through them.
 
     With compensation or refinement the text runs through the dense model and beside it through the one that is
-    compressed so far.
+    compressed so far; compensation alone needs the first PAIRED_TOKENS of it there.
 
     Args:
         groups: all that are compressed. missing: those that are not done yet; the others only take part in running the
@@ -148,15 +173,19 @@ def blocks_to_solve(job: Job, groups: Sequence[Group], missing: Sequence[Group])
     assert job.sequences is not None
     assert job.calls is not None
     dense = Stream(walk.embed(job.blocks, job.sequences, job.recipe.batch_size, job.spill))
-    compressed = Stream(dense.flow.copy())
+    paired = -(-PAIRED_TOKENS // (job.recipe.batch_size * job.sequences.shape[1]))  # batches
+    compressed = Stream(dense.flow.copy(None if job.refines else paired))
     count = max(group.members[0].block for group in missing) + 1
     log.info("calibrating block by block on %d sequences of %d tokens", *job.sequences.shape)
     for index, module in walk.walk(job.blocks, job.calls, range(count)):
         sets = _sets(job, groups, index)
         if not job.compensates:  # one pass measures all of them
             sets = [[group for groups in sets for group in groups]]
-        block = WalkedBlock(job, sets, dense, compressed, index, module, count)
+        before = dense.flow.copy(paired) if job.compensates else None
+        block = WalkedBlock(job, sets, dense, compressed, before, index, module, count)
         yield block
+        if before is not None:
+            before.close()
         if index + 1 < count:
             block.pass_dense()
             block.pass_compressed()
