@@ -27,6 +27,7 @@ import torch
 import typer
 from torch import Tensor
 
+from cospadi import native
 from cospadi.budget import accounting
 from cospadi.format import packing
 from cospadi.format.codecs import codec_of_bits
@@ -121,7 +122,7 @@ def measure(d1: int, d2: int, ratio: float, form: Form, rows: list[int], seconds
         "shape": f"{d1}x{d2}", "ratio": ratio, "dictionary": form.dictionary, "value_bits": form.codec.bits,
         "k": k, "s": s, "dense_bytes": 2 * d1 * d2, "bytes": compressed_bytes, "codes_bytes": packed_bytes,
         "flops_bound": 1.0 if first.atoms is None else d1 * d2 / (k * (d1 + d2)), "figures": figures,
-        "level": cpu.levels() and cpu.best_level(), "processor": processor(), "torch": torch.__version__,
+        "level": native.levels() and native.best_level(), "processor": processor(), "torch": torch.__version__,
     }  # fmt: skip
 
 

@@ -344,7 +344,7 @@ def test_a_field_that_comes_later_gets_a_flag(
 ) -> None:
     class Later(Recipe):
         colours: tuple[str, ...] = Field((), title="COLOUR", description="what to paint (default: nothing)")
-        bits: Literal[2, 4] | None = Field(None, description="bits a pixel (default: 4)")
+        depth: Literal[2, 4] | None = Field(None, description="bits a pixel (default: 4)")
         coats: int = Field(3, ge=1, le=9, description="layers of paint")
 
     monkeypatch.setattr(cli, "Recipe", Later)
@@ -356,12 +356,12 @@ def test_a_field_that_comes_later_gets_a_flag(
     def paint(*, flags: dict[str, Any]) -> None:
         found.append(cli._recipe(flags))
 
-    app(["--colours", "red", "--colours", "blue", "--bits", "2", "--ratio", "0.5"], standalone_mode=False)
-    assert found == [Later.build(colours=("red", "blue"), bits=2, ratio=0.5)]
+    app(["--colours", "red", "--colours", "blue", "--depth", "2", "--ratio", "0.5"], standalone_mode=False)
+    assert found == [Later.build(colours=("red", "blue"), depth=2, ratio=0.5)]
     app(["--help"], standalone_mode=False)
     text = " ".join(capsys.readouterr().out.split())
     assert "--colours COLOUR what to paint (repeatable) [default: nothing]" in text
-    assert "--bits [2|4] bits a pixel [default: 4]" in text
+    assert "--depth [2|4] bits a pixel [default: 4]" in text
     assert "--coats <int> layers of paint [default: 3; at least 1; at most 9]" in text
 
 
@@ -805,7 +805,7 @@ def test_doctor_says_what_there_is(run: Callable[..., Answer]) -> None:
 
 
 def test_doctor_without_kernels_says_what_to_do(run: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cospadi.runtime.cpu.levels", dict)
+    monkeypatch.setattr("cospadi.native.levels", dict)
     told = run("doctor").out
     assert "not built" in told
     assert "install a C++ compiler" in told

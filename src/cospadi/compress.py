@@ -23,7 +23,7 @@ from cospadi.stages.costs import estimate_costs
 from cospadi.stages.measure import WalkedBlock, blocks_to_solve
 from cospadi.stages.open import begin, check_space, open_ledger, opened
 from cospadi.stages.refine import Refinement
-from cospadi.stages.solve import factorize, record
+from cospadi.stages.solve import as_stored, factorize, record
 from cospadi.stages.tasks import Tasks, keys_of
 from cospadi.stages.text import read_text
 from cospadi.stages.write import finish
@@ -110,6 +110,7 @@ def compress(
                     block.swap_in(refinement.refine(block, tasks.pieces(block.groups)))
             tasks.finish()
             pieces = refinement.pieces(plan.compressed) if refinement else tasks.pieces(plan.compressed)
+            plan = as_stored(plan, pieces)
 
         # config.json, the factors, everything else as it was, hashes.
         manifest = finish(job, plan, pieces, target)

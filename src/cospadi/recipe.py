@@ -7,7 +7,9 @@ in parentheses that begin with "default:".
 
 from __future__ import annotations
 
+import math
 import reprlib
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -46,6 +48,7 @@ class Method(NamedTuple):
 
 METHODS: dict[str, Method] = {
     "sparse": Method("D = I, the metric of the loss, blocks refined: the default", {}),
+    "coded": Method("levels of few bits in an entropy code, trellis-coded", {"solver": "trellis", "refine": 0}),
     "paper": Method("K-SVD, a dictionary a projection (CoSpaDi, arXiv 2509.22075)", PLAIN | {"solver": "ksvd"}),
     "mod-htp": Method(
         "dictionaries by MOD, shared by what reads the same, outputs weighed", {"solver": "mod-htp", "refine": 0}
@@ -70,11 +73,17 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     ratio: float = Field(0.2, gt=0, lt=1, description="fraction of the selected projections' bytes to remove")
-    method: str = Field("sparse", description="a named recipe, which sets what is not given; see cospadi methods")
+    bits: float | None = Field(
+        None, ge=1, lt=16, description="bits a weight, all told, in place of the ratio (default: 16 less 16 times that)"
+    )
+    method: str = Field(
+        "sparse",
+        description="a named recipe, which sets what is not given; see cospadi methods; with bits the default is coded",
+    )
     solver: str = Field(
         "htp",
         description="htp (D = I), mod-htp, ksvd (the paper's), procrustes (COMPOT), eigen (ROCKET), svd-llm, svd, "
-        "sparsegpt, wanda, alps, magnitude",
+        "sparsegpt, wanda, alps, magnitude, trellis (levels in a code)",
     )
     accounting: Literal["exact", "eq10", "eq11"] = Field(
         "exact", description="exact: real bytes; eq10, eq11: the paper's own k and s"
@@ -152,6 +161,16 @@ class Recipe(BaseModel):
         """What the method sets of the fields that are not given."""
         if not isinstance(fields, dict):
             return fields
+        bits = fields.get("bits")
+        if bits is not None:
+            fields = {"method": "coded"} | fields
+            if isinstance(bits, (int, float)) and not isinstance(bits, bool) and math.isfinite(bits):
+                ratio = float(1 - Fraction(str(bits)) / 16)
+                if not 0 < ratio < 1:
+                    ratio = fields.get("ratio", 0.5)  # which bits is told to be wrong
+                if fields.get("ratio", ratio) != ratio:
+                    raise ValueError(f"ratio {fields['ratio']} and bits {bits} are two sizes. Give one of them")
+                fields |= {"ratio": ratio}
         method = fields.get("method", "sparse")
         if not isinstance(method, str) or method not in METHODS:
             raise ValueError(f"method {method!s:.40} is not known. Use one of {', '.join(METHODS)}")

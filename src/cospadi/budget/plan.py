@@ -101,6 +101,11 @@ class Plan:
         return (self.dense_bytes - self.bytes) / self.dense_bytes
 
     @property
+    def bits(self) -> float:
+        """Bits a weight, over all selected projections."""
+        return DENSE_BITS * self.bytes / self.dense_bytes
+
+    @property
     def projections(self) -> list[Projection]:
         """All selected projections."""
         return [member for group in self.groups for member in group.members]
@@ -155,7 +160,10 @@ def _uniform_group(members: tuple[Projection, ...], recipe: Recipe) -> Group:
         form = form_of(recipe)
         k = form.dictionary_kind.atoms(d1)
         what, instead = "not one atom fits", "Leave"
-        if k is not None:
+        if form.codec.coded:
+            what = f"it takes {least_bytes(members, form):,} bytes at least, with its steps and widths"
+            instead = "Use a smaller one, or leave"
+        elif k is not None:
             taken = form.nbytes(d1, d2s, k, []).total / dense_bytes(d1, sum(d2s))
             what = f"telling which weights stay takes {taken:.1%} of its bytes, and no weight fits beside that"
             instead = "Use a smaller one, or leave"
@@ -178,6 +186,8 @@ def size_group(members: tuple[Projection, ...], ratio: float, rho: float, recipe
     d1, d2s = members[0].d1, [member.d2 for member in members]
     d2, allowed = sum(d2s), accounting.byte_budget(ratio, d1, d2s)
     form, free = form_of(recipe), find_solver(recipe.solver).free_support
+    if form.codec.coded:
+        return coded_group(members, form, allowed) if allowed >= least_bytes(members, form) else None
     if not form.support_kind.chosen:
         k = s = accounting.exact_rank(allowed, form, d1, d2s)
     elif recipe.accounting == "exact" and free:
@@ -208,6 +218,23 @@ def free_group(members: tuple[Projection, ...], form: Form, k: int, nonzeros: in
     """A group whose nonzeros lie anywhere, each member holding a multiple of VALUE_UNIT of them."""
     parts = form.nbytes(members[0].d1, [member.d2 for member in members], k, [nonzeros])
     return Group(members, form, k, nonzeros, parts)
+
+
+def coded_group(members: tuple[Projection, ...], form: Form, nbytes: int) -> Group:
+    """A group whose values are levels in a code, of so many bytes with its dictionary."""
+    d1 = members[0].d1
+    dictionary = form.dictionary_kind.nbytes(d1, d1)
+    return Group(members, form, d1, 0, Parts(dictionary, 0, nbytes - dictionary))
+
+
+LEAST_BITS = 0.75
+"""Bits a weight, scales and steps included, that a code is planned with at least."""
+
+
+def least_bytes(members: tuple[Projection, ...], form: Form) -> int:
+    """What a group of levels in a code needs at least."""
+    d1, d2 = members[0].d1, sum(member.d2 for member in members)
+    return int(d1 * d2 * LEAST_BITS / 8) + form.dictionary_kind.nbytes(d1, d1) + 3 * d2 + d1
 
 
 def dense_group(members: tuple[Projection, ...]) -> Group:
@@ -355,6 +382,8 @@ def _stored_group(members: tuple[Projection, ...], entry: dict[str, Any]) -> Gro
         return None
     if form.dictionary_kind.atoms(members[0].d1) not in (None, k):
         return None
+    if form.codec.coded:
+        return coded_group(members, form, entry["bytes"]) if nonzeros == 0 else None
     if not form.support_kind.chosen:
         return even_group(members, form, k, k) if nonzeros == 0 else None
     if not 1 <= nonzeros <= k * sum(d2s):

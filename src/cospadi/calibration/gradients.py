@@ -8,7 +8,7 @@ outputs add up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from cospadi.calibration.walk import Calls, advance, call, embed, logits, replac
 from cospadi.errors import UserError
 from cospadi.model.blocks import Blocks
 from cospadi.model.projections import Projection, decoder_blocks, read_by_linear
+from cospadi.solvers.gram import damped_factor
 
 WIDEST = 2048
 """Outputs between which gradients are told apart. Of a wider projection Gamma has blocks of so many outputs or fewer,
@@ -31,6 +32,9 @@ WIDEST = 2048
 
 INPUT = ".input"
 """After a projection's name: what it reads."""
+
+PIVOT = ".pivot"
+"""After a projection's name: what is left of each of its inputs once those after it are known."""
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -47,6 +51,7 @@ def gradient_grams(
     sequences: Tensor,
     full: bool,
     on_sequence: Callable[[float], None] | None = None,
+    readers: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """Gamma: the mean over tokens of g g^T, g the gradient of the summed next-token loss at a projection's output.
 
@@ -57,11 +62,13 @@ def gradient_grams(
         sequences: int64 (sequences, tokens).
         full: whether all of Gamma is wanted, in blocks of at most WIDEST outputs; else its diagonal.
         on_sequence: called with 1 after each sequence.
+        readers: projections whose inputs' pivots are wanted.
 
     Returns:
         name -> float32 (blocks, width, width), the last one filled up with zeros, or (d2,). All zeros where no token
         reached a projection (an expert). name + INPUT -> E[x_i^2] of its inputs, float32 (d1,). name + NOISE -> float32
-        (blocks,): the part of what is off the diagonal that is chance, as sequences differ.
+        (blocks,): the part of what is off the diagonal that is chance, as sequences differ. name + PIVOT, of the
+        readers -> the diagonal of R, float32 (d1,), with R^T R the inverse of the damped E[x x^T] (`damped_factor`).
 
     Raises:
         UserError: a gradient that is not finite; the message names the projection.
@@ -72,7 +79,7 @@ def gradient_grams(
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        _summed_gradients(model, projections, full) as sums,
+        _summed_gradients(model, projections, full, readers) as sums,
         _gradients_to_activations_only(model),
         replaced_forwards(modules, forwards),
     ):
@@ -92,6 +99,7 @@ def gradient_grams_by_blocks(
     full: bool,
     spill: Spill,
     on_sequence: Callable[[float], None] | None = None,
+    readers: Collection[str] = (),
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """`gradient_grams` with one block in memory at a time: forward, keeping the inputs of every block, then back.
 
@@ -126,7 +134,7 @@ def gradient_grams_by_blocks(
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            _summed_gradients(blocks.model, of_block, full) as sums,
+            _summed_gradients(blocks.model, of_block, full, readers) as sums,
             no_parameter_gradients(block),
         ):
             sums.gammas[name] = _Gamma.zeros(width, False, blocks.device)
@@ -151,19 +159,24 @@ def summed_loss(model: nn.Module, predicted: Tensor, tokens: Tensor) -> Tensor:
 
 
 @contextmanager
-def _summed_gradients(model: nn.Module, projections: Sequence[Projection], full: bool) -> Iterator[_Sums]:
+def _summed_gradients(
+    model: nn.Module, projections: Sequence[Projection], full: bool, readers: Collection[str]
+) -> Iterator[_Sums]:
     """Inside this block, g g^T of the gradients at the projections' outputs is added up over tokens, or its diagonal,
-    and the squares of their inputs."""
-    sums = _Sums({}, {})
+    and the squares of their inputs, or the Grams of the readers'."""
+    sums = _Sums({}, {}, {})
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
             if not output.requires_grad:
                 return
-            squares = read_by_linear(args, kwargs).detach().flatten(0, -2).float().square().sum(0)
+            x = read_by_linear(args, kwargs).detach().flatten(0, -2)
+            squares, read = x.float().square().sum(0), x if name in sums.grams else None
 
             def add(gradient: Tensor) -> None:  # once, though checkpointed blocks run twice
                 sums.inputs[name] += squares
+                if read is not None:
+                    sums.grams[name] += gram_block(read, read, name)
                 sums.gammas[name].add(gradient, name)
 
             output.register_hook(add)  # type: ignore[no-untyped-call]
@@ -176,6 +189,8 @@ def _summed_gradients(model: nn.Module, projections: Sequence[Projection], full:
         assert isinstance(module, nn.Linear)
         sums.gammas[projection.name] = _Gamma.zeros(projection.d2, full, module.weight.device)
         sums.inputs[projection.name] = torch.zeros(projection.d1, device=module.weight.device)
+        if projection.name in readers:
+            sums.grams[projection.name] = torch.zeros(projection.d1, projection.d1, device=module.weight.device)
         handles.append(module.register_forward_hook(watch(projection.name), with_kwargs=True))
     try:
         yield sums
@@ -247,15 +262,18 @@ class _Gamma:
 
 @dataclass
 class _Sums:
-    """Name -> its Gamma on its way; name -> the sum over tokens of x_i^2 of its inputs."""
+    """Name -> its Gamma on its way; name -> the sum over tokens of x_i^2 of its inputs, and of x x^T."""
 
     gammas: dict[str, _Gamma]
     inputs: dict[str, Tensor]
+    grams: dict[str, Tensor]
 
     def means(self, tokens: int) -> dict[str, Tensor]:
         """As `gradient_grams` returns them."""
         found = {name: gamma.total / tokens for name, gamma in self.gammas.items()}
         found |= {f"{name}{INPUT}": squares / tokens for name, squares in self.inputs.items()}
+        for name, gram in self.grams.items():
+            found[f"{name}{PIVOT}"] = damped_factor(gram / tokens).diagonal().float()
         return found | {f"{name}{NOISE}": g.noise() for name, g in self.gammas.items() if g.squares is not None}
 
 

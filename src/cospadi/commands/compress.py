@@ -17,6 +17,7 @@ def compressed_json(result: Compressed, recipe: Recipe) -> dict[str, Any]:
     return {
         "ratio_asked": recipe.ratio,
         "ratio_reached": result.plan.ratio,
+        "bits": result.plan.bits,
         "dense_bytes": result.plan.dense_bytes,
         "compressed_bytes": result.plan.bytes,
         "checkpoint_bytes_before": result.bytes_before,
@@ -39,6 +40,7 @@ def compressed_table(result: Compressed, recipe: Recipe) -> Table:
         table.add_row("of them left dense by the budget", str(len(report["left_dense"])))
     table.add_row("ratio asked", f"{report['ratio_asked']:.4f}")
     table.add_row("ratio reached", f"{report['ratio_reached']:.4f}")
+    table.add_row("bits a weight", f"{report['bits']:.3f}")
     table.add_row("whole checkpoint, before", tables.megabytes(report["checkpoint_bytes_before"]))
     table.add_row("whole checkpoint, after", tables.megabytes(report["checkpoint_bytes_after"]))
     table.add_row("mean relative error", f"{report['mean_relative_error']:.4f}")

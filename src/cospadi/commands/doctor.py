@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from cospadi import native
 from cospadi.__about__ import __version__
 from cospadi.commands import tables
 from cospadi.errors import KernelError
@@ -51,17 +52,17 @@ class Examination:
 
 def examine() -> Examination:
     """Look at the installation and the machine, and try the kernels."""
-    levels = list(cpu.levels())
+    levels = list(native.levels())
     found = Examination(
         versions={"cospadi": __version__, "python": platform.python_version()} | _versions(),
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         threads=torch.get_num_threads(),
         cpu_kernel=_level_in_use(levels),
         cpu_levels=levels,
-        openmp=str(cpu.openmp_runtime()) if cpu.openmp_runtime() else None,
+        openmp=str(native.openmp_runtime()) if native.openmp_runtime() else None,
         devices=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     )
-    found.checks = {f"CPU kernel, {name}": _is_right(_on_cpu, number) for name, number in cpu.levels().items()}
+    found.checks = {f"CPU kernel, {name}": _is_right(_on_cpu, number) for name, number in native.levels().items()}
     if levels:
         found.checks["product with a dictionary"] = _is_right_dense()
     if found.devices and op.gpu is not None and op.gpu.AVAILABLE:
@@ -76,7 +77,7 @@ def examine() -> Examination:
             "The CPU kernels were not built: install a C++ compiler (g++ or clang++), then install the package anew. "
             "Until then coefficients are unpacked, which takes memory and saves no time."
         )
-        found.advice += cpu.load_errors
+        found.advice += native.load_errors
     elif levels[-1] != "avx512" and platform.machine() in ("x86_64", "AMD64"):
         found.advice.append(
             f"This processor has no AVX-512 with VBMI2 and BF16; the {levels[-1]} kernel is right, and slower."
@@ -98,7 +99,7 @@ def _versions() -> dict[str, str]:
 
 
 def _level_in_use(levels: list[str]) -> str | None:
-    return {number: name for name, number in cpu.levels().items()}[cpu.best_level()] if levels else None
+    return {number: name for name, number in native.levels().items()}[native.best_level()] if levels else None
 
 
 Product = Callable[[Tensor, Tensor, Tensor, Tensor, int, int, int], Tensor]

@@ -16,12 +16,14 @@ from cospadi.budget.plan import Group
 from cospadi.calibration import walk
 from cospadi.calibration.gradients import output_widths
 from cospadi.calibration.grams import gram_block
+from cospadi.format.form import dense_bytes
 from cospadi.model import load
 from cospadi.model.projections import decoder_blocks
 from cospadi.recipe import Recipe
 from cospadi.solvers import Flops, MetricProblem, Problem, SolverOptions, find_solver
 from cospadi.solvers.flops import cholesky, triangular
 from cospadi.solvers.products import self_product_flops
+from cospadi.stages.solve import coder
 
 log = logging.getLogger("cospadi")
 
@@ -167,7 +169,9 @@ def _time_solver(recipe: Recipe, size: Size, device: torch.device) -> float:
         else:
             gammas = [torch.ones(d2, device=device) for d2 in size.d2s] if recipe.wants_gradients else []
         metric = MetricProblem(weight, gram, tuple(gammas), size.d2s)
-        return _seconds(lambda: solver.solve(metric, min(round(size.s * d2), d1 * d2), options), device) / flops
+        dense = dense_bytes(d1, d2)
+        asked = (int((1 - recipe.ratio) * dense), coder()) if solver.coded else (min(round(size.s * d2), d1 * d2),)
+        return _seconds(lambda: solver.solve(metric, *asked, options), device) / flops
     s = size.s if solver.free_support else max(1, round(size.s))
     return _seconds(lambda: solver.solve(Problem(weight), size.k, s, options), device) / flops
 

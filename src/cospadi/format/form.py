@@ -82,6 +82,11 @@ class Form:
         return Names("dictionary", "support", "values") if own is None else Names(*own)
 
     @property
+    def possible(self) -> bool:
+        """Whether it makes sense: an entropy code tells zeros by itself, and nothing else is to choose entries."""
+        return not (self.codec.coded and self.support_kind.chosen)
+
+    @property
     def trainable(self) -> bool:
         """Whether the stored values are S transposed as it is multiplied, so that they are an ordinary parameter."""
         return self.codec.plain and not self.support_kind.chosen
@@ -101,7 +106,10 @@ class Form:
         )
 
 
+FORMS = tuple(form for names in product(DICTIONARIES, SUPPORTS, CODECS) if (form := Form(*names)).possible)
+"""All that there are."""
+
+
 def find_form(layout: str, value_bits: int) -> Form | None:
     """The form that is called so and whose values take this many bits; None where there is none."""
-    forms = (Form(*names) for names in product(DICTIONARIES, SUPPORTS, CODECS))
-    return next((form for form in forms if (form.layout, form.codec.bits) == (layout, value_bits)), None)
+    return next((form for form in FORMS if (form.layout, form.codec.bits) == (layout, value_bits)), None)

@@ -113,7 +113,8 @@ class Codec(ABC):
 
     Attributes:
         name: in config.json.
-        bits: a value's width.
+        bits: a value's width; 0 where values have codes of different lengths, and config.json tells how many bytes all
+            of them take.
         dtype: of its tensor.
         plain: whether its tensor is the values themselves, as numbers that can be multiplied and trained.
         kernel_bits: the width that kernels are told, if they read it; 0 if they do not.
@@ -125,9 +126,14 @@ class Codec(ABC):
     plain: bool = False
     kernel_bits: int = 0
 
+    @property
+    def coded(self) -> bool:
+        """Whether values have codes of different lengths."""
+        return self.bits == 0
+
     @abstractmethod
-    def shape(self, values: list[int]) -> list[int]:
-        """Of its tensor, for values of this shape."""
+    def shape(self, values: list[int], nbytes: int = 0) -> list[int]:
+        """Of its tensor, for values of this shape, which take so many bytes where config.json tells."""
 
     @abstractmethod
     def encode(self, values: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ class StoredProjection(BaseModel):
         dictionary, support, values: its form: kinds and codec by name.
         d1, d2: in and out features. k: atoms.
         nnz: nonzeros of S; 0 where its support takes every entry.
+        nbytes: of the values, where their codes have different lengths; else 0.
         owner: the projection under whose name the dictionary is stored.
         bias: whether the layer has one.
     """
@@ -52,6 +53,7 @@ class StoredProjection(BaseModel):
     d2: int = Field(gt=0, le=LARGEST)
     k: int = Field(gt=0, le=LARGEST)
     nnz: int = Field(0, ge=0)
+    nbytes: int = Field(0, ge=0)
     owner: str
     bias: bool = False
 
@@ -72,6 +74,10 @@ class StoredProjection(BaseModel):
             raise ValueError(f"nnz is {self.nnz}, and support {self.support} has all of S, for which nnz is 0")
         if (atoms := self.form.dictionary_kind.atoms(self.d1)) not in (None, self.k):
             raise ValueError(f"k is {self.k}, and dictionary {self.dictionary} has {atoms} atoms")
+        if not self.form.possible:
+            raise ValueError(f"values {self.values} have all of S, and support is {self.support}")
+        if (self.nbytes > 0) != self.form.codec.coded:
+            raise ValueError(f"nbytes is {self.nbytes}, which does not go with values {self.values}")
         return self
 
     @property
@@ -94,7 +100,7 @@ class StoredProjection(BaseModel):
         form, names = self.form, self.form.names
         parts = {
             names.support: (torch.uint8, form.support_kind.shape(self.d2, self.k)),
-            names.values: (form.codec.dtype, form.codec.shape(self.values_shape)),
+            names.values: (form.codec.dtype, form.codec.shape(self.values_shape, self.nbytes)),
         }
         if self.owner == name:
             kind = form.dictionary_kind
@@ -146,7 +152,12 @@ def spell(projections: Mapping[str, StoredProjection]) -> tuple[int, dict[str, d
     """The format version that these are written as, and the `projections` of config.json."""
     old = {name: version1.entry_of(entry) for name, entry in projections.items()}
     told = {name: entry for name, entry in old.items() if entry is not None}
-    return (1, told) if len(told) == len(old) else (2, {name: e.model_dump() for name, e in projections.items()})
+    return (1, told) if len(told) == len(old) else (2, {name: _fields(entry) for name, entry in projections.items()})
+
+
+def _fields(entry: StoredProjection) -> dict[str, Any]:
+    """As version 2 has it in config.json, without what only other codecs tell."""
+    return entry.model_dump(exclude=None if entry.nbytes else {"nbytes"})
 
 
 def first_problem(error: ValidationError) -> str:

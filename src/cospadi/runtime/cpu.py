@@ -1,4 +1,4 @@
-"""The CPU kernels: a C++ library, called with raw pointers through ctypes, on the threads of torch's own OpenMP.
+"""The CPU kernels of the C++ library (`native.py`).
 
 Decoding (a few rows of z) reads the packed mask and values as they are. With more rows, columns of S are unpacked a
 tile at a time and handed to torch's matrix product.
@@ -8,18 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
-import sys
-from contextlib import suppress
 from functools import cache
-from importlib.metadata import PackageNotFoundError, distribution
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from cospadi.errors import UserError
+from cospadi.native import best_level, library
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """z's dtypes, as the library numbers them."""
@@ -33,82 +27,7 @@ DENSE_ROWS = 8
 TILE_BYTES = 32 << 20
 """Unpacked coefficients that a tile has at most. Few large products beat many small ones: unpacking takes little."""
 
-load_errors: list[str] = []
-"""Why a library that is there is not used."""
-
-_NAMES = {"win32": "cospadi_cpu.dll", "darwin": "libcospadi_cpu.dylib"}
 _REASONS = {1: "the stored values are fewer than the support mask has bits", 2: "there is not enough memory"}
-
-
-@cache
-def library() -> ctypes.CDLL | None:
-    """The library where the package's installation built one, set to run on torch's threads."""
-    name = _NAMES.get(sys.platform, "libcospadi_cpu.so")
-    places = [Path(__file__).with_name(name)]
-    with suppress(PackageNotFoundError):  # an editable installation leaves it where packages are installed
-        places.append(Path(str(distribution("cospadi").locate_file(f"cospadi/runtime/{name}"))))
-    path = next((path for path in places if path.exists()), None)
-    if path is None:
-        return None
-    try:
-        found = ctypes.CDLL(str(path))
-    except OSError as error:  # of another machine, or damaged
-        load_errors.append(f"{path} cannot be loaded: {error}")
-        return None
-    pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    # support, values and their bytes, offsets, d2, k, value_bits
-    stored: list[Any] = [pointer, pointer, size, pointer, *[number] * 3]
-    found.cospadi_multiply.argtypes = [pointer, pointer, ctypes.c_int64, number, *stored, number, number]
-    found.cospadi_unpack.argtypes = [pointer, number, number, number, *stored, number, number]
-    found.cospadi_multiply_dense.argtypes = [pointer, pointer, ctypes.c_int64, pointer, number, number, number, number]
-    found.cospadi_level_name.restype = ctypes.c_char_p
-    found.cospadi_use_openmp.argtypes = [pointer]
-    runtime = openmp_runtime()
-    if runtime is not None:
-        found.cospadi_use_openmp(ctypes.cast(ctypes.CDLL(str(runtime)).GOMP_parallel, pointer))
-    return found
-
-
-@cache
-def openmp_runtime() -> Path | None:
-    """The OpenMP library that torch has loaded, if it can start threads for others."""
-    torch_folder = Path(torch.__file__).parent
-    folders = [torch_folder / "lib", torch_folder.parent / "torch.libs", torch_folder / ".dylibs"]
-    found = [path for folder in folders for path in sorted(folder.glob("lib*omp[.-]*")) if _starts_threads(path)]
-    maps = Path("/proc/self/maps")
-    if not found and maps.exists():  # a torch of the system's links the system's
-        loaded = {Path(line.split()[-1]) for line in maps.read_text().splitlines() if "omp." in line.rpartition("/")[2]}
-        found = [path for path in sorted(loaded) if _starts_threads(path)]
-    return found[0] if found else None
-
-
-def _starts_threads(path: Path) -> bool:
-    try:
-        return hasattr(ctypes.CDLL(str(path)), "GOMP_parallel")
-    except OSError:
-        return False
-
-
-@cache
-def levels() -> dict[str, int]:
-    """Instruction sets that were built and that this machine has: name -> the library's number, best last."""
-    found = library()
-    if found is None:
-        return {}
-    usable = [level for level in range(found.cospadi_levels()) if found.cospadi_level_supported(level)]
-    return {found.cospadi_level_name(level).decode(): level for level in usable}
-
-
-@cache
-def best_level() -> int:
-    """The level in use: the best there is, or what the environment variable COSPADI_CPU names."""
-    wanted = os.environ.get("COSPADI_CPU")
-    if wanted is None:
-        return list(levels().values())[-1]
-    if wanted not in levels():
-        raise UserError(f"COSPADI_CPU is {wanted!r}, which this machine does not have. Use {', '.join(levels())}")
-    return levels()[wanted]
-
 
 AVAILABLE = library() is not None
 """Whether the package's installation built the library."""
@@ -130,7 +49,7 @@ def can_multiply(z: Tensor, support: Tensor, values: Tensor, value_bits: int) ->
 def sparse_matmul(
     z: Tensor, support: Tensor, values: Tensor, offsets: Tensor, k: int, value_bits: int, level: int | None = None
 ) -> Tensor:
-    """y = z S for z (..., k); see `op.sparse_matmul`. `level` is one of `levels()`.
+    """y = z S for z (..., k); see `op.sparse_matmul`. `level` is one of `native.levels()`.
 
     Raises:
         ValueError: values that do not match the mask, or offsets that are not `packing.column_offsets`.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cospadi import compat
+from cospadi.errors import UserError
 from cospadi.format.form import Form
 from cospadi.runtime import op
 
@@ -111,6 +112,7 @@ class CompressedLinear(nn.Module):
     Args:
         in_features: d1. out_features: d2.
         k: atoms. nnz: nonzeros of S in all; 0 where all of S is stored.
+        nbytes: of the values, where their codes have different lengths.
         form: how D and S are stored.
         bias: whether there is one.
         dtype, device: of the parameters.
@@ -129,6 +131,7 @@ class CompressedLinear(nn.Module):
         bias: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        nbytes: int = 0,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.k, self.nnz = in_features, out_features, k, nnz
@@ -140,7 +143,7 @@ class CompressedLinear(nn.Module):
         def buffer(shape: list[int] | None, of: torch.dtype) -> Tensor | None:
             return None if shape is None else torch.zeros(shape, dtype=of, device=device)
 
-        values = form.codec.shape(self.values_shape)
+        values = form.codec.shape(self.values_shape, nbytes)
         self.register_parameter(self.names.dictionary, parameter(form.dictionary_kind.shape(in_features, k)))
         self.register_buffer(self.names.support, buffer(form.support_kind.shape(out_features, k), torch.uint8))
         if form.trainable:
@@ -261,10 +264,15 @@ class CompressedLinear(nn.Module):
         """Turn packed values into a float32 `nn.Parameter` of their shape, so that training reaches them.
 
         The state dict still holds the packed form (rounded again) under the same name.
+
+        Raises:
+            UserError: they are levels in a code, in which not every number can be told.
         """
         values = self.codes
         if isinstance(values, nn.Parameter):
             return values
+        if self.form.codec.coded:
+            raise UserError(f"values {self.form.values} are levels in a code, which cannot be trained")
         parameter = nn.Parameter(self._decoded(values))
         delattr(self, self.names.values)
         self._kept = None

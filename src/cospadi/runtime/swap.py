@@ -22,7 +22,8 @@ def build_layer(entry: StoredProjection, dtype: torch.dtype | None, device: torc
     first. (from_pretrained casts what it loads to the model's dtype.)
     """
     factors = torch.bfloat16 if dtype == torch.float16 else dtype
-    layer = CompressedLinear(entry.d1, entry.d2, entry.k, entry.nnz, entry.form, entry.bias, factors, device)
+    sizes = (entry.d1, entry.d2, entry.k, entry.nnz)
+    layer = CompressedLinear(*sizes, entry.form, entry.bias, factors, device, entry.nbytes)
     if layer.bias is not None:
         layer.bias = nn.Parameter(torch.empty(entry.d2, dtype=dtype, device=device))
     return layer

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cospadi.errors import UserError
-from cospadi.solvers import alps, eigen, htp, ksvd, magnitude, mod_htp, procrustes, sparsegpt, svd
+from cospadi.solvers import alps, eigen, htp, ksvd, magnitude, mod_htp, procrustes, sparsegpt, svd, trellis
 from cospadi.solvers.flops import Flops
-from cospadi.solvers.problem import Factorization, MetricProblem, Problem, SolverOptions
+from cospadi.solvers.problem import Coded, Coder, Factorization, Grid, MetricProblem, Problem, SolverOptions
 
-__all__ = ["SOLVERS", "Factorization", "Flops", "MetricProblem", "Problem", "Solver", "SolverOptions", "find_solver"]
+__all__ = [
+    "SOLVERS",
+    "Coded",
+    "Coder",
+    "Factorization",
+    "Flops",
+    "Grid",
+    "MetricProblem",
+    "Problem",
+    "Solver",
+    "SolverOptions",
+    "find_solver",
+]
 
 
 FISHER = ("fisher", "output", "weights")
@@ -23,7 +36,8 @@ class Solver:
 
     Attributes:
         solve: (Problem, k, s, options) -> Factorization, where the support is full k is the rank and s is ignored; or
-            (MetricProblem, nonzeros, options) -> Factorization, where the dictionary is the identity.
+            (MetricProblem, nonzeros, options) -> Factorization, where the dictionary is the identity; or
+            (MetricProblem, bytes, Coder, options) -> Coded, where values are levels in a code.
         flops: (d1, d2, k, s, options) -> what a solve costs; where the dictionary is the identity, with a Gram. Solvers
             with the metric two-sided take the widths of Gamma's full blocks as one more.
         metrics: what it can measure errors in, best first where blocks are not refined; see Recipe.metric.
@@ -31,9 +45,10 @@ class Solver:
         codec: of its values, where it is always the same; None leaves it to the recipe.
         free_support: whether it spreads s d2 nonzeros over the whole matrix, s any number; else a column gets s.
         iterations: T, unless the recipe tells.
+        coded: whether it is told bytes and finds levels.
     """
 
-    solve: Callable[..., Factorization]
+    solve: Callable[..., Any]
     flops: Callable[..., Flops]
     metrics: tuple[str, ...] = FISHER
     support: str = "mask"
@@ -41,6 +56,7 @@ class Solver:
     codec: str | None = None
     free_support: bool = False
     iterations: int = 60
+    coded: bool = False
 
     @property
     def identity(self) -> bool:
@@ -68,6 +84,16 @@ SOLVERS: dict[str, Solver] = {
     "eigen": Solver(eigen.eigen, eigen.flops),
     "svd-llm": Solver(svd.truncated_svd, svd.flops, support="full", codec="bf16"),
     "svd": Solver(svd.truncated_svd, svd.flops, ("weights",), support="full", codec="bf16"),
+    "trellis": Solver(
+        trellis.trellis,
+        trellis.flops,
+        FISHER,
+        support="full",
+        dictionary="identity",
+        codec="ec",
+        iterations=trellis.ATTEMPTS,
+        coded=True,
+    ),
     "magnitude": _identity(magnitude.magnitude, magnitude.flops, ("weights",)),
     "wanda": _identity(magnitude.wanda, magnitude.flops, ("output",)),
     "sparsegpt": _identity(sparsegpt.sparsegpt, sparsegpt.flops, ("output",)),

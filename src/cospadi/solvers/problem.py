@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +63,65 @@ class Factorization:
     coefficients: Tensor
     support: Tensor | None = None
     errors: list[float] = field(default_factory=list)
+
+
+class Grid(NamedTuple):
+    """Quarter octaves, one of each output and one of each input; those of both add up.
+
+    Attributes:
+        rows: int16 (d2,). cols: int16 (d1,).
+    """
+
+    rows: Tensor
+    cols: Tensor
+
+    def moved(self, octaves: float) -> Grid:
+        """So many octaves up."""
+        return Grid(self.rows, self.cols + round(4 * octaves))
+
+
+@dataclass(frozen=True)
+class Coder:
+    """What a solver of levels must know of their code.
+
+    Attributes:
+        transitions: state and parity of a symbol -> next state; a state's lowest bit is its quantizer.
+        bits: of a symbol's magnitude, float32 (classes, 2 quantizers, symbols). lowest: the class that is the first.
+        block_rows: (d1, d2) -> outputs after which the path begins anew.
+        step: quarter octaves, int16 -> float32, about 2 ** (1 / 4) to their power.
+        encode: (levels int16 (d1, d2), unit, steps, widths) -> uint8. The step of a level is the unit times those of
+            its output and its input; its class is the sum of their widths.
+    """
+
+    transitions: Sequence[Sequence[int]]
+    bits: Tensor
+    lowest: int
+    block_rows: Callable[[int, int], int]
+    step: Callable[[Tensor], Tensor]
+    encode: Callable[[Tensor, float, Grid, Grid], Tensor]
+
+
+class Member(NamedTuple):
+    """A projection as levels in a code.
+
+    Attributes:
+        weight: what they stand for, float32 (d1, d2). code: uint8.
+    """
+
+    weight: Tensor
+    code: Tensor
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Projections that read the same, as levels in codes."""
+
+    members: tuple[Member, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the codes."""
+        return sum(member.code.numel() for member in self.members)
 
 
 @dataclass(frozen=True)

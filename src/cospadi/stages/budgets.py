@@ -7,7 +7,8 @@ import logging
 import torch
 from torch import Tensor
 
-from cospadi.budget.plan import Group, Plan, free_group
+from cospadi.budget.plan import Group, Plan, coded_group, free_group, least_bytes
+from cospadi.format import rans, rans_tables
 from cospadi.solvers.support import rounded_portions
 from cospadi.stages.costs import Costs
 from cospadi.stages.open import Job
@@ -19,6 +20,8 @@ POOLED = 0.5
 
 LEAST = 4
 """Nonzeros that every group has."""
+
+TINY = 1e-30
 
 BINS = 2**15
 """Of the histogram of saliencies: float32 patterns, whose upper 16 bits order as the numbers do."""
@@ -35,6 +38,8 @@ def allocate(job: Job, costs: Costs | None) -> Plan:
     uniform = job.uniform
     if job.recipe.allocate == "uniform" or costs is None:
         return uniform
+    if any(group.stored.codec.coded for group in uniform.groups):
+        return _one_rate(job, costs)
     histograms = []
     with job.stages.stage("budgets", len(uniform.groups)) as progress:
         for group in uniform.groups:
@@ -63,6 +68,86 @@ def allocate(job: Job, costs: Costs | None) -> Plan:
     densities = [count / most for count, most in zip(counts, room, strict=True)]
     log.info("budgets: densities from %.3f to %.3f", min(densities), max(densities))
     return Plan(tuple(groups))
+
+
+def _one_rate(job: Job, costs: Costs) -> Plan:
+    """A plan of the same bytes as the uniform one, in which the levels of all groups have one step in the loss.
+
+    How many bits a group then takes is that of levels as wide as its weights are, in such steps: the products of an
+    input's and an output's width, by the pivots of the inputs and what outputs cost.
+    """
+    uniform, lengths = job.uniform, _mean_lengths()
+    spectra = []
+    with job.stages.stage("budgets", len(uniform.groups)) as progress:
+        for group in uniform.groups:
+            spectra.append(_spectrum(job, costs, group))
+            progress.advance(1)
+    places = torch.arange(SPECTRUM) / PLACES - REACH  # octaves
+
+    def planned(rate: float) -> list[int]:
+        """Bytes of each group at a step of 2 ** rate."""
+        place = ((places - rate) * 4 - rans_tables.LOW).clamp(min=0)
+        below = place.long().clamp(max=len(lengths) - 2)
+        mean = lengths[below] + (lengths[below + 1] - lengths[below]) * (place - below)
+        return [
+            max(least_bytes(group.members, group.stored), _beside(group) + int((spectrum * mean).sum() / 8))
+            for group, spectrum in zip(uniform.groups, spectra, strict=True)
+        ]
+
+    total, low, high = sum(group.parts.total for group in uniform.groups), -float(REACH), float(REACH)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(planned(middle)) > total else (low, middle)
+    wanted = planned(high)
+    room = [2 * group.dense_bytes for group in uniform.groups]
+    counts = rounded_portions(wanted, total, room)
+    groups = [
+        coded_group(group.members, group.stored, count) for group, count in zip(uniform.groups, counts, strict=True)
+    ]
+    bits = [16 * group.parts.total / group.dense_bytes for group in groups]
+    log.info("budgets: from %.2f to %.2f bits a weight", min(bits), max(bits))
+    return Plan(tuple(groups))
+
+
+LINEAR = 20
+"""The class from which on a bit more is four classes: levels deviate by 32."""
+
+PLACES, REACH = 16, 64
+"""Of a spectrum of widths: places an octave, and octaves to both sides of 1."""
+SPECTRUM = 2 * PLACES * REACH
+
+
+def _mean_lengths() -> Tensor:
+    """Bits of a level of each class, float64, quantizers in equal shares; the last two are a quarter bit apart."""
+    bits = rans.bits_table()[: LINEAR - rans_tables.LOW + 2].double()
+    chances = torch.exp2(-bits) * torch.where(torch.arange(bits.shape[2]) > 0, 2.0, 1.0)
+    lengths = (chances * bits).sum(2).mean(1)
+    lengths[-1] = lengths[-2] + 0.25
+    return lengths
+
+
+def _spectrum(job: Job, costs: Costs, group: Group) -> Tensor:
+    """How many weights of a group have which width, in loss: float64 (SPECTRUM,)."""
+    reader = next(member for member in group.members if member.name == job.inputs(group)[0])
+    pivots, found = costs.pivots(reader).double(), torch.zeros(SPECTRUM, dtype=torch.float64)
+    for member in group.members:
+        squares = job.blocks.weight(member.name).double().square().T.cpu() / pivots.cpu()[:, None] ** 2
+        squares = squares * costs.diagonals(member)[1].double().cpu()
+        cols = squares.mean(1).clamp(min=TINY)
+        rows = (squares / cols[:, None]).mean(0).clamp(min=TINY)
+        places = [
+            (PLACES * (torch.log2(part) / 2 + REACH / 2)).round().long().clamp(0, SPECTRUM // 2 - 1)
+            for part in (cols, rows)
+        ]
+        counts = [torch.bincount(part, minlength=SPECTRUM // 2).double() for part in places]
+        spectrum = torch.fft.irfft(torch.fft.rfft(counts[0], SPECTRUM) * torch.fft.rfft(counts[1], SPECTRUM), SPECTRUM)
+        found += spectrum.clamp(min=0)
+    return found
+
+
+def _beside(group: Group) -> int:
+    """Bytes of a group beside its levels' codes, about: a byte of each output and input, headers."""
+    return sum(d2 + group.d1 + 24 for d2 in group.d2s)
 
 
 def _histogram(job: Job, costs: Costs, group: Group) -> Tensor:

@@ -39,7 +39,7 @@ numbers.
 # What this is
 
 A language model whose {len(errors)} projections are stored in fewer bytes by CoSpaDi: as sparse weights, as a
-dictionary times sparse coefficients (arXiv 2509.22075), or as low-rank factors.
+dictionary times sparse coefficients (arXiv 2509.22075), as low-rank factors, or as levels in an entropy code.
 
 | | |
 |---|---|
@@ -47,6 +47,7 @@ dictionary times sparse coefficients (arXiv 2509.22075), or as low-rank factors.
 {left}| projections, dense at 16 bits | {plan.dense_bytes / 1e6:.2f} MB |
 | projections, compressed | {plan.bytes / 1e6:.2f} MB |
 | ratio asked / reached | {recipe["ratio"]:.4f} / {plan.ratio:.4f} |
+| bits a weight | {plan.bits:.3f} |
 | mean relative error, whitened | {sum(errors) / len(errors):.4f} |
 | calibration text | {text} |
 | made by | cospadi {manifest["package_version"]} |

@@ -12,6 +12,7 @@ from cospadi.budget.plan import Group
 from cospadi.calibration.gradients import (
     INPUT,
     NOISE,
+    PIVOT,
     conditioned,
     diagonal_of,
     gradient_grams,
@@ -50,6 +51,10 @@ class Costs:
         (outputs,) = conditioned(diagonal, None, member.d2, self._instead(member))
         return self._read(member.block, f"{member.name}{INPUT}"), outputs
 
+    def pivots(self, reader: Projection) -> Tensor:
+        """The pivots of the inputs of a projection that is the first to read them (d1,), float32."""
+        return self._read(reader.block, f"{reader.name}{PIVOT}")
+
     def of_block(self, index: int, name: str) -> Tensor:
         """The diagonal of Gamma (width,) of the output of a block of that name, in a model whose blocks follow each
         other."""
@@ -72,14 +77,15 @@ def estimate_costs(job: Job) -> Costs:
     pieces = [job.ledger.get(_key(index)) for index in sorted({p.block for p in projections})]
     if kinds is None or None in pieces:
         text, full = check_text(job), job.recipe.metric == "two-sided"
+        readers = {job.inputs(group)[0] for group in job.uniform.compressed if group.stored.codec.coded}
         means: dict[str, list[float]] = {}
         with job.stages.stage("gradients", len(text)) as progress:
             if job.calls is None:
-                whole = gradient_grams(job.blocks.model, projections, text, full, progress.advance)
+                whole = gradient_grams(job.blocks.model, projections, text, full, progress.advance, readers)
                 by_block = _by_block(whole, projections)
             else:
                 by_block = gradient_grams_by_blocks(
-                    job.blocks, job.calls, projections, text, full, job.spill, progress.advance
+                    job.blocks, job.calls, projections, text, full, job.spill, progress.advance, readers
                 )
             for index, gammas in by_block:
                 for p in (p for p in projections if p.block == index):
@@ -100,7 +106,7 @@ def _by_block(
     whole: Mapping[str, Tensor], projections: Sequence[Projection]
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     for index in sorted({p.block for p in projections}):
-        names = [f"{p.name}{suffix}" for p in projections if p.block == index for suffix in ("", INPUT, NOISE)]
+        names = [f"{p.name}{suffix}" for p in projections if p.block == index for suffix in ("", INPUT, NOISE, PIVOT)]
         yield index, {name: whole[name] for name in names if name in whole}
 
 

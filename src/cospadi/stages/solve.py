@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cospadi.budget.plan import Group
+from cospadi.budget.plan import Group, Plan
 from cospadi.calibration.grams import Whitening
+from cospadi.format import rans, rans_tables
+from cospadi.format.codecs.ec import EC, block_rows, step_of
 from cospadi.format.schema import StoredProjection
 from cospadi.jobs.ledger import Piece
 from cospadi.recipe import Recipe
-from cospadi.solvers import Factorization, MetricProblem, Problem, SolverOptions, find_solver
+from cospadi.solvers import Coded, Coder, Factorization, Grid, MetricProblem, Problem, SolverOptions, find_solver
 
 log = logging.getLogger("cospadi")
 
@@ -97,8 +99,8 @@ def factorize(given: GroupProblem, report: Report) -> Packed:
 
 def solve(
     given: GroupProblem, iterations: int, on_iteration: Callable[[int, float], None] | None = None
-) -> Factorization:
-    """D and S of a group, D in the whitened metric."""
+) -> Factorization | Coded:
+    """D and S of a group, D in the whitened metric; or its levels and their code."""
     recipe, group = given.recipe, given.group
     options = SolverOptions(
         iterations=iterations,
@@ -113,7 +115,9 @@ def solve(
     if solver.identity:
         gram = None if gram is None else gram.float()
         problem = MetricProblem(given.weight.float(), gram, given.costs or (), tuple(group.d2s))
-        return solver.solve(problem, group.nonzeros, options)
+        size = (group.parts.values, coder()) if solver.coded else (group.nonzeros,)
+        found: Factorization | Coded = solver.solve(problem, *size, options)
+        return found
     # A = L W diag(w), w_j the root of F_j where outputs are weighed, else 1
     target = given.whitening.apply(given.weight)
     weights = torch.ones(target.shape[1], dtype=target.dtype, device=target.device)
@@ -123,13 +127,22 @@ def solve(
     target = target * weights
     scale = target.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
     undo = None if gram is None else given.whitening.undo
-    solution = solver.solve(
+    solution: Factorization = solver.solve(
         Problem((target / scale).float(), undo, tuple(group.d2s)),
         group.k,
         group.s if solver.free_support else round(group.s),
         options,
     )
     return replace(solution, coefficients=(solution.coefficients * (scale / weights)).to(solution.coefficients))
+
+
+def coder() -> Coder:
+    """How levels are coded, for solvers."""
+
+    def encode(levels: Tensor, unit: float, steps: Grid, widths: Grid) -> Tensor:
+        return EC.encode_levels(levels.T.contiguous(), unit, *steps, *widths)
+
+    return Coder(rans.NEXT, rans.bits_table(), rans_tables.LOW, lambda d1, d2: block_rows(d2, d1), step_of, encode)
 
 
 def cost_of(group: Group) -> float:
@@ -156,8 +169,11 @@ def dense_weights(packed: Packed) -> dict[str, Tensor]:
     return weights
 
 
-def pack(given: GroupProblem, solution: Factorization) -> Packed:
-    """Undo the whitening, scale atoms to rms(x d) = 1 over the calibration tokens, round and pack."""
+def pack(given: GroupProblem, solution: Factorization | Coded) -> Packed:
+    """Undo the whitening, scale atoms to rms(x d) = 1 over the calibration tokens, round and pack; of what has a code,
+    take the code."""
+    if isinstance(solution, Coded):
+        return _pack_coded(given, solution)
     group, whitening, dictionary = given.group, given.whitening, solution.dictionary
     form, owner = group.stored, group.members[0]
     kind, codec = form.support_kind, form.codec
@@ -203,6 +219,30 @@ def pack(given: GroupProblem, solution: Factorization) -> Packed:
     return Packed(entries, cpu, errors, 0.0 if atoms is None else whitening.shift)
 
 
+def _pack_coded(given: GroupProblem, solution: Coded) -> Packed:
+    """Levels in a code, as they are stored."""
+    group, form = given.group, given.group.stored
+    entries: dict[str, StoredProjection] = {}
+    tensors: dict[str, Tensor] = {}
+    errors: dict[str, float] = {}
+    weights = torch.split(given.weight, group.d2s, dim=1)
+    for member, weight, found in zip(group.members, weights, solution.members, strict=True):
+        tensors[f"{member.name}.{form.names.values}"] = found.code.cpu()
+        errors[member.name] = _relative_error(given.whitening, weight, found.weight)
+        entries[member.name] = StoredProjection(
+            dictionary=form.dictionary,
+            support=form.support,
+            values=form.values,
+            d1=member.d1,
+            d2=member.d2,
+            k=group.k,
+            nbytes=found.code.numel(),
+            owner=member.name,
+        )
+    assert sum(map(_nbytes, tensors.values())) <= group.parts.total
+    return Packed(entries, tensors, errors, 0.0)
+
+
 def _relative_error(whitening: Whitening, weight: Tensor, approximation: Tensor) -> float:
     """||X (W - V)|| / ||X W||; 0 where both are."""
     whole = float(whitening.energy(weight).sum())
@@ -221,15 +261,34 @@ def _nbytes(tensor: Tensor) -> int:
 
 def record(packed: Packed) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     """A solved group as a piece of the ledger, and a line in the log."""
-    k = next(iter(packed.entries.values())).k
-    s = sum(entry.nnz for entry in packed.entries.values()) / sum(entry.d2 for entry in packed.entries.values())
-    log.info("%s: k %d, s %.4g, error %.4f", ", ".join(packed.entries), k, s, max(packed.errors.values()))
+    entries = packed.entries.values()
+    k, d2 = next(iter(entries)).k, sum(entry.d2 for entry in entries)
+    size = f"k {k}, s {sum(entry.nnz for entry in entries) / d2:.4g}"
+    if nbytes := sum(entry.nbytes for entry in entries):
+        size = f"{8 * nbytes / (k * d2):.3f} bits"
+    log.info("%s: %s, error %.4f", ", ".join(packed.entries), size, max(packed.errors.values()))
     return packed.record(), packed.tensors
 
 
 def entries_of(piece: Piece) -> dict[str, StoredProjection]:
     """A solved group's entries in config.json."""
     return {name: StoredProjection.model_validate(entry) for name, entry in piece.record["entries"].items()}
+
+
+def as_stored(plan: Plan, pieces: Sequence[Piece]) -> Plan:
+    """A plan with the bytes that codes have really taken, which may be a few less than planned.
+
+    Args:
+        pieces: of its compressed groups.
+    """
+    taken = {name: entry.nbytes for piece in pieces for name, entry in entries_of(piece).items()}
+    groups = [
+        replace(group, parts=replace(group.parts, values=sum(taken[member.name] for member in group.members)))
+        if group.form is not None and group.form.codec.coded
+        else group
+        for group in plan.groups
+    ]
+    return Plan(tuple(groups))
 
 
 def packed_of(piece: Piece) -> Packed:

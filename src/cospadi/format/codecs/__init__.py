@@ -1,6 +1,7 @@
 """How values may be stored: a file each, and a line here."""
 
 from cospadi.format.codecs.bf16 import BF16
+from cospadi.format.codecs.ec import EC
 from cospadi.format.codecs.f12 import F12
 from cospadi.format.codecs.f14 import F14
 from cospadi.format.kinds import Codec
@@ -11,6 +12,7 @@ CODECS: dict[str, Codec] = {
         BF16,
         F14,
         F12,
+        EC,
     )
 }
 

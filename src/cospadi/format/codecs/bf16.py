@@ -12,7 +12,7 @@ from cospadi.format.kinds import Codec
 class Bf16(Codec):
     """Sixteen bits a value."""
 
-    def shape(self, values: list[int]) -> list[int]:
+    def shape(self, values: list[int], nbytes: int = 0) -> list[int]:
         return values
 
     def encode(self, values: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from cospadi.format.kinds import Codec
 class Stream(Codec):
     """Value i is bits b i to b i + b - 1 of the stream; unused bits of its last byte are 0."""
 
-    def shape(self, values: list[int]) -> list[int]:
+    def shape(self, values: list[int], nbytes: int = 0) -> list[int]:
         return [packing.value_stream_bytes(math.prod(values), self.bits)]
 
     def encode(self, values: Tensor) -> Tensor:

@@ -1,18 +1,15 @@
 // The C interface, which Python calls through ctypes: levels, threads, conversions, and the ends of buffers.
 #include <algorithm>
-#include <atomic>
 #include <bit>
 #include <vector>
 
 #include "kernels.h"
-
-#if defined(_WIN32)
-#define EXPORT extern "C" __declspec(dllexport)
-#else
-#define EXPORT extern "C" __attribute__((visibility("default")))
-#endif
+#include "parallel.h"
 
 namespace cospadi {
+
+Parallel openmp = nullptr;
+
 namespace {
 
 enum Dtype { FLOAT = 0, BF16 = 1, HALF = 2 };
@@ -28,30 +25,6 @@ const Kernels* const LEVELS[] = {
 #endif
 };
 constexpr int LEVEL_COUNT = sizeof(LEVELS) / sizeof(LEVELS[0]);
-
-// GOMP_parallel of the OpenMP runtime that torch has loaded: its threads are ours, so there are never two pools.
-using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
-Parallel openmp = nullptr;
-
-// Runs body(i) for i < tasks on at most `threads` threads.
-template <class Body>
-void parallel(int tasks, int threads, const Body& body) {
-  struct Shared {
-    std::atomic<int> next;
-    int tasks;
-    const Body& body;
-  } shared{{0}, tasks, body};
-  const auto work = [](void* data) {
-    Shared& all = *static_cast<Shared*>(data);
-    for (int i; (i = all.next.fetch_add(1, std::memory_order_relaxed)) < all.tasks;) all.body(i);
-  };
-  threads = std::min(threads, tasks);
-  if (openmp && threads > 1) {
-    openmp(work, &shared, static_cast<unsigned>(threads), 0);
-  } else {
-    work(&shared);
-  }
-}
 
 uint16_t to_bf16(float value) {
   uint32_t pattern = std::bit_cast<uint32_t>(value);
@@ -212,6 +185,9 @@ bool fits(size_t value_bytes, const int32_t* offsets, int d2, int value_bits) {
 }
 
 }  // namespace
+
+const Kernels& kernels_of(int level) { return *LEVELS[level]; }
+
 }  // namespace cospadi
 
 using namespace cospadi;

@@ -124,6 +124,7 @@ bool supported() {
 
 }  // namespace
 
-const Kernels avx2_kernels = {"avx2", supported, multiply, nullptr, unpack_bf16, unpack_float, nullptr};
+const Kernels avx2_kernels = {"avx2", supported, multiply, nullptr, unpack_bf16, unpack_float, nullptr,
+                              nullptr, nullptr};
 
 }  // namespace cospadi

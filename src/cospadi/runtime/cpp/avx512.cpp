@@ -219,6 +219,6 @@ bool supported() {
 }  // namespace
 
 const Kernels avx512_kernels = {"avx512", supported, multiply<float>, multiply<uint16_t>, unpack<uint16_t>,
-                                unpack<float>, multiply_dense};
+                                unpack<float>, multiply_dense, decode_to_bytes_avx512, decode_to_words_avx512};
 
 }  // namespace cospadi

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "rans.h"
+
 namespace cospadi {
 
 // Values may be read this many bytes past the last one of a `Columns`, and not further.
@@ -52,6 +54,9 @@ struct Kernels {
   // sums[c * rows + r] = sum over j < width of x[place_in_z(rows, r, j)] matrix[c * width + j] for c < count, in bf16;
   // null where the machine's library does it as well.
   void (*multiply_dense)(const uint16_t* matrix, int count, int width, const uint16_t* x, int rows, float* sums);
+  // Sixteen lanes of coded levels; null where plain C++ does it.
+  DecodeSixteen<int8_t> decode_to_bytes;
+  DecodeSixteen<int16_t> decode_to_words;
 };
 
 extern const Kernels portable_kernels;
@@ -59,6 +64,9 @@ extern const Kernels portable_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 #endif
+
+// Those of a level that was built.
+const Kernels& kernels_of(int level);
 
 // Mask bits of atoms 8 byte .. 8 byte + 31 of a row; atoms past the row's end read as 0 and are not touched.
 inline uint32_t mask_at(const uint8_t* row, int byte, int row_bytes) {

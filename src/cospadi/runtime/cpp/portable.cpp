@@ -63,6 +63,6 @@ void unpack_float(const Columns& columns, float* out) { unpack(columns, out, to_
 }  // namespace
 
 const Kernels portable_kernels = {"portable", [] { return true; }, multiply, nullptr, unpack_bf16, unpack_float,
-                                  nullptr};
+                                  nullptr, nullptr, nullptr};
 
 }  // namespace cospadi

@@ -1,0 +1,211 @@
+"""ec: integer levels in an entropy code, with a step for each output and each input.
+
+    bytes               what
+    1                   lanes of the coder: 1, 4 or 16
+    1                   nothing, 0
+    2                   bits of each step of outputs, of inputs, and of each width of outputs, of inputs: four each
+    4                   the least of each of these four, int8
+    4                   unit, float32
+    8                   d2 and k, uint32
+    ...                 the four, less the least one, in one bit stream each
+    4 (blocks - 1)      where blocks but the first begin, uint32, from the end of this list
+    ...                 the blocks, each a stream of its own (format/rans.py)
+
+Numbers are little-endian. Steps are quarter octaves; the step of a level is the unit times those of its output and its
+input. Widths are quarter octaves, too: of the levels, of which the stored ones are the weights' (the steps are added).
+How many rows a block has follows from d2 and k (`block_rows`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cospadi.format import rans
+from cospadi.format.kinds import Codec
+
+BLOCK = 2**17
+"""Levels that a block has at least, where there are as many."""
+
+LEAST_ROWS = 64
+"""Rows that a block has at least: the trellis begins anew in each."""
+
+LANES = {16: 50_000, 4: 12_000, 1: 0}
+"""Lanes -> levels from which so many are used: each costs 32 bits a block."""
+
+HEADER = 20
+
+LARGEST = 120
+"""Of a step, in size."""
+
+WIDEST = 15
+"""Bits that a stream of steps or widths has at most a number."""
+
+OCTAVE = (1.0, 1.1875, 1.4140625, 1.6796875)
+"""Quarters of an octave, as bf16 has them."""
+
+NO_LEVELS = "numbers alone have no levels: see encode_levels"
+
+
+def block_rows(d2: int, k: int) -> int:
+    """Rows of a block."""
+    return min(d2, max(LEAST_ROWS, -(-BLOCK // k)))
+
+
+def step_of(quarters: Tensor) -> Tensor:
+    """The steps that quarter octaves stand for, float32, exact on any machine."""
+    quarters = quarters.to(torch.int32)
+    octave = torch.tensor(OCTAVE, device=quarters.device)
+    return torch.ldexp(octave[quarters & 3], quarters >> 2)
+
+
+class Content(NamedTuple):
+    """What is stored, taken apart.
+
+    Attributes:
+        outputs, inputs: steps, float32 (d2,) and (k,), the unit among the second.
+        rows, cols: widths, int16 (d2,) and (k,).
+        offsets: of the blocks in `stream`, int64.
+    """
+
+    lanes: int
+    outputs: Tensor
+    inputs: Tensor
+    rows: Tensor
+    cols: Tensor
+    offsets: Tensor
+    stream: Tensor
+
+
+class Ec(Codec):
+    """Sizes depend on what is stored, so that config.json tells them."""
+
+    def shape(self, values: list[int], nbytes: int = 0) -> list[int]:
+        return [nbytes]
+
+    def encode(self, values: Tensor) -> Tensor:
+        raise NotImplementedError(NO_LEVELS)
+
+    def encode_levels(
+        self, levels: Tensor, unit: float, outputs: Tensor, inputs: Tensor, rows: Tensor, cols: Tensor
+    ) -> Tensor:
+        """What is stored of N transposed.
+
+        Args:
+            levels: int16 (d2, k). unit: a float32 number.
+            outputs, inputs: steps, int16 quarter octaves (d2,) and (k,). rows, cols: widths, likewise.
+        """
+        (d2, k), device = levels.shape, levels.device
+        outputs, inputs, rows, cols = (part.cpu().clamp(-LARGEST, LARGEST) for part in (outputs, inputs, rows, cols))
+        height = block_rows(d2, k)
+        lanes = next(lanes for lanes, least in LANES.items() if height * k >= least)
+        packed = [_pack(part) for part in (outputs, inputs, rows + outputs, cols + inputs)]
+        (rows, cols) = (_unpack(*packed[2], d2) - outputs, _unpack(*packed[3], k) - inputs)
+        stream, offsets = rans.encode(levels.cpu(), rows, cols, height, lanes)
+        header = np.zeros(HEADER, np.uint8)
+        header[0] = lanes
+        header[2:4] = [packed[0][0] << 4 | packed[1][0], packed[2][0] << 4 | packed[3][0]]
+        header[4:8].view(np.int8)[:] = [least for _, least, _ in packed]
+        header[8:12].view("<f4")[:] = unit
+        header[12:].view("<u4")[:] = d2, k
+        inner = offsets[1:-1].numpy().astype("<u4").view(np.uint8)
+        parts = [header, *(stream for _, _, stream in packed), inner, stream.numpy()]
+        return torch.from_numpy(np.concatenate(parts)).to(device)
+
+    def content(self, stored: Tensor) -> Content:
+        """What is stored, taken apart.
+
+        Raises:
+            ValueError: it cannot be read; the message reads like "ends before its blocks begin".
+        """
+        content = stored.cpu().contiguous().numpy()
+        if len(content) < HEADER:
+            raise ValueError(f"has {len(content)} bytes, fewer than a header")
+        d2, k = self._sizes(stored)
+        lanes, bits = int(content[0]), [int(content[2 + i // 2]) >> (4 if i % 2 == 0 else 0) & 15 for i in range(4)]
+        unit = float(content[8:12].view("<f4")[0])
+        if lanes not in LANES or content[1] or d2 < 1 or k < 1 or not 0 < unit < math.inf:
+            raise ValueError("has a header that makes no sense")
+        counts, place, found = (d2, k, d2, k), HEADER, []
+        for count, size, least in zip(counts, bits, content[4:8].view(np.int8), strict=True):
+            end = place + -(-count * size // 8)
+            if end > len(content):
+                raise ValueError("ends before its steps and widths do")
+            found.append(_unpack(size, int(least), content[place:end], count))
+            place = end
+        start = place + 4 * (-(-d2 // block_rows(d2, k)) - 1)
+        if len(content) < start:
+            raise ValueError("ends before its blocks begin")
+        inner = content[place:start].copy().view("<u4").astype(np.int64)
+        offsets = torch.from_numpy(np.concatenate([[0], inner, [len(content) - start]]))
+        if not (offsets.diff() >= 4 * lanes).all():
+            raise ValueError("has blocks that do not follow each other")
+        outputs, inputs, rows, cols = found
+        return Content(
+            lanes,
+            step_of(outputs),
+            unit * step_of(inputs),
+            rows - outputs,
+            cols - inputs,
+            offsets,
+            torch.from_numpy(content[start:]),
+        )
+
+    def levels(self, stored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """N transposed, int16 (d2, k), and the steps of outputs and of inputs, float32, on the CPU.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        found = self.content(stored)
+        height = block_rows(len(found.rows), len(found.cols))
+        levels = rans.decode(found.stream, found.offsets, found.rows, found.cols, height, found.lanes)
+        return levels, found.outputs, found.inputs
+
+    def decode(self, stored: Tensor, count: int) -> Tensor:
+        levels, outputs, inputs = (part.to(stored.device) for part in self.levels(stored))
+        return (levels * inputs * outputs[:, None]).flatten()[:count]
+
+    def rounded(self, values: Tensor) -> Tensor:
+        raise NotImplementedError(NO_LEVELS)
+
+    def problem(self, tensor: Any, count: int) -> str | None:
+        stored = tensor[:]
+        try:
+            self.content(stored)
+        except ValueError as error:
+            return str(error)
+        return None if self.room(stored) == count else f"holds {self.room(stored)} values, config.json says {count}"
+
+    def room(self, stored: Tensor) -> int:
+        return math.prod(self._sizes(stored))
+
+    def nbytes(self, count: int) -> int:
+        raise NotImplementedError("how many bytes levels take depends on them")
+
+    def _sizes(self, stored: Tensor) -> tuple[int, int]:
+        """d2 and k."""
+        d2, k = stored[12:HEADER].cpu().contiguous().numpy().view("<u4")
+        return int(d2), int(k)
+
+
+def _pack(numbers: Tensor) -> tuple[int, int, np.ndarray]:
+    """Bits of each number's distance from the least one, that one, and the stream of the distances."""
+    least = max(-128, min(127, int(numbers.min())))
+    above = (numbers.to(torch.int32) - least).clamp(0, 2**WIDEST - 1).numpy()
+    bits = int(above.max()).bit_length()
+    each = ((above[:, None] >> np.arange(bits)) & 1).astype(np.uint8)
+    return bits, least, np.packbits(each.flatten(), bitorder="little")
+
+
+def _unpack(bits: int, least: int, stream: np.ndarray, count: int) -> Tensor:
+    """The numbers, int16 (count,)."""
+    each = np.unpackbits(stream, count=count * bits, bitorder="little").reshape(count, bits).astype(np.int64)
+    return torch.from_numpy(((each << np.arange(bits)).sum(1) + least).astype(np.int16))
+
+
+EC = Ec("ec", 0, torch.uint8)
