@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py run MODEL --calibration FILE --text FILE
     python benchmarks/quality.py run MODEL --calibration FILE --text FILE --ratio 0.2 --ratio 0.3 --method paper
+    python benchmarks/quality.py run MODEL --calibration FILE --text FILE --method coded --ratio 0.75 --ratio 0.8125
     python benchmarks/quality.py table --output docs/results
     python benchmarks/quality.py summary
     python benchmarks/quality.py figure
@@ -68,7 +69,7 @@ OATS_ITERATIONS = 80
 """As its authors run."""
 TUNED = "paper+refine=128"
 """The paper's, its values tuned as the default's are."""
-ALL = (*(name for name in METHODS if name != "svd"), OATS, ALONE, TUNED, *VARIANTS)
+ALL = (*(name for name in METHODS if name not in ("svd", "coded")), OATS, ALONE, TUNED, *VARIANTS)
 RESULTS = Path(__file__).parent / "results" / "quality"
 FIGURE = Path(__file__).parents[1] / "docs" / "images" / "bytes.svg"
 app = typer.Typer(add_completion=False)
@@ -230,8 +231,9 @@ def _page(model: str, rows: list[dict[str, Any]]) -> str:
 
 @app.command()
 def summary() -> None:
-    """Print one line a model and ratio: ln(ppl / dense) of the main methods, then the divergence where it is known."""
-    print("\n".join([*summary_lines(), "", *divergence_lines()]))
+    """Print one line a model and ratio: ln(ppl / dense) of the main methods, then the divergence where it is known,
+    then both of levels in a code, by bits."""
+    print("\n".join([*summary_lines(), "", *divergence_lines(), "", *bits_lines()]))
 
 
 def summary_lines() -> list[str]:
@@ -261,6 +263,18 @@ def divergence_lines() -> list[str]:
         values = [found.get((model, ratio, name)) for name in names]
         shown = " | ".join("-" if value is None else f"{value:.5f}" for value in values)
         lines.append(f"| {model} | {ratio:g} | {shown} |")
+    return lines
+
+
+def bits_lines() -> list[str]:
+    """A line a model and size of `coded`, in bits a weight, beside `sparse` of as many bytes."""
+    rows = {(row["model"], row["ratio_asked"], row["method"]): row for row in _rows()}
+    lines = ["| model | bits a weight | ln(ppl / dense) | KL | KL of `sparse` |", "|---|---|---|---|---|"]
+    for model, ratio in sorted((model, -ratio) for model, ratio, method in rows if method == "coded"):
+        row, other = rows[model, -ratio, "coded"], rows.get((model, -ratio, "sparse"))
+        beside = f"{other['kl']:.5f}" if other else "-"
+        loss = _loss(row, rows[model, 0.0, "dense"])
+        lines.append(f"| {model} | {16 * (1 - row['ratio_reached']):.2f} | {loss:.4f} | {row['kl']:.5f} | {beside} |")
     return lines
 
 

@@ -95,6 +95,45 @@ def test_plan_compress_inspect_and_the_disk_agree_on_every_byte(
     assert errors == report["relative_errors"]
 
 
+def test_bits_a_weight_from_the_command_to_the_disk(
+    make_llama: Callable[..., Path], text_file: Path, run: Callable[..., Answer], tmp_path: Path
+) -> None:
+    words = ("--calibration", text_file, "--sequences", 4, "--length", 32, "--batch-size", 2)
+    folder, output = make_llama(), tmp_path / "out"
+    told = run("compress", folder, "--bits", "4.5", *words, "-o", output)
+    assert told.code == 0
+    assert "--bits" not in told.out
+    bits = float(next(line.split()[-1] for line in told.out.splitlines() if "bits a weight" in line))
+    inspect = json.loads(run("inspect", output, "--json").out)
+    assert 4.4 < bits <= 4.5
+    assert bits == pytest.approx(16 * inspect["compressed_bytes"] / inspect["dense_bytes"], abs=1e-3)
+    assert inspect["compressed_bytes"] == bytes_on_disk(output)
+    assert run("verify", output).code == 0
+    assert run("eval", output, "--text", text_file, "--length", "32", "--against", folder).code == 0
+    assert json.loads((output / "config.json").read_text())["quantization_config"]["format_version"] == 2
+    told = run("compress", folder, "--ratio", "0.5", "--refine", "0", *words, "-o", tmp_path / "sparse")
+    assert "--bits 8 takes as many bytes" in told.out
+
+
+@pytest.mark.parametrize(
+    ("words", "mentioned"),
+    [
+        (["--bits", "3", "--ratio", "0.2"], "ratio 0.2 and bits 3.0 are two sizes. Give one of them"),
+        (["--bits", "17"], "bits: Input should be less than 16"),
+        (["--bits", "1"], "bytes at least, with its steps and widths. Use a smaller one, or leave"),
+        (["--bits", "3", "--allocate", "pooled", "--metric", "output"], "allocate pooled is not possible"),
+        (["--method", "coded", "--accounting", "eq10"], "accounting eq10 counts a dictionary, and solver trellis"),
+    ],
+)
+def test_bits_that_cannot_be_met(
+    words: list[str], mentioned: str, make_llama: Callable[..., Path], run: Callable[..., Answer], tmp_path: Path
+) -> None:
+    answer = run("compress", make_llama(), *words, "--calibration", "builtin", "-o", tmp_path / "out")
+    assert answer.code == 2
+    assert mentioned in answer.err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "flags",
     [

@@ -188,12 +188,12 @@ def compress(
     with _if_stopped(lambda: _what_is_left(output)):
         recipe = _recipe(flags, plan)
         stages, how = _talk(progress), _how(**_part(flags, HOW))
-        from cospadi.commands.compress import compressed_json, compressed_table
+        from cospadi.commands.compress import compressed_json, compressed_parts
         from cospadi.compress import compress as run
 
         with stages.shown():
             result = run(model, recipe, output, plan=plan, overwrite=overwrite, stages=stages, **how)
-    _show(compressed_json(result, recipe), as_json, compressed_table(result, recipe))
+    _show(compressed_json(result, recipe), as_json, *compressed_parts(result, recipe))
 
 
 @app.command()

@@ -37,6 +37,7 @@ def test_pages_and_summary_of_results() -> None:
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert summary in results
     assert "\n".join(quality.divergence_lines()) in results
+    assert "\n".join(quality.bits_lines()) in results
 
 
 def test_page_and_summary_of_a_real_model() -> None:

@@ -9,6 +9,7 @@ from rich.table import Table
 from cospadi.commands import tables
 from cospadi.compress import Compressed
 from cospadi.recipe import Recipe
+from cospadi.solvers import find_solver
 
 
 def compressed_json(result: Compressed, recipe: Recipe) -> dict[str, Any]:
@@ -28,6 +29,15 @@ def compressed_json(result: Compressed, recipe: Recipe) -> dict[str, Any]:
         "seconds": {stage: round(seconds, 3) for stage, seconds in result.seconds.items()},
         "pass_seconds": result.pass_seconds and round(result.pass_seconds, 3),
     }
+
+
+def compressed_parts(result: Compressed, recipe: Recipe) -> list[Table | str]:
+    """The closing table, and what else the same bytes could hold."""
+    bits = result.plan.bits
+    if find_solver(recipe.solver).coded or recipe.bits is not None or bits < 2:
+        return [compressed_table(result, recipe)]
+    instead = f"--bits {bits:.4g} takes as many bytes, keeps every weight, and loses less on every model measured."
+    return [compressed_table(result, recipe), instead]
 
 
 def compressed_table(result: Compressed, recipe: Recipe) -> Table:
