@@ -167,7 +167,7 @@ def random_layer(d1: int, d2: int, k: int, s: int, form: Form) -> CompressedLine
             layer.atoms.normal_()
     mask, values = _packed(layer)
     mask.copy_(packing.pack_support(support))
-    values.copy_(form.codec.encode(torch.randn(s * d2)))
+    values.copy_(form.numbers.encode(torch.randn(s * d2)))
     layer.column_offsets()
     return layer
 

@@ -31,7 +31,7 @@ import yaml
 import cospadi
 from cospadi.budget.accounting import byte_budget
 from cospadi.commands import evaluate
-from cospadi.format.codecs import CODECS
+from cospadi.format.codecs.f14 import F14
 from cospadi.jobs.ledger import Ledger
 from cospadi.jobs.pool import Engine
 from cospadi.jobs.progress import Stages
@@ -158,7 +158,7 @@ def _write_oats(model: Path, calibration: str, ratio: float, folder: Path) -> di
                 problem, begun = MetricProblem(weight.float(), gram, (), d2s), time.perf_counter()
                 found = oats(problem, byte_budget(ratio, group.d1, d2s), SolverOptions(iterations=OATS_ITERATIONS))
                 seconds += time.perf_counter() - begun
-                kept = CODECS["f14"].rounded(found.coefficients)
+                kept = F14.rounded(found.coefficients)
                 approximation = (kept + found.low_rank).T
                 dense.get_submodule(name).weight.data.copy_(approximation)
                 nbytes += found.nbytes

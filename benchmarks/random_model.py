@@ -150,7 +150,7 @@ def _fill_coefficients(layer: CompressedLinear, generator: torch.Generator) -> N
         support[extra[:, 0], extra[:, 1]] = False
     assert layer.support is not None
     layer.support.copy_(packing.pack_support(support))
-    layer.codes.copy_(layer.form.codec.encode(torch.randn(layer.nnz, generator=generator) * 0.1))
+    layer.codes.copy_(layer.form.numbers.encode(torch.randn(layer.nnz, generator=generator) * 0.1))
 
 
 if __name__ == "__main__":

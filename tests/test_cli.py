@@ -95,12 +95,15 @@ def test_plan_compress_inspect_and_the_disk_agree_on_every_byte(
     assert errors == report["relative_errors"]
 
 
+@pytest.mark.parametrize(
+    "flags", [[], ["--share", "none"], ["--share", "layers:2"], ["--exclude", "*.q_proj"], ["--metric", "weights"]]
+)
 def test_bits_a_weight_from_the_command_to_the_disk(
-    make_llama: Callable[..., Path], text_file: Path, run: Callable[..., Answer], tmp_path: Path
+    flags: list[str], make_llama: Callable[..., Path], text_file: Path, run: Callable[..., Answer], tmp_path: Path
 ) -> None:
     words = ("--calibration", text_file, "--sequences", 4, "--length", 32, "--batch-size", 2)
     folder, output = make_llama(), tmp_path / "out"
-    told = run("compress", folder, "--bits", "4.5", *words, "-o", output)
+    told = run("compress", folder, "--bits", "4.5", *flags, *words, "-o", output)
     assert told.code == 0
     assert "--bits" not in told.out
     bits = float(next(line.split()[-1] for line in told.out.splitlines() if "bits a weight" in line))
@@ -121,6 +124,7 @@ def test_bits_a_weight_from_the_command_to_the_disk(
         (["--bits", "3", "--ratio", "0.2"], "ratio 0.2 and bits 3.0 are two sizes. Give one of them"),
         (["--bits", "17"], "bits: Input should be less than 16"),
         (["--bits", "1"], "bytes at least, with its steps and widths. Use a smaller one, or leave"),
+        (["--bits", "3", "--refine", "4"], "refine is not possible: levels in a code stay as they were solved"),
         (["--bits", "3", "--allocate", "pooled", "--metric", "output"], "allocate pooled is not possible"),
         (["--method", "coded", "--accounting", "eq10"], "accounting eq10 counts a dictionary, and solver trellis"),
     ],

@@ -44,7 +44,7 @@ PACKAGE = str(Path(cospadi.__file__).parent)
 FREE = {"metric": "weights", "iterations": 1}
 MEMORY = 2**31
 """Bytes that an example may take beside what the process has."""
-SECONDS = 30
+SECONDS = 10
 """An example takes milliseconds; what takes so long believes a size that is not there."""
 
 

@@ -58,7 +58,6 @@ def library() -> ctypes.CDLL | None:
         pointer,
         *[number] * 3,
     ]
-    found.cospadi_rans_bits.argtypes = [pointer, *shape, *[pointer] * 3, number]
     found.cospadi_level_name.restype = ctypes.c_char_p
     found.cospadi_use_openmp.argtypes = [pointer]
     runtime = openmp_runtime()

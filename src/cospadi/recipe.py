@@ -48,7 +48,7 @@ class Method(NamedTuple):
 
 METHODS: dict[str, Method] = {
     "sparse": Method("D = I, the metric of the loss, blocks refined: the default", {}),
-    "coded": Method("levels of few bits in an entropy code, trellis-coded", {"solver": "trellis", "refine": 0}),
+    "coded": Method("levels of few bits in an entropy code, trellis-coded", {"solver": "trellis"}),
     "paper": Method("K-SVD, a dictionary a projection (CoSpaDi, arXiv 2509.22075)", PLAIN | {"solver": "ksvd"}),
     "mod-htp": Method(
         "dictionaries by MOD, shared by what reads the same, outputs weighed", {"solver": "mod-htp", "refine": 0}
@@ -116,12 +116,15 @@ class Recipe(BaseModel):
         ge=0,
         le=MOST,
         description="steps by which the values of each block are tuned to its output, supports fixed "
-        "(default: 128; 0 without text and with --share layers:N)",
+        "(default: 128; 0 without text, with --share layers:N and with --bits)",
     )
 
     update: Literal["power", "pca", "mod"] = Field("power", description="dictionary update of ksvd")
     iterations: int | None = Field(
-        None, ge=1, le=MOST, description="iterations T of the solver (default: 12 for htp, 300 for alps, else 60)"
+        None,
+        ge=1,
+        le=MOST,
+        description="iterations T of the solver (default: 12 for htp, 300 for alps, 8 for trellis, else 60)",
     )
     tolerance: float = Field(0.0, ge=0, lt=1, description="stop once an iteration gains less than this; 0: never")
     seed: int = Field(42, ge=0, lt=2**63, description="of the initial dictionary and the choice of calibration text")
@@ -229,6 +232,11 @@ class Recipe(BaseModel):
 
         solver = find_solver(self.solver)
         single, wanted = self.layers_shared == 1, REFINE if self.refine is None else self.refine
+        if solver.coded and self.refine:
+            raise UserError(
+                "refine is not possible: levels in a code stay as they were solved. Use --refine 0, or leave it out"
+            )
+        wanted = 0 if solver.coded else wanted
         refined = single and wanted > 0
         metric: str = self.metric or ("fisher" if refined and "fisher" in solver.metrics else solver.metrics[0])
         if metric not in solver.metrics:
@@ -273,6 +281,13 @@ class Recipe(BaseModel):
     def wants_gradients(self) -> bool:
         """Whether a settled recipe's errors are measured by what they cost in the loss."""
         return self.metric in ("fisher", "two-sided")
+
+    @property
+    def spreads_levels(self) -> bool:
+        """Whether a settled recipe gives levels one step everywhere, in the loss, which asks for inputs' pivots."""
+        from cospadi.solvers import find_solver  # torch, as in `settled`
+
+        return self.allocate == "pooled" and find_solver(self.solver).coded
 
     @property
     def stored_value_bits(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from inputs import inputs_of
 from torch import Tensor, nn
 
 from cospadi.calibration import walk as sequence
@@ -25,16 +26,6 @@ def small_llama(**changes: Any) -> Any:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = LlamaConfig(vocab_size=61, num_hidden_layers=3, max_position_embeddings=64, **(sizes | changes))
     return LlamaForCausalLM(config).eval()
-
-
-def inputs_of(model: nn.Module, name: str, tokens: Tensor) -> Tensor:
-    """What a module reads when the whole model runs."""
-    seen: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
-    with torch.no_grad():
-        model(input_ids=tokens, use_cache=False)
-    handle.remove()
-    return seen[0].flatten(0, -2).double()
 
 
 def test_grams_are_those_of_the_whole_dense_and_the_whole_compressed_model() -> None:

@@ -64,6 +64,7 @@ def counted(work: Callable[[], object]) -> int:
         {"metric": "output", "refine": 0, "compensate": False},
         {"metric": "output", "compensate": True, "refine": 4},
         {"method": "svd-llm"},
+        {"method": "coded", "ratio": 0.7},
         {"solver": "mod-htp", "metric": "output", "refine": 4},
         {"solver": "mod-htp", "metric": "weights"},
         {"solver": "sparsegpt", "share": "none", "refine": 5},
@@ -92,6 +93,7 @@ def test_products_are_as_many_as_torch_counts(
         ({"refine": 2}, 2, 0.05),
         ({"refine": 0}, 2, 0.05),
         ({"metric": "output", "refine": 0, "compensate": False}, 2, 0.05),
+        ({"method": "coded", "ratio": 0.7}, 2, 0.06),
     ],
 )
 def test_disk_at_its_fullest(
@@ -104,7 +106,7 @@ def test_disk_at_its_fullest(
     tolerance: float,
 ) -> None:
     folder = make_llama(hidden_size=128, intermediate_size=320, num_hidden_layers=blocks)
-    recipe = recipe_for(text_file, iterations=4, **fields)
+    recipe = recipe_for(text_file, **({"iterations": 4} | fields))
     sizes: list[int] = []
 
     def watched(function: Any) -> Any:

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 import cospadi
 from cospadi.budget.plan import write_plan
-from cospadi.errors import UserError
+from cospadi.errors import CheckpointError, UserError
 from cospadi.format import safetensors, schema, verify, version1
 from cospadi.format.codecs import CODECS, codec_of_bits
 from cospadi.format.codecs.ec import EC, block_rows
@@ -128,6 +128,25 @@ def test_names_for_reading_lead_back_to_the_form() -> None:
         assert codec_of_bits(form.codec.bits) == form.values
     assert find_form("cube", 14) is None
     assert find_form("low-rank", 15) is None
+
+
+def test_a_damaged_code_is_refused_and_no_more_is_made_of_it_than_there_is() -> None:
+    stored = random_code(40, 30, torch.Generator().manual_seed(0))
+    assert EC.problem(stored, 1200) is None
+    assert EC.problem(stored, 1199) == "holds 1200 values, config.json says 1199"
+    assert EC.problem(stored[:12], 1200) == "has 12 bytes, fewer than a header"
+    assert EC.problem(stored[:60], 1200) == "ends before its steps and widths do"
+    for place, value, reason in (
+        (0, 3, "has a header that makes no sense"),
+        (13, 255, f"holds {(40 + (255 << 8)) * 30} values, config.json says 1200"),
+    ):
+        damaged = stored.clone()
+        damaged[place] = value
+        assert EC.problem(damaged, 1200) == reason
+    damaged = stored.clone()
+    damaged[-20:] ^= 0x5A
+    with pytest.raises(CheckpointError, match=r"levels in a code cannot be read .* cospadi verify tells which tensor"):
+        EC.decode(damaged, 1200)
 
 
 def entry_of(form: Form, d1: int, d2: int, k: int, count: int, owner: str, nbytes: int) -> StoredProjection:

@@ -215,7 +215,7 @@ def test_levels_have_one_step_in_the_loss(bits: float) -> None:
         inputs=lambda group: (group.members[0].name,),
     )
     costs: Any = SimpleNamespace(
-        pivots=lambda _member: torch.ones(96), diagonals=lambda _member: (torch.ones(96), torch.ones(160))
+        pivots=lambda _index, _reader: torch.ones(96), diagonals=lambda _member: (torch.ones(96), torch.ones(160))
     )
     plan = allocate(job, costs)
     assert plan.bytes == job.uniform.bytes

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from inputs import inputs_of
 from torch import Tensor
 
 import cospadi
@@ -120,30 +121,20 @@ def test_weights_make_up_for_what_the_first_of_the_text_shows(
             for some in block.sets:
                 for group, whitening, weight in block.measure(some):
                     (reader,) = job.inputs(group)
-                    x, y = (input_of(model, reader, job.sequences[:2]) for model in (dense, damaged))
+                    x, y = (inputs_of(model, reader, job.sequences[:2]) for model in (dense, damaged))
                     pull = DAMPING * (y.T @ y).diagonal().mean()
                     rows = torch.cat([y, pull.sqrt() * torch.eye(y.shape[1])])
                     plain = job.weight(group).double()
                     wanted = torch.cat([x @ plain, pull.sqrt() * plain])
                     expected = torch.linalg.lstsq(rows, wanted).solution
                     torch.testing.assert_close(weight.double(), expected, rtol=1e-3, atol=1e-4)
-                    x = input_of(dense, reader, job.sequences)
+                    x = inputs_of(dense, reader, job.sequences)
                     gram = (x.T @ x + y.T @ y * (len(x) / len(y))) / 2
                     torch.testing.assert_close(whitening.gram, gram, rtol=1e-4, atol=1e-4)
                 for member in (member for group in some for member in group.members):
                     coarse = 0.05 * (dense.get_submodule(member.name).weight.data / 0.05).round()
                     damaged.get_submodule(member.name).weight.data.copy_(coarse)
                     block.swap_in({member.name: coarse})
-
-
-def input_of(model: Any, name: str, tokens: Tensor) -> Tensor:
-    """What a module reads when the whole model runs, float64 (tokens, width)."""
-    seen: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
-    with torch.no_grad():
-        model(input_ids=tokens, use_cache=False)
-    handle.remove()
-    return seen[0].flatten(0, -2).double()
 
 
 def test_without_text_nothing_is_whitened(folder: Path, mixed: dict[str, Any]) -> None:

@@ -161,7 +161,7 @@ def _uniform_group(members: tuple[Projection, ...], recipe: Recipe) -> Group:
         k = form.dictionary_kind.atoms(d1)
         what, instead = "not one atom fits", "Leave"
         if form.codec.coded:
-            what = f"it takes {least_bytes(members, form):,} bytes at least, with its steps and widths"
+            what = f"it takes {least_bytes(members):,} bytes at least, with its steps and widths"
             instead = "Use a smaller one, or leave"
         elif k is not None:
             taken = form.nbytes(d1, d2s, k, []).total / dense_bytes(d1, sum(d2s))
@@ -187,7 +187,7 @@ def size_group(members: tuple[Projection, ...], ratio: float, rho: float, recipe
     d2, allowed = sum(d2s), accounting.byte_budget(ratio, d1, d2s)
     form, free = form_of(recipe), find_solver(recipe.solver).free_support
     if form.codec.coded:
-        return coded_group(members, form, allowed) if allowed >= least_bytes(members, form) else None
+        return coded_group(members, form, allowed) if allowed >= least_bytes(members) else None
     if not form.support_kind.chosen:
         k = s = accounting.exact_rank(allowed, form, d1, d2s)
     elif recipe.accounting == "exact" and free:
@@ -221,20 +221,23 @@ def free_group(members: tuple[Projection, ...], form: Form, k: int, nonzeros: in
 
 
 def coded_group(members: tuple[Projection, ...], form: Form, nbytes: int) -> Group:
-    """A group whose values are levels in a code, of so many bytes with its dictionary."""
-    d1 = members[0].d1
-    dictionary = form.dictionary_kind.nbytes(d1, d1)
-    return Group(members, form, d1, 0, Parts(dictionary, 0, nbytes - dictionary))
+    """A group whose values are levels in a code, of so many bytes."""
+    return Group(members, form, members[0].d1, 0, Parts(0, 0, nbytes))
 
 
 LEAST_BITS = 0.75
-"""Bits a weight, scales and steps included, that a code is planned with at least."""
+"""Bits a weight that a code is planned with at least, beside its steps and widths."""
 
 
-def least_bytes(members: tuple[Projection, ...], form: Form) -> int:
-    """What a group of levels in a code needs at least."""
-    d1, d2 = members[0].d1, sum(member.d2 for member in members)
-    return int(d1 * d2 * LEAST_BITS / 8) + form.dictionary_kind.nbytes(d1, d1) + 3 * d2 + d1
+def beside_bytes(members: tuple[Projection, ...]) -> int:
+    """What a group of levels takes beside their code, about: a byte an input and an output of each member, headers."""
+    return sum(member.d1 + member.d2 + 24 for member in members)
+
+
+def least_bytes(members: tuple[Projection, ...]) -> int:
+    """What a group of levels in a code is given at least."""
+    weights = sum(member.d1 * member.d2 for member in members)
+    return int(weights * LEAST_BITS / 8) + 2 * beside_bytes(members)
 
 
 def dense_group(members: tuple[Projection, ...]) -> Group:
@@ -287,7 +290,7 @@ def check_plan_file(path: Path) -> None:
 
 
 FIXED_BY_PLAN = (
-    *("ratio", "method", "solver", "accounting", "value_bits", "rho", "allocate", "metric", "share", "refine"),
+    *("ratio", "bits", "method", "solver", "accounting", "value_bits", "rho", "allocate", "metric", "share", "refine"),
     *("include", "exclude", "target"),
 )
 """Recipe fields that a plan follows from; the others only say how it is carried out."""

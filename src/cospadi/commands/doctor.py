@@ -18,6 +18,7 @@ from cospadi.__about__ import __version__
 from cospadi.commands import tables
 from cospadi.errors import KernelError
 from cospadi.format.codecs import CODECS
+from cospadi.format.kinds import Numbers
 from cospadi.format.supports.mask import MASK
 from cospadi.runtime import cpu, op, reference
 
@@ -122,7 +123,7 @@ def _is_right(product: Product, level: int) -> bool:
     support = torch.rand(70, 203, generator=generator) < 0.4
     mask = MASK.pack(support)
     for codec in CODECS.values():
-        if not codec.kernel_bits:
+        if not isinstance(codec, Numbers) or not codec.kernel_bits:
             continue
         values = codec.encode(torch.randn(int(support.sum()), generator=generator))
         dense = reference.coefficients(mask, values, 70, 203, MASK.name, codec.name, torch.float32).double().T

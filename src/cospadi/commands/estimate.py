@@ -319,6 +319,10 @@ def gradients_of(shape: Shape, recipe: Recipe, text: Text) -> Iterator[Cost]:
     if recipe.metric == "two-sided":
         widths = [width for p in shape.projections for width in output_widths(p.d2)]
         yield Cost("gradients", "grams", Flops(sum(self_product_flops(m, width) for width in widths)))
+    if recipe.spreads_levels:
+        yield Cost("gradients", "grams", Flops(sum(self_product_flops(m, reader.d1) for reader in shape.readers)))
+        factored = sum(cholesky(reader.d1) + triangular(reader.d1, reader.d1) for reader in shape.readers)
+        yield Cost("gradients", "factors", Flops(0, factored))
 
 
 def walks_of(shape: Shape, recipe: Recipe, text: Text) -> Iterator[Cost]:
@@ -404,8 +408,11 @@ def memory_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text, cache_bytes:
     if text.checked:
         inputs = min(cache_bytes, (len(shape.parameters) + 2) * text.checked_tokens * shape.hidden * item)
         tape = 2 * activations(length) + length * shape.vocabulary * (2 * item + 12) + shape.edge_bytes
-        gammas = max(gamma_bytes(shape, recipe, index) for index in shape.blocks)
-        stages.append(inputs + max(shape.block_bytes + 5 * gammas + 2 * activations(length), tape))
+        gammas = 5 * max(gamma_bytes(shape, recipe, index) for index in shape.blocks)
+        if recipe.spreads_levels:  # Grams, and one of them in float64 with its factors
+            gammas += max(sum(4 * r.d1**2 for r in shape.readers if r.block == index) for index in shape.blocks)
+            gammas += 32 * shape.widest**2
+        stages.append(inputs + max(shape.block_bytes + gammas + 2 * activations(length), tape))
     if recipe.refine:
         selected = max(sum(p.d1 * p.d2 for p in shape.projections if p.block == index) for index in shape.blocks)
         # W, S, its support, gradient, two moments, the best state and one before it; W again with its gradient
@@ -463,6 +470,7 @@ def disk_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text, cache_bytes: i
     kept = 8 * text.tokens
     if text.checked:
         inputs = 4 * sum(projection.d1 for projection in shape.projections)
+        inputs += 4 * sum(reader.d1 for reader in shape.readers) if recipe.spreads_levels else 0
         kept += inputs + sum(gamma_bytes(shape, recipe, index) for index in range(len(shape.parameters)))
     factors = sum(group.parts.total for group in plan.compressed) * (1 + bool(recipe.refine))
     taped = max(0, (len(shape.parameters) + 2) * checked - cache_bytes)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from cospadi.format import version1
 from cospadi.format.codecs import CODECS
 from cospadi.format.dictionaries import DICTIONARIES
-from cospadi.format.kinds import Codec, Dictionary, Support
+from cospadi.format.kinds import Codec, Dictionary, Numbers, Support
 from cospadi.format.supports import SUPPORTS
 
 DENSE_BITS = 16
@@ -71,6 +71,12 @@ class Form:
         return CODECS[self.values]
 
     @property
+    def numbers(self) -> Numbers:
+        """The codec, of a form that stores each value by itself."""
+        assert isinstance(self.codec, Numbers)
+        return self.codec
+
+    @property
     def layout(self) -> str:
         """What dictionary and support together are called, for reading."""
         return version1.LAYOUTS.get((self.dictionary, self.support), f"{self.dictionary} {self.support}")
@@ -92,7 +98,8 @@ class Form:
         return self.codec.plain and not self.support_kind.chosen
 
     def nbytes(self, d1: int, d2s: Sequence[int], k: int, counts: Sequence[int]) -> Parts:
-        """Bytes on disk of projections (d1 x d2 for each of d2s) over one dictionary of k atoms.
+        """Bytes on disk of projections (d1 x d2 for each of d2s) over one dictionary of k atoms, each value stored by
+        itself.
 
         No other formula of bytes stands anywhere.
 
@@ -102,7 +109,7 @@ class Form:
         return Parts(
             dictionary=self.dictionary_kind.nbytes(d1, k),
             support=sum(self.support_kind.nbytes(d2, k) for d2 in d2s),
-            values=sum(map(self.codec.nbytes, counts)),
+            values=sum(map(self.numbers.nbytes, counts)),
         )
 
 

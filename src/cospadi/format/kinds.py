@@ -136,23 +136,31 @@ class Codec(ABC):
         """Of its tensor, for values of this shape, which take so many bytes where config.json tells."""
 
     @abstractmethod
-    def encode(self, values: Tensor) -> Tensor:
-        """float values, rounded once from float32, saturating -> what is stored."""
-
-    @abstractmethod
     def decode(self, stored: Tensor, count: int) -> Tensor:
         """What is stored -> float32 (count,), exact."""
 
     @abstractmethod
-    def rounded(self, values: Tensor) -> Tensor:
-        """float32 values of any shape as they come back once they were stored."""
+    def room(self, stored: Tensor) -> int:
+        """Values that a stored tensor has room for: all there are, and what padding to whole bytes would hold."""
 
     def problem(self, tensor: Any, count: int) -> str | None:
         """As `Support.problem`."""
         return None
 
+
+@dataclass(frozen=True)
+class Numbers(Codec):
+    """A codec that stores each number by itself, in as many bits as any other."""
+
+    @abstractmethod
+    def encode(self, values: Tensor) -> Tensor:
+        """float values, rounded once from float32, saturating -> what is stored."""
+
+    @abstractmethod
+    def rounded(self, values: Tensor) -> Tensor:
+        """float32 values of any shape as they come back once they were stored."""
+
     def room(self, stored: Tensor) -> int:
-        """Values that a stored tensor has room for: all there are, and what padding to whole bytes would hold."""
         return stored.numel() * stored.element_size() * 8 // self.bits
 
     def nbytes(self, count: int) -> int:

@@ -42,7 +42,6 @@ __all__ = [
     "decode",
     "encode",
     "symbols_of",
-    "total_bits",
 ]
 
 NEXT = ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5))
@@ -193,37 +192,6 @@ def decode(
     if status:
         raise ValueError(_REASONS[status])
     return out
-
-
-def total_bits(levels: Tensor, rows: Tensor, cols: Tensor, block_rows: int) -> float:
-    """Bits that `encode` takes, but for the states and for what rounding loses; arguments and errors as there."""
-    block_rows = _checked_rows(rows, cols, block_rows, LANES[0])
-    levels = _checked(levels, rows, cols)
-    found, (d2, d1) = _library(levels, rows, cols), levels.shape
-    tables = _tables_of(rows, cols)
-    if found is None:
-        states, symbols = symbols_of(levels, block_rows)
-        tables = tables.to(levels.device)
-        classes = _classes(rows[:, None], cols)
-        index, _, _ = tables.coded(symbols.int(), classes)
-        return float(tables.bits[2 * classes + (states & 1), index].sum())
-    rows, cols = rows.contiguous(), cols.contiguous()
-    bits = torch.zeros(_blocks(d2, block_rows), dtype=torch.float64)
-    status = found.cospadi_rans_bits(
-        levels.data_ptr(),
-        d2,
-        d1,
-        rows.data_ptr(),
-        cols.data_ptr(),
-        block_rows,
-        tables.bits.data_ptr(),
-        tables.reaches.data_ptr(),
-        bits.data_ptr(),
-        torch.get_num_threads(),
-    )
-    if status:
-        raise ValueError(_REASONS[status])
-    return float(bits.sum())
 
 
 @cache

@@ -287,7 +287,7 @@ class CompressedLinear(nn.Module):
         """The values as the checkpoint stores them."""
         values, codec = self.codes, self.form.codec
         if isinstance(values, nn.Parameter) and not self.form.trainable:
-            return codec.encode(values.detach())
+            return self.form.numbers.encode(values.detach())
         return values.detach().to(codec.dtype)
 
     # nn.Module documents these three as what a module with a state of its own overrides.

@@ -37,10 +37,13 @@ NEAR = 5e-4
 """How far below the wanted bytes a result may end, of them."""
 
 ATTEMPTS = 8
-"""Steps c that are tried for that; then the first that fits is taken."""
+"""Steps c that are tried for that at most, unless the recipe tells; then the first that fits is taken."""
 
 MOST = 40
 """Steps c that are tried before none is said to fit."""
+
+CLOSE = 1e-4
+"""Octaves between two steps c whose codes differ by chance alone."""
 
 LEAST_STEP = 0.01
 """Octaves that c changes at least."""
@@ -90,7 +93,7 @@ def trellis(problem: MetricProblem, nbytes: int, coder: Coder, options: SolverOp
     highest = quarter_octaves(relative.abs().amax(0)) + scales  # of an output's weights, in steps of its inputs
     tried: dict[float, int] = {}
     best: Coded | None = None
-    while best is None or (len(tried) < ATTEMPTS and best.nbytes < (1 - NEAR) * nbytes):
+    while best is None or (len(tried) < options.iterations and best.nbytes < (1 - NEAR) * nbytes):
         unit = float(torch.tensor(2.0**rate))  # as float32 has it
         least = (highest.int() - round(4 * (rate + MOST_OCTAVES))).clamp(-MOST_QUARTERS, MOST_QUARTERS).short()
         rows = torch.maximum(scales, least)
@@ -112,13 +115,13 @@ def trellis(problem: MetricProblem, nbytes: int, coder: Coder, options: SolverOp
         tried[rate] = found.nbytes
         if found.nbytes <= nbytes and (best is None or found.nbytes > best.nbytes):
             best = found
-        if options.on_iteration:
-            options.on_iteration(min(len(tried), ATTEMPTS), abs(found.nbytes / nbytes - 1))
-        if len(tried) > MOST:
+        if best is None and len(tried) > MOST:
             raise UserError(f"no code of a projection of {len(weight)} x {weight.shape[1]} takes {nbytes:,} bytes")
         if best is not None and bool((rows > scales).all()):  # as fine as levels can be
             return best
         moved = next_rate(tried, nbytes * (1 - NEAR / 2), count)
+        if best is not None and min(abs(moved - one) for one in tried) < CLOSE:
+            return best
         widths, rate = [own.moved(rate - moved) for own in widths], moved
     return best
 
@@ -282,6 +285,6 @@ def quarter_octaves(numbers: Tensor) -> Tensor:
 def flops(d1: int, d2: int, _k: int, _s: float, options: SolverOptions) -> Flops:
     """Of `trellis`, half of the steps c tried that may be: the feedback of runs of inputs to later ones as products;
     the factor of G, its inverse, the feedback inside of runs and the choice of paths as others."""
-    times, runs = max(1.0, ATTEMPTS / 2), range(RUN, d1, RUN)
+    times, runs = max(1.0, options.iterations / 2), range(RUN, d1, RUN)
     later = sum(2.0 * RUN * (d1 - end) * d2 for end in runs)
     return Flops(later * times, cholesky(d1) + triangular(d1, d1) + times * d1 * d2 * (RUN + PATH))

@@ -7,7 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
-from cospadi.budget.plan import Group, Plan, coded_group, free_group, least_bytes
+from cospadi.budget.plan import Group, Plan, beside_bytes, coded_group, free_group, least_bytes
 from cospadi.format import rans, rans_tables
 from cospadi.solvers.support import rounded_portions
 from cospadi.stages.costs import Costs
@@ -38,7 +38,7 @@ def allocate(job: Job, costs: Costs | None) -> Plan:
     uniform = job.uniform
     if job.recipe.allocate == "uniform" or costs is None:
         return uniform
-    if any(group.stored.codec.coded for group in uniform.groups):
+    if job.recipe.spreads_levels:
         return _one_rate(job, costs)
     histograms = []
     with job.stages.stage("budgets", len(uniform.groups)) as progress:
@@ -90,7 +90,7 @@ def _one_rate(job: Job, costs: Costs) -> Plan:
         below = place.long().clamp(max=len(lengths) - 2)
         mean = lengths[below] + (lengths[below + 1] - lengths[below]) * (place - below)
         return [
-            max(least_bytes(group.members, group.stored), _beside(group) + int((spectrum * mean).sum() / 8))
+            max(least_bytes(group.members), beside_bytes(group.members) + int((spectrum * mean).sum() / 8))
             for group, spectrum in zip(uniform.groups, spectra, strict=True)
         ]
 
@@ -128,26 +128,19 @@ def _mean_lengths() -> Tensor:
 
 def _spectrum(job: Job, costs: Costs, group: Group) -> Tensor:
     """How many weights of a group have which width, in loss: float64 (SPECTRUM,)."""
-    reader = next(member for member in group.members if member.name == job.inputs(group)[0])
-    pivots, found = costs.pivots(reader).double(), torch.zeros(SPECTRUM, dtype=torch.float64)
+    pivots = costs.pivots(group.members[0].block, job.inputs(group)[0])
+    found = torch.zeros(SPECTRUM, dtype=torch.float64)
     for member in group.members:
-        squares = job.blocks.weight(member.name).double().square().T.cpu() / pivots.cpu()[:, None] ** 2
-        squares = squares * costs.diagonals(member)[1].double().cpu()
-        cols = squares.mean(1).clamp(min=TINY)
-        rows = (squares / cols[:, None]).mean(0).clamp(min=TINY)
-        places = [
-            (PLACES * (torch.log2(part) / 2 + REACH / 2)).round().long().clamp(0, SPECTRUM // 2 - 1)
-            for part in (cols, rows)
-        ]
+        squares = job.blocks.weight(member.name).float().square()  # (d2, d1)
+        squares = squares * costs.diagonals(member)[1].to(squares)[:, None] / pivots.to(squares) ** 2
+        cols = squares.mean(0).clamp(min=TINY)
+        rows = (squares / cols).mean(1)
+        octaves = (torch.log2(part.double().clamp(min=TINY)).cpu() / 2 + REACH / 2 for part in (cols, rows))
+        places = [(PLACES * part).round().long().clamp(0, SPECTRUM // 2 - 1) for part in octaves]
         counts = [torch.bincount(part, minlength=SPECTRUM // 2).double() for part in places]
         spectrum = torch.fft.irfft(torch.fft.rfft(counts[0], SPECTRUM) * torch.fft.rfft(counts[1], SPECTRUM), SPECTRUM)
         found += spectrum.clamp(min=0)
     return found
-
-
-def _beside(group: Group) -> int:
-    """Bytes of a group beside its levels' codes, about: a byte of each output and input, headers."""
-    return sum(d2 + group.d1 + 24 for d2 in group.d2s)
 
 
 def _histogram(job: Job, costs: Costs, group: Group) -> Tensor:

@@ -51,9 +51,9 @@ class Costs:
         (outputs,) = conditioned(diagonal, None, member.d2, self._instead(member))
         return self._read(member.block, f"{member.name}{INPUT}"), outputs
 
-    def pivots(self, reader: Projection) -> Tensor:
-        """The pivots of the inputs of a projection that is the first to read them (d1,), float32."""
-        return self._read(reader.block, f"{reader.name}{PIVOT}")
+    def pivots(self, index: int, reader: str) -> Tensor:
+        """The pivots of inputs (d1,), float32, by the projection of that block that is the first to read them."""
+        return self._read(index, f"{reader}{PIVOT}")
 
     def of_block(self, index: int, name: str) -> Tensor:
         """The diagonal of Gamma (width,) of the output of a block of that name, in a model whose blocks follow each
@@ -77,7 +77,9 @@ def estimate_costs(job: Job) -> Costs:
     pieces = [job.ledger.get(_key(index)) for index in sorted({p.block for p in projections})]
     if kinds is None or None in pieces:
         text, full = check_text(job), job.recipe.metric == "two-sided"
-        readers = {job.inputs(group)[0] for group in job.uniform.compressed if group.stored.codec.coded}
+        readers = set()
+        if job.recipe.spreads_levels:
+            readers = {job.inputs(group)[0] for group in job.uniform.compressed}
         means: dict[str, list[float]] = {}
         with job.stages.stage("gradients", len(text)) as progress:
             if job.calls is None:

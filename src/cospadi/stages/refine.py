@@ -129,7 +129,7 @@ class _Part:
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """W (d2, d1) as it will be stored; gradients pass the rounding as if it were not there (Bengio 2013)."""
-        rounded = self.entry.form.codec.rounded(self.codes.detach())
+        rounded = self.entry.form.numbers.rounded(self.codes.detach())
         codes = self.codes + (rounded - self.codes.detach())
         codes = codes if self.chosen is None else codes * self.chosen
         return (codes if self.atoms is None else codes @ self.atoms).to(dtype)
@@ -278,5 +278,5 @@ def _packed(packed: Packed, parts: Mapping[str, _Part]) -> Packed:
         part, form = parts[name], entry.form
         chosen = None if part.chosen is None else part.chosen.bool().cpu()
         values = form.support_kind.gather(chosen, part.codes.detach().cpu())
-        tensors[f"{name}.{form.names.values}"] = form.codec.encode(values)
+        tensors[f"{name}.{form.names.values}"] = form.numbers.encode(values)
     return replace(packed, tensors=tensors)

@@ -20,6 +20,7 @@ from cospadi.format import rans, rans_tables
 from cospadi.format.codecs.ec import EC, block_rows, step_of
 from cospadi.format.schema import StoredProjection
 from cospadi.jobs.ledger import Piece
+from cospadi.model.projections import Projection
 from cospadi.recipe import Recipe
 from cospadi.solvers import Coded, Coder, Factorization, Grid, MetricProblem, Problem, SolverOptions, find_solver
 
@@ -176,7 +177,7 @@ def pack(given: GroupProblem, solution: Factorization | Coded) -> Packed:
         return _pack_coded(given, solution)
     group, whitening, dictionary = given.group, given.whitening, solution.dictionary
     form, owner = group.stored, group.members[0]
-    kind, codec = form.support_kind, form.codec
+    kind, codec = form.support_kind, form.numbers
     coefficients = solution.coefficients.double()
     if dictionary is not None:
         norms = torch.linalg.vector_norm(dictionary.double(), dim=0)
@@ -204,16 +205,8 @@ def pack(given: GroupProblem, solution: Factorization | Coded) -> Packed:
         rounded = kind.scatter(support, codec.decode(stored, values.numel()), member.d2, group.k)
         approximation = rounded if atoms is None else rounded @ atoms
         errors[member.name] = _relative_error(whitening, given.weight[:, columns], approximation.T)
-        entries[member.name] = StoredProjection(
-            dictionary=form.dictionary,
-            support=form.support,
-            values=form.values,
-            d1=member.d1,
-            d2=member.d2,
-            k=group.k,
-            nnz=values.numel() if kind.chosen else 0,
-            owner=member.name if atoms is None else owner.name,
-        )
+        nnz = values.numel() if kind.chosen else 0
+        entries[member.name] = _entry(group, member, member if atoms is None else owner, nnz=nnz)
     cpu = {name: tensor.cpu() for name, tensor in tensors.items() if tensor is not None}
     assert sum(map(_nbytes, cpu.values())) == group.parts.total
     return Packed(entries, cpu, errors, 0.0 if atoms is None else whitening.shift)
@@ -229,18 +222,16 @@ def _pack_coded(given: GroupProblem, solution: Coded) -> Packed:
     for member, weight, found in zip(group.members, weights, solution.members, strict=True):
         tensors[f"{member.name}.{form.names.values}"] = found.code.cpu()
         errors[member.name] = _relative_error(given.whitening, weight, found.weight)
-        entries[member.name] = StoredProjection(
-            dictionary=form.dictionary,
-            support=form.support,
-            values=form.values,
-            d1=member.d1,
-            d2=member.d2,
-            k=group.k,
-            nbytes=found.code.numel(),
-            owner=member.name,
-        )
+        entries[member.name] = _entry(group, member, member, nbytes=found.code.numel())
     assert sum(map(_nbytes, tensors.values())) <= group.parts.total
     return Packed(entries, tensors, errors, 0.0)
+
+
+def _entry(group: Group, member: Projection, owner: Projection, **sizes: int) -> StoredProjection:
+    """A member's entry in config.json, without what only the model knows; `sizes` are those that the solution has."""
+    form = group.stored
+    kinds = {"dictionary": form.dictionary, "support": form.support, "values": form.values}
+    return StoredProjection(**kinds, d1=member.d1, d2=member.d2, k=group.k, owner=owner.name, **sizes)
 
 
 def _relative_error(whitening: Whitening, weight: Tensor, approximation: Tensor) -> float:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from cospadi.format import packing
-from cospadi.format.kinds import Codec
+from cospadi.format.kinds import Numbers
 
 
-class Bf16(Codec):
+class Bf16(Numbers):
     """Sixteen bits a value."""
 
     def shape(self, values: list[int], nbytes: int = 0) -> list[int]:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cospadi.errors import CheckpointError
 from cospadi.format import rans
 from cospadi.format.kinds import Codec
 
@@ -40,15 +41,13 @@ LANES = {16: 50_000, 4: 12_000, 1: 0}
 HEADER = 20
 
 LARGEST = 120
-"""Of a step, in size."""
+"""Of a step and of a width, in size."""
 
 WIDEST = 15
 """Bits that a stream of steps or widths has at most a number."""
 
 OCTAVE = (1.0, 1.1875, 1.4140625, 1.6796875)
 """Quarters of an octave, as bf16 has them."""
-
-NO_LEVELS = "numbers alone have no levels: see encode_levels"
 
 
 def block_rows(d2: int, k: int) -> int:
@@ -87,9 +86,6 @@ class Ec(Codec):
     def shape(self, values: list[int], nbytes: int = 0) -> list[int]:
         return [nbytes]
 
-    def encode(self, values: Tensor) -> Tensor:
-        raise NotImplementedError(NO_LEVELS)
-
     def encode_levels(
         self, levels: Tensor, unit: float, outputs: Tensor, inputs: Tensor, rows: Tensor, cols: Tensor
     ) -> Tensor:
@@ -97,10 +93,12 @@ class Ec(Codec):
 
         Args:
             levels: int16 (d2, k). unit: a float32 number.
-            outputs, inputs: steps, int16 quarter octaves (d2,) and (k,). rows, cols: widths, likewise.
+            outputs, inputs: steps, int16 quarter octaves (d2,) and (k,), at most LARGEST in size. rows, cols: widths,
+                likewise, cut there.
         """
         (d2, k), device = levels.shape, levels.device
-        outputs, inputs, rows, cols = (part.cpu().clamp(-LARGEST, LARGEST) for part in (outputs, inputs, rows, cols))
+        outputs, inputs, rows, cols = (part.cpu() for part in (outputs, inputs, rows, cols))
+        rows, cols = rows.clamp(-LARGEST, LARGEST), cols.clamp(-LARGEST, LARGEST)
         height = block_rows(d2, k)
         lanes = next(lanes for lanes, least in LANES.items() if height * k >= least)
         packed = [_pack(part) for part in (outputs, inputs, rows + outputs, cols + inputs)]
@@ -122,10 +120,8 @@ class Ec(Codec):
         Raises:
             ValueError: it cannot be read; the message reads like "ends before its blocks begin".
         """
-        content = stored.cpu().contiguous().numpy()
-        if len(content) < HEADER:
-            raise ValueError(f"has {len(content)} bytes, fewer than a header")
         d2, k = self._sizes(stored)
+        content = stored.cpu().contiguous().numpy()
         lanes, bits = int(content[0]), [int(content[2 + i // 2]) >> (4 if i % 2 == 0 else 0) & 15 for i in range(4)]
         unit = float(content[8:12].view("<f4")[0])
         if lanes not in LANES or content[1] or d2 < 1 or k < 1 or not 0 < unit < math.inf:
@@ -155,40 +151,44 @@ class Ec(Codec):
             torch.from_numpy(content[start:]),
         )
 
-    def levels(self, stored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """N transposed, int16 (d2, k), and the steps of outputs and of inputs, float32, on the CPU.
+    def decode(self, stored: Tensor, count: int) -> Tensor:
+        """As everywhere.
 
         Raises:
-            ValueError: it cannot be read.
+            CheckpointError: it is damaged.
         """
-        found = self.content(stored)
-        height = block_rows(len(found.rows), len(found.cols))
-        levels = rans.decode(found.stream, found.offsets, found.rows, found.cols, height, found.lanes)
-        return levels, found.outputs, found.inputs
-
-    def decode(self, stored: Tensor, count: int) -> Tensor:
-        levels, outputs, inputs = (part.to(stored.device) for part in self.levels(stored))
+        try:
+            found = self.content(stored)
+            height = block_rows(len(found.rows), len(found.cols))
+            levels = rans.decode(found.stream, found.offsets, found.rows, found.cols, height, found.lanes)
+        except ValueError as error:
+            raise CheckpointError(
+                f"levels in a code cannot be read ({error}). cospadi verify tells which tensor is damaged"
+            ) from None
+        levels, outputs, inputs = (part.to(stored.device) for part in (levels, found.outputs, found.inputs))
         return (levels * inputs * outputs[:, None]).flatten()[:count]
-
-    def rounded(self, values: Tensor) -> Tensor:
-        raise NotImplementedError(NO_LEVELS)
 
     def problem(self, tensor: Any, count: int) -> str | None:
         stored = tensor[:]
         try:
+            if self.room(stored) != count:
+                return f"holds {self.room(stored)} values, config.json says {count}"
             self.content(stored)
         except ValueError as error:
             return str(error)
-        return None if self.room(stored) == count else f"holds {self.room(stored)} values, config.json says {count}"
+        return None
 
     def room(self, stored: Tensor) -> int:
         return math.prod(self._sizes(stored))
 
-    def nbytes(self, count: int) -> int:
-        raise NotImplementedError("how many bytes levels take depends on them")
-
     def _sizes(self, stored: Tensor) -> tuple[int, int]:
-        """d2 and k."""
+        """d2 and k.
+
+        Raises:
+            ValueError: it has no header.
+        """
+        if len(stored) < HEADER:
+            raise ValueError(f"has {len(stored)} bytes, fewer than a header")
         d2, k = stored[12:HEADER].cpu().contiguous().numpy().view("<u4")
         return int(d2), int(k)
 
@@ -204,6 +204,8 @@ def _pack(numbers: Tensor) -> tuple[int, int, np.ndarray]:
 
 def _unpack(bits: int, least: int, stream: np.ndarray, count: int) -> Tensor:
     """The numbers, int16 (count,)."""
+    if not bits:
+        return torch.full((count,), least, dtype=torch.int16)
     each = np.unpackbits(stream, count=count * bits, bitorder="little").reshape(count, bits).astype(np.int64)
     return torch.from_numpy(((each << np.arange(bits)).sum(1) + least).astype(np.int16))
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from cospadi.format import packing
-from cospadi.format.kinds import Codec
+from cospadi.format.kinds import Numbers
 
 
-class Stream(Codec):
+class Stream(Numbers):
     """Value i is bits b i to b i + b - 1 of the stream; unused bits of its last byte are 0."""
 
     def shape(self, values: list[int], nbytes: int = 0) -> list[int]:

@@ -334,33 +334,3 @@ EXPORT int cospadi_rans_decode(const uint8_t* stream, const int64_t* offsets, in
   const Task<int16_t> task{shape, stream, offsets, slots, kernels.decode_to_words, to, first_block};
   return decode(task, last_block, threads);
 }
-
-// out[block] = the sum of bits[class][quantizer][index] of a block's symbols, index as in cospadi_rans_encode.
-EXPORT int cospadi_rans_bits(const int16_t* levels, int64_t d2, int64_t d1, const int16_t* rows, const int16_t* cols,
-                             int64_t block_rows, const double* bits, const int32_t* reaches, double* out,
-                             int threads) try {
-  const Shape shape{d2, d1, block_rows, 1, rows, cols};
-  std::atomic<int> status{OK};
-  parallel(shape.blocks(), threads, [&](int block) {
-    try {
-      std::vector<uint8_t> states(d1);
-      Path path;
-      double sum = 0;
-      for (int r = 0; r < shape.row_count(block); ++r) {
-        const int64_t j = shape.first_row(block) + r;
-        for (int64_t i = 0; i < d1; ++i) {
-          states[i] = path.take(levels[j * d1 + i], states[i]);
-          const int c = class_of(rows[j], cols[i]);
-          sum += bits[(2 * c + path.quantizer) * TABLE + Symbol(path.k, c, reaches[c]).index];
-        }
-      }
-      out[block] = sum;
-      if (!path.valid) status = NO_LEVEL;
-    } catch (const std::bad_alloc&) {
-      status = OUT_OF_MEMORY;
-    }
-  });
-  return status;
-} catch (const std::bad_alloc&) {
-  return OUT_OF_MEMORY;
-}
