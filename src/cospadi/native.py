@@ -43,6 +43,15 @@ def library() -> ctypes.CDLL | None:
     found.cospadi_multiply.argtypes = [pointer, pointer, ctypes.c_int64, number, *stored, number, number]
     found.cospadi_unpack.argtypes = [pointer, number, number, number, *stored, number, number]
     found.cospadi_multiply_dense.argtypes = [pointer, pointer, ctypes.c_int64, pointer, number, number, number, number]
+    # packed levels, bits, what is beside them
+    levels: list[Any] = [pointer, number, pointer, pointer, pointer]
+    found.cospadi_multiply_levels.argtypes = [
+        *(pointer, pointer, ctypes.c_int64, number),
+        *levels,
+        *(number, number, pointer, pointer, number, number),
+    ]
+    found.cospadi_unpack_levels.argtypes = [pointer, *[number] * 3, *levels, *[number] * 3]
+    found.cospadi_unpack_levels.restype = None
     found.cospadi_quantize.argtypes = [*[pointer] * 7, number, number, pointer, pointer, *[number] * 4]
     # d2, d1, rows, cols, block_rows
     shape: list[Any] = [ctypes.c_int64, ctypes.c_int64, pointer, pointer, ctypes.c_int64]
@@ -56,7 +65,7 @@ def library() -> ctypes.CDLL | None:
         number,
         pointer,
         pointer,
-        *[number] * 3,
+        *[number] * 2,
     ]
     found.cospadi_level_name.restype = ctypes.c_char_p
     found.cospadi_use_openmp.argtypes = [pointer]

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from codes import random_code
 from conftest import Answer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_checkpoint import edit_bytes, edit_json, flip, load, logits, refused
-from test_rans import levels_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -27,7 +27,7 @@ from cospadi.budget.plan import write_plan
 from cospadi.errors import CheckpointError, UserError
 from cospadi.format import safetensors, schema, verify, version1
 from cospadi.format.codecs import CODECS, codec_of_bits
-from cospadi.format.codecs.ec import EC, block_rows
+from cospadi.format.codecs.ec import EC
 from cospadi.format.dictionaries import DICTIONARIES
 from cospadi.format.form import FORMS, Form, Parts, find_form
 from cospadi.format.schema import StoredProjection
@@ -58,14 +58,6 @@ def random_part(
     tensors = {form.names.values: stored} | ({} if support is None else {form.names.support: support})
     rounded = codec.decode(codec.encode(dense.flatten()), dense.numel()).view(d2, k).double()
     return tensors, rounded if chosen is None else rounded * chosen, values.numel()
-
-
-def random_code(d2: int, k: int, generator: torch.Generator, scale: float = 1.0) -> Tensor:
-    """Levels of some width, as they are stored, that stand for numbers of about a scale."""
-    symbols = (2 * torch.randn(d2, k, generator=generator)).round().long()
-    steps = [torch.randint(-3, 4, (size,), generator=generator, dtype=torch.int16) for size in (d2, k)]
-    widths = [torch.zeros(d2, dtype=torch.int16), torch.full((k,), 8, dtype=torch.int16)]
-    return EC.encode_levels(levels_of(symbols, block_rows(d2, k)), scale / 4, *steps, *widths)
 
 
 @settings(deadline=None)

@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from codes import levels_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -31,16 +32,6 @@ def way(name: str) -> Iterator[None]:
     else:
         with patch.object(rans, "best_level", lambda: native.levels()[name]):
             yield
-
-
-def levels_of(symbols: Tensor, block_rows: int) -> Tensor:
-    """The levels (d2, d1) that symbols are on their paths through the trellis."""
-    levels, states = torch.zeros_like(symbols), torch.zeros(symbols.shape[1], dtype=torch.int64)
-    for r, row in enumerate(symbols):
-        states = states if r % block_rows else torch.zeros_like(states)
-        levels[r] = 2 * row - (states & 1) * row.sign()
-        states = torch.tensor(NEXT)[states, row & 1]
-    return levels.to(torch.int16)
 
 
 def example(
@@ -316,26 +307,6 @@ def test_offsets_that_lie_are_refused(name: str, change: Callable[[Tensor], Tens
         rans.decode(stream, change(offsets), rows, cols, 3, 4)
 
 
-@pytest.mark.parametrize("name", WAYS)
-@pytest.mark.parametrize("lanes", [1, 4, 16])
-def test_levels_as_bytes(name: str, lanes: int) -> None:
-    for c, wild in ((8, 0.0), (18, 0.0), (8, 0.05)):
-        levels, rows, cols = example(9, 37, 4, c - 3, c, wild=wild)
-        stream, offsets = rans.encode(levels, rows, cols, 4, lanes)
-        damaged = stream.clone()
-        damaged[-1] ^= 1
-        with way(name):
-            if torch.equal(levels.to(torch.int8), levels):
-                found = rans.decode(stream, offsets, rows, cols, 4, lanes, dtype=torch.int8)
-                assert found.dtype == torch.int8
-                assert torch.equal(found, levels)
-            else:
-                with pytest.raises(OverflowError, match="int8"):
-                    rans.decode(stream, offsets, rows, cols, 4, lanes, dtype=torch.int8)
-            with pytest.raises(ValueError, match="damaged"):
-                rans.decode(damaged, offsets, rows, cols, 4, lanes, dtype=torch.int8)
-
-
 @BUILT
 def test_threads_change_nothing() -> None:
     levels, rows, cols = example(64, 33, 8, 0, 12)
@@ -385,5 +356,3 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         rans.encode(levels, rows.long(), cols, 5, 4)
     with pytest.raises(ValueError, match="blocks 1 to 4 were asked for, and there are 3"):
         rans.decode(stream, offsets, rows, cols, 5, 4, 1, 4)
-    with pytest.raises(ValueError, match="int8 or int16"):
-        rans.decode(stream, offsets, rows, cols, 5, 4, dtype=torch.int32)

@@ -265,9 +265,14 @@ int cospadi_multiply(const void*, void*, int64_t, int, const uint8_t*, const uin
                      int, int, int);
 int cospadi_unpack(void*, int, int, int, const uint8_t*, const uint8_t*, size_t, const int32_t*, int, int, int, int,
                    int);
+int cospadi_multiply_levels(const void*, void*, int64_t, int, const uint8_t*, int, const int32_t*, const int32_t*,
+                            const float*, int, int, const float*, const float*, int, int);
+void cospadi_unpack_levels(void*, int, int, int, const uint8_t*, int, const int32_t*, const int32_t*, const float*, int,
+                           int, int);
 int cospadi_rans_decode(const uint8_t*, const int64_t*, int, int, int64_t, int64_t, const int16_t*, const int16_t*,
-                        int64_t, int, const uint32_t*, void*, int, int, int);
+                        int64_t, int, const uint32_t*, int16_t*, int, int);
 }
+constexpr int DAMAGED = 3;
 // Noise as two blocks of coded levels, with tables of noise: whatever is read is inside of it.
 int decode_noise(int level, std::mt19937& random) {
   constexpr int SLOTS = 53 * 2 * 4096;
@@ -279,15 +284,67 @@ int decode_noise(int level, std::mt19937& random) {
         const int64_t size = 4 * lanes + 2 * words, offsets[3] = {0, size, 2 * size};
         std::unique_ptr<uint8_t[]> stream(new uint8_t[2 * size]);
         std::unique_ptr<int16_t[]> rows(new int16_t[14]), cols(new int16_t[d1]), out(new int16_t[14 * d1]);
-        std::unique_ptr<int8_t[]> bytes(new int8_t[14 * d1]);
         for (int64_t i = 0; i < 2 * size; ++i) stream[i] = random() | 1;
         for (int j = 0; j < 14; ++j) rows[j] = random();
         for (int i = 0; i < d1; ++i) cols[i] = random() % 80 - 20 - rows[3];
-        const auto decode = [&](void* to, int level_bytes) {
-          return cospadi_rans_decode(stream.get(), offsets, 0, 2, 14, d1, rows.get(), cols.get(), 7, lanes, slots.get(),
-                                     to, level_bytes, 1, level);
+        if (cospadi_rans_decode(stream.get(), offsets, 0, 2, 14, d1, rows.get(), cols.get(), 7, lanes, slots.get(),
+                                out.get(), 1, level) != DAMAGED) return 6;
+      }
+    }
+  }
+  return 0;
+}
+// Products with levels, and something beside every third output.
+int multiply_levels(int level, std::mt19937& random) {
+  for (int bits : {4, 8}) {
+    for (int d1 : {1, 31, 64, 100, 300}) {
+      for (int d2 : {1, 33}) {
+        const int row = (d1 + 31) / 32 * 32 * bits / 8, beside = (d2 + 2) / 3;
+        std::unique_ptr<uint8_t[]> packed(new uint8_t[d2 * row]);
+        for (int i = 0; i < d2 * row; ++i) packed[i] = random();
+        std::unique_ptr<int32_t[]> offsets(new int32_t[d2 + 1]), columns(new int32_t[beside]);
+        std::unique_ptr<float[]> rest(new float[beside]), outputs(new float[d2]), inputs(new float[d1]);
+        offsets[0] = 0;
+        for (int j = 0; j < d2; ++j) {
+          if (j % 3 == 0) {
+            columns[offsets[j]] = static_cast<int>(random() % d1);
+            rest[offsets[j]] = 100;
+          }
+          offsets[j + 1] = offsets[j] + (j % 3 == 0);
+          outputs[j] = 2;
+        }
+        for (int i = 0; i < d1; ++i) inputs[i] = 0.5;
+        std::unique_ptr<float[]> matrix(new float[d2 * d1]);
+        const auto unpack = [&](void* to, int dtype) {
+          cospadi_unpack_levels(to, dtype, 0, d2, packed.get(), bits, offsets.get(), columns.get(), rest.get(), d1, 1,
+                                level);
         };
-        if (decode(out.get(), 2) != 4 || decode(bytes.get(), 1) != 4) return 6;
+        unpack(matrix.get(), 0);
+        std::unique_ptr<uint16_t[]> half_matrix(new uint16_t[d2 * d1]);
+        unpack(half_matrix.get(), 1);
+        for (int rows : {1, 3, 9}) {
+          std::unique_ptr<float[]> x(new float[rows * d1]), y(new float[rows * d2]);
+          std::unique_ptr<uint16_t[]> halves(new uint16_t[rows * d1]), half_y(new uint16_t[rows * d2]);
+          for (int i = 0; i < rows * d1; ++i) x[i] = static_cast<float>(random() % 7), halves[i] = 0x3F80;
+          const auto multiply = [&](const void* from, void* to, int dtype) {
+            return cospadi_multiply_levels(from, to, rows, dtype, packed.get(), bits, offsets.get(), columns.get(),
+                                           rest.get(), d2, d1, outputs.get(), inputs.get(), 1, level);
+          };
+          if (multiply(x.get(), y.get(), 0)) return 7;
+          for (int r = 0; r < rows; ++r) {
+            for (int j = 0; j < d2; ++j) {
+              double sum = 0, scale = 1e-30;
+              for (int i = 0; i < d1; ++i) {
+                sum += double(x[r * d1 + i]) * matrix[j * d1 + i];
+                scale += std::fabs(double(x[r * d1 + i]) * matrix[j * d1 + i]);
+              }
+              if (!(std::fabs(y[r * d2 + j] - sum) <= 1e-5 * scale)) return 8;
+            }
+          }
+          for (int dtype : {1, 2}) {
+            if (multiply(halves.get(), half_y.get(), dtype)) return 9;
+          }
+        }
       }
     }
   }
@@ -298,6 +355,7 @@ int main() {
   for (int level = 0; level < cospadi_levels(); ++level) {
     if (!cospadi_level_supported(level)) continue;
     if (const int failed = decode_noise(level, random)) return failed;
+    if (const int failed = multiply_levels(level, random)) return failed;
     for (int bits : {10, 14, 16}) {
       for (int k : {1, 9, 31, 64, 300}) {
         for (int d2 : {1, 33, 70}) {

@@ -233,7 +233,7 @@ def tensor_bytes(model: nn.Module) -> int:
     tensors = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         if isinstance(module, CompressedLinear):
-            tensors += [kept[1] for kept in (module._kept, module._offsets) if kept is not None]
+            tensors += module.kept_tensors()
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 

@@ -62,8 +62,7 @@ _MAGNITUDES = 128  # of `bits_table`
 
 _NO_LEVEL = "a level is none that its state's quantizer has"
 _DAMAGED = "the coded levels are damaged: a block does not end as it should"
-_REASONS = {1: _NO_LEVEL, 2: "there is not enough memory to code the levels", 4: _DAMAGED}
-_TOO_WIDE = 3
+_REASONS = {1: _NO_LEVEL, 2: "there is not enough memory to code the levels", 3: _DAMAGED}
 
 
 def symbols_of(levels: Tensor, block_rows: int) -> tuple[Tensor, Tensor]:
@@ -138,38 +137,30 @@ def decode(
     lanes: int,
     first_block: int = 0,
     last_block: int | None = None,
-    dtype: torch.dtype = torch.int16,
 ) -> Tensor:
     """Inverse of `encode` for the blocks before `last_block` from `first_block` on.
 
     Args:
         stream, offsets: what `encode` gave, all of it.
         rows, cols, block_rows, lanes: those of all levels, as they were given to it.
-        dtype: int16, or int8.
     Returns:
-        (rows of these blocks, d1).
+        int16 (rows of these blocks, d1).
     Raises:
         ValueError: damaged bytes, as far as they show; offsets that are not the stream's.
-        OverflowError: the levels are right, and int8 does not hold them.
     """
     block_rows = _checked_rows(rows, cols, block_rows, lanes)
     blocks = _blocks(len(rows), block_rows)
     last_block = blocks if last_block is None else last_block
     if not 0 <= first_block <= last_block <= blocks:
         raise ValueError(f"blocks {first_block} to {last_block} were asked for, and there are {blocks}")
-    if dtype not in (torch.int8, torch.int16):
-        raise ValueError(f"levels are decoded to int8 or int16, not to {dtype}")
     _check_offsets(stream, offsets, blocks, lanes)
     found = _library(stream, offsets, rows, cols)
     if found is None:
-        levels = _decode(stream, offsets, rows, cols, block_rows, lanes, first_block, last_block)
-        if dtype == torch.int8 and not torch.equal(levels.to(dtype), levels):
-            raise OverflowError("int8 does not hold the levels")
-        return levels.to(dtype)
+        return _decode(stream, offsets, rows, cols, block_rows, lanes, first_block, last_block)
     tables = _tables_of(rows, cols)
     rows, cols, stream, offsets = rows.contiguous(), cols.contiguous(), stream.contiguous(), offsets.contiguous()
     height = min(last_block * block_rows, len(rows)) - min(first_block * block_rows, len(rows))
-    out = torch.empty(height, len(cols), dtype=dtype)
+    out = torch.empty(height, len(cols), dtype=torch.int16)
     status = found.cospadi_rans_decode(
         stream.data_ptr(),
         offsets.data_ptr(),
@@ -183,12 +174,9 @@ def decode(
         lanes,
         tables.slots.data_ptr(),
         out.data_ptr(),
-        dtype.itemsize,
         torch.get_num_threads(),
         best_level(),
     )
-    if status == _TOO_WIDE:
-        raise OverflowError("int8 does not hold the levels")
     if status:
         raise ValueError(_REASONS[status])
     return out

@@ -90,9 +90,8 @@ class CospadiQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for module in model.modules():
-            # Counted here, since a compiler that meets the layer before its first call could not keep them.
             if isinstance(module, CompressedLinear):
-                module.column_offsets()
+                module.prepare(model.dtype)
         model.save_pretrained = SavePretrained(model)
         return model
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cospadi.native import best_level, library
+from cospadi.runtime.levels import Levels
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """z's dtypes, as the library numbers them."""
@@ -21,11 +22,15 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DECODE_ROWS = 24
 """Up to this many rows of z are multiplied with packed coefficients; more go through unpacked tiles."""
 
+LEVEL_ROWS = 16
+"""The same of levels."""
+
 DENSE_ROWS = 8
 """Up to this many rows `dense_matmul` beats torch's product; with 16 the two are about even."""
 
-TILE_BYTES = 32 << 20
-"""Unpacked coefficients that a tile has at most. Few large products beat many small ones: unpacking takes little."""
+TILE_BYTES = 8 << 20
+"""Unpacked coefficients that a tile has at most. Few large products beat many small ones, but 32 MB are memory that the
+system makes anew for each product, which took as long as all the rest of one with 64 rows."""
 
 _REASONS = {1: "the stored values are fewer than the support mask has bits", 2: "there is not enough memory"}
 
@@ -133,6 +138,53 @@ def _through_tiles(
         _unpack_to(tile, begin, stored)
         y[:, begin : begin + columns] = torch.nn.functional.linear(z, tile)
     return y
+
+
+def can_multiply_levels(x: Tensor, packed: Tensor) -> bool:
+    """Whether `level_matmul` takes these."""
+    return AVAILABLE and x.device.type == packed.device.type == "cpu" and x.dtype in DTYPES
+
+
+def level_matmul(x: Tensor, levels: Levels, level: int | None = None) -> Tensor:
+    """y = ((x u) N^T) v for x (..., d1); `level` is one of `native.levels()`. All of `levels` is contiguous."""
+    d2, d1, shape = len(levels.outputs), len(levels.inputs), x.shape[:-1]
+    rows = math.prod(shape)
+    level = best_level() if level is None else level
+    if rows > LEVEL_ROWS:
+        return _levels_through_tiles(x.reshape(rows, d1), levels, level).view(*shape, d2)
+    x, y = x.contiguous(), x.new_empty((*shape, d2))
+    steps = levels.outputs.data_ptr(), levels.inputs.data_ptr()
+    given = x.data_ptr(), y.data_ptr(), rows, DTYPES[x.dtype]
+    threads = torch.get_num_threads()
+    _check(_library().cospadi_multiply_levels(*given, *_pointers(levels), d2, d1, *steps, threads, level))
+    return y
+
+
+def _levels_through_tiles(x: Tensor, levels: Levels, level: int) -> Tensor:
+    d2, d1 = len(levels.outputs), len(levels.inputs)
+    through = _unpacked_dtype(x.dtype)
+    scaled = (x * levels.inputs).to(through)
+    outputs = -(-d2 // -(-d2 * d1 * through.itemsize // TILE_BYTES))
+    room = torch.empty(outputs, d1, dtype=through)
+    y = torch.empty(len(x), d2, dtype=x.dtype)
+    for begin in range(0, d2, outputs):
+        end = min(begin + outputs, d2)
+        tile = unpack_levels(levels, begin, end, room[: end - begin], level)
+        y[:, begin:end] = torch.nn.functional.linear(scaled, tile) * levels.outputs[begin:end]
+    return y
+
+
+def unpack_levels(levels: Levels, begin: int, end: int, out: Tensor, level: int | None = None) -> Tensor:
+    """Rows of N with what is beside it, in out (end - begin, d1), float32 or bf16: exact up to 256."""
+    given = out.data_ptr(), DTYPES[out.dtype], begin, end
+    level = best_level() if level is None else level
+    _library().cospadi_unpack_levels(*given, *_pointers(levels), out.shape[1], torch.get_num_threads(), level)
+    return out
+
+
+def _pointers(levels: Levels) -> tuple[int, ...]:
+    beside = levels.offsets.data_ptr(), levels.columns.data_ptr(), levels.rest.data_ptr()
+    return levels.packed.data_ptr(), levels.bits, *beside
 
 
 def _unpacked_dtype(dtype: torch.dtype) -> torch.dtype:

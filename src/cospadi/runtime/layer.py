@@ -15,6 +15,7 @@ from cospadi import compat
 from cospadi.errors import UserError
 from cospadi.format.form import Form
 from cospadi.runtime import op
+from cospadi.runtime.levels import Levels, read_levels
 
 Runtime = Literal["auto", "packed", "unpacked", "dense"]
 
@@ -152,7 +153,7 @@ class CompressedLinear(nn.Module):
             self.register_buffer(self.names.values, buffer(values, form.codec.dtype))
         self.bias = parameter([out_features] if bias else None)
         self._offsets: tuple[Hashable, Tensor] | None = None
-        self._kept: tuple[Hashable, Tensor] | None = None
+        self._kept: tuple[Hashable, Tensor | Levels] | None = None
 
     support: Tensor | None
 
@@ -178,7 +179,7 @@ class CompressedLinear(nn.Module):
         learns = torch.is_grad_enabled() and atoms is not None and atoms.requires_grad
         if self.runtime == "dense" and not trainable and not learns:
             weight = self._keep(x, self._weight)
-            if weight is not None:
+            if isinstance(weight, Tensor):
                 return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
         z = x if atoms is None else _multiply(x, atoms, self.group)
         if trainable and support is None:
@@ -189,19 +190,22 @@ class CompressedLinear(nn.Module):
             self.runtime == "unpacked"
             or (self.runtime == "auto" and not op.has_kernel(z, support, values, kind, codec))
         ):
-            unpacked = self._keep(z, self.coefficients)
+            unpacked = self._keep(z, self._unpacked)
+        if isinstance(unpacked, Levels):
+            y = op.level_matmul(z, unpacked)
+            return y if bias is None else y + bias.to(y.dtype)
         offsets = None if trainable else self.column_offsets()
         y = op.sparse_matmul(z, support, values, offsets, self.out_features, self.k, kind, codec, unpacked)
         return y if bias is None else y + bias.to(y.dtype)
 
-    def _keep(self, like: Tensor, make: Callable[[torch.dtype], Tensor]) -> Tensor | None:
+    def _keep(self, like: Tensor, make: Callable[[torch.dtype], Tensor | Levels]) -> Tensor | Levels | None:
         """A matrix that `make` makes in the dtype of `like`, once for as long as the factors stay as they are.
 
         None where it would have to be made by a compiler, or of factors that are elsewhere (offloaded).
         """
         if torch.compiler.is_compiling():
             made = None if self._kept is None else self._kept[1]
-            return made if made is not None and made.dtype == like.dtype and made.device == like.device else None
+            return made if made is not None and _serves(made, like) else None
         factors = [tensor for tensor in (self.atoms, self.support, self.codes) if tensor is not None]
         if any(tensor.device.type == "meta" for tensor in factors):
             return None
@@ -211,6 +215,30 @@ class CompressedLinear(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 self._kept = state, make(like.dtype)
         return self._kept[1]
+
+    def _unpacked(self, dtype: torch.dtype) -> Tensor | Levels:
+        """What is kept of S where no kernel reads it as it is stored: levels as integers where there is a kernel for
+        these, unless too many of them are large or all is to be unpacked; else a dense matrix."""
+        if self.form.codec.coded and self.runtime == "auto" and op.takes_levels(self.codes.new_empty(0, dtype=dtype)):
+            levels = read_levels(self.codes)
+            if levels is not None:
+                return levels
+        return self.coefficients(dtype)
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Make what the first call would, which a compiler that meets the layer before it could not keep.
+
+        Args:
+            dtype: of x.
+        """
+        self.column_offsets()
+        if self.runtime == "auto" and self.form.codec.coded:
+            self._keep(self.codes.new_empty(0, dtype=dtype), self._unpacked)
+
+    def kept_tensors(self) -> list[Tensor]:
+        """What is in memory beside parameters and buffers."""
+        found = [kept[1] for kept in (self._kept, self._offsets) if kept is not None]
+        return [tensor for one in found for tensor in ([one] if isinstance(one, Tensor) else one)]
 
     def set_runtime(self, runtime: Runtime, dtype: torch.dtype | None = None) -> None:
         """See `cospadi.runtime.layer.set_runtime`.
@@ -223,7 +251,7 @@ class CompressedLinear(nn.Module):
         dtype = dtype if self.atoms is None else self.atoms.dtype
         if runtime in ("unpacked", "dense") and dtype is not None and not isinstance(self.codes, nn.Parameter):
             like = self.codes.new_empty(0, dtype=dtype)
-            self._keep(like, self._weight if runtime == "dense" else self.coefficients)
+            self._keep(like, self._weight if runtime == "dense" else self._unpacked)
 
     def column_offsets(self) -> Tensor | None:
         """Number of nonzeros before each column and in all, int32 (d2 + 1,), counted once.
@@ -323,6 +351,13 @@ class CompressedLinear(nn.Module):
         )
 
 
+def _serves(made: Tensor | Levels, like: Tensor) -> bool:
+    """Whether what was made for some x serves one like this."""
+    if isinstance(made, Levels):
+        return made.packed.device == like.device
+    return made.dtype == like.dtype and made.device == like.device
+
+
 def set_runtime(model: nn.Module, runtime: Runtime) -> None:
     """Choose what every layer of a model with packed values keeps in memory, and so what it multiplies with.
 
@@ -330,7 +365,8 @@ def set_runtime(model: nn.Module, runtime: Runtime) -> None:
         runtime: "packed" keeps nothing beside the packed form, which the kernels read as it is (where there is no
             kernel, S is unpacked in each call). "unpacked" keeps S as a dense matrix: more memory than the dense model.
             "dense" keeps the product W = D S: the dense model's speed for long prompts, and its memory beside the
-            packed form's. "auto", as loaded: packed where there is a kernel, else unpacked, on first use.
+            packed form's. "auto", as loaded: packed where there is a kernel; else unpacked, on first use; but levels
+            of a code as integers of 4 or 8 bits, where there is a kernel for these.
     """
     dtype = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
     for module in model.modules():

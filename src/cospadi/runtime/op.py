@@ -1,7 +1,9 @@
-"""The one op, `cospadi::sparse_matmul`: z S for coefficients S stored with any support and any codec.
+"""The ops: `cospadi::sparse_matmul`, z S for coefficients S stored with any support and any codec, and
+`cospadi::level_matmul`, the same for levels of a code that were decoded to integers.
 
-Registered with torch.library, so that torch.compile, torch.export and autograd see it whole. It runs the C++ kernels
-on CPU and the Triton kernels on GPU, which read the packed form as it is, and the reference in plain torch elsewhere.
+Registered with torch.library, so that torch.compile, torch.export and autograd see them whole. They run the C++ kernels
+on CPU and the Triton kernels on GPU (of the first), which read the packed form as it is, and the reference in plain
+torch elsewhere.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from cospadi.errors import KernelError
 from cospadi.format.codecs import CODECS
 from cospadi.format.supports import SUPPORTS
 from cospadi.runtime import cpu, reference
+from cospadi.runtime.levels import Levels, dense
 
 log = logging.getLogger("cospadi")
 
@@ -207,3 +210,49 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _sparse_matmul.register_autograd(_backward, setup_context=_setup_context)
+
+
+def takes_levels(x: Tensor) -> bool:
+    """Whether levels are multiplied as integers here."""
+    return cpu.can_multiply_levels(x, x)
+
+
+def level_matmul(x: Tensor, levels: Levels) -> Tensor:
+    """y = x W^T for x (..., d1) of any float dtype, in it."""
+    if x.dim() == 0 or x.shape[-1] != len(levels.inputs):
+        raise ValueError(f"x is {list(x.shape)}, and the levels have {len(levels.inputs)} inputs")
+    if _is_watched(x, levels.inputs):
+        y: Tensor = _level_matmul(x, *levels)
+        return y
+    return _multiply_levels(x, *levels)
+
+
+def _multiply_levels(
+    x: Tensor, packed: Tensor, outputs: Tensor, inputs: Tensor, offsets: Tensor, columns: Tensor, rest: Tensor
+) -> Tensor:
+    levels = Levels(packed, outputs, inputs, offsets, columns, rest)
+    if cpu.can_multiply_levels(x, packed):
+        return cpu.level_matmul(x, levels)
+    return torch.nn.functional.linear(x, dense(levels).to(x.dtype))
+
+
+_level_matmul = torch.library.custom_op("cospadi::level_matmul", _multiply_levels, mutates_args=())
+
+
+@_level_matmul.register_fake
+def _(
+    x: Tensor, packed: Tensor, outputs: Tensor, inputs: Tensor, offsets: Tensor, columns: Tensor, rest: Tensor
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], len(outputs)))
+
+
+def _keep_levels(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _through_levels(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight = dense(Levels(*ctx.saved_tensors)).to(grad.dtype)
+    return grad @ weight, None, None, None, None, None, None
+
+
+_level_matmul.register_autograd(_through_levels, setup_context=_keep_levels)

@@ -151,8 +151,8 @@ class Ec(Codec):
             torch.from_numpy(content[start:]),
         )
 
-    def decode(self, stored: Tensor, count: int) -> Tensor:
-        """As everywhere.
+    def levels(self, stored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """N transposed, int16 (d2, k), and the steps of outputs and inputs, float32, on the stored tensor's device.
 
         Raises:
             CheckpointError: it is damaged.
@@ -165,7 +165,16 @@ class Ec(Codec):
             raise CheckpointError(
                 f"levels in a code cannot be read ({error}). cospadi verify tells which tensor is damaged"
             ) from None
-        levels, outputs, inputs = (part.to(stored.device) for part in (levels, found.outputs, found.inputs))
+        device = stored.device
+        return levels.to(device), found.outputs.to(device), found.inputs.to(device)
+
+    def decode(self, stored: Tensor, count: int) -> Tensor:
+        """As everywhere.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        levels, outputs, inputs = self.levels(stored)
         return (levels * inputs * outputs[:, None]).flatten()[:count]
 
     def problem(self, tensor: Any, count: int) -> str | None:

@@ -1,10 +1,10 @@
 // The C interface, which Python calls through ctypes: levels, threads, conversions, and the ends of buffers.
 #include <algorithm>
-#include <bit>
 #include <vector>
 
 #include "kernels.h"
 #include "parallel.h"
+#include "rows.h"
 
 namespace cospadi {
 
@@ -12,10 +12,7 @@ Parallel openmp = nullptr;
 
 namespace {
 
-enum Dtype { FLOAT = 0, BF16 = 1, HALF = 2 };
 enum Status { OK = 0, STREAM_TOO_SHORT = 1, OUT_OF_MEMORY = 2 };
-
-constexpr int RUN = MAX_COLUMNS;  // columns a task takes
 
 const Kernels* const LEVELS[] = {
     &portable_kernels,
@@ -25,32 +22,6 @@ const Kernels* const LEVELS[] = {
 #endif
 };
 constexpr int LEVEL_COUNT = sizeof(LEVELS) / sizeof(LEVELS[0]);
-
-uint16_t to_bf16(float value) {
-  uint32_t pattern = std::bit_cast<uint32_t>(value);
-  if ((pattern & 0x7FFFFFFF) > 0x7F800000) return static_cast<uint16_t>(pattern >> 16 | 0x40);
-  return static_cast<uint16_t>((pattern + 0x7FFF + (pattern >> 16 & 1)) >> 16);
-}
-
-float half_to_float(uint16_t half) {
-  const uint32_t sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31, mantissa = half & 1023;
-  if (exponent == 31) return std::bit_cast<float>(sign | 0x7F800000 | mantissa << 13);
-  if (exponent) return std::bit_cast<float>(sign | (exponent + 112) << 23 | mantissa << 13);
-  const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
-  return sign ? -magnitude : magnitude;
-}
-
-uint16_t to_half(float value) {
-  const uint32_t pattern = std::bit_cast<uint32_t>(value);
-  const uint32_t sign = pattern >> 16 & 0x8000, magnitude = pattern & 0x7FFFFFFF;
-  if (magnitude > 0x7F800000) return static_cast<uint16_t>(sign | 0x7E00);
-  if (magnitude >= 0x477FF000) return static_cast<uint16_t>(sign | 0x7C00);  // rounds to 65536 or more
-  if (magnitude < 0x38800000) {  // subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits
-    const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
-    return static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(shifted) - 0x3F000000));
-  }
-  return static_cast<uint16_t>(sign | (magnitude + 0xFFF + (magnitude >> 13 & 1) - 0x38000000) >> 13);
-}
 
 // S with the last columns' values in a copy, after which a kernel may read on.
 class Coefficients {
@@ -91,78 +62,6 @@ class Coefficients {
   int tail_;  // columns before it end MARGIN bytes before the stream's end, or earlier
   std::vector<uint8_t> copy_;
 };
-
-int runs(int d2) { return (d2 + RUN - 1) / RUN; }
-
-// A batch of rows of z as a kernel takes them, on the boundary of a cache line.
-template <class Entry>
-class Rows {
- public:
-  Rows(const void* z, int64_t first, int count, int k, int dtype)
-      : first_(first),
-        count_(count),
-        padded_count_(static_cast<int>(std::bit_ceil(static_cast<unsigned>(count)))),
-        memory_(static_cast<size_t>(padded_count_) * padded(k) + LINE, 0) {
-    const auto address = reinterpret_cast<uintptr_t>(memory_.data());
-    data_ = memory_.data() + (-address % 64) / sizeof(Entry);
-    for (int r = 0; r < count; ++r) {
-      const size_t from = static_cast<size_t>(first + r) * k;
-      for (int j = 0; j < k; j += ATOMS) {
-        copy(z, from + j, std::min(ATOMS, k - j), dtype, data_ + place_in_z(padded_count_, r, j));
-      }
-    }
-  }
-  const Entry* data() const { return data_; }
-  int64_t first() const { return first_; }
-  int count() const { return count_; }
-  int padded_count() const { return padded_count_; }  // with rows of zeros
-
- private:
-  static constexpr size_t LINE = 64 / sizeof(Entry);
-
-  static void copy(const void* z, size_t at, int count, int dtype, Entry* to) {
-    if (dtype == FLOAT || sizeof(Entry) == 2) {
-      std::memcpy(to, static_cast<const Entry*>(z) + at, sizeof(Entry) * count);
-    } else {
-      const uint16_t* bits = static_cast<const uint16_t*>(z) + at;
-      for (int i = 0; i < count; ++i) {
-        to[i] = static_cast<Entry>(dtype == BF16 ? to_float(bits[i]) : half_to_float(bits[i]));
-      }
-    }
-  }
-
-  int64_t first_;
-  int count_, padded_count_;
-  std::vector<Entry> memory_;  // moves with its contents in place, so data_ stays right
-  Entry* data_;
-};
-
-void store(void* y, size_t at, float value, int dtype) {
-  if (dtype == FLOAT) {
-    static_cast<float*>(y)[at] = value;
-  } else {
-    static_cast<uint16_t*>(y)[at] = dtype == BF16 ? to_bf16(value) : to_half(value);
-  }
-}
-
-// All rows of z, in batches as kernels take them.
-template <class Entry>
-std::vector<Rows<Entry>> in_batches(const void* z, int64_t rows, int k, int dtype) {
-  std::vector<Rows<Entry>> batches;
-  for (int64_t first = 0; first < rows; first += MAX_ROWS) {
-    batches.emplace_back(z, first, static_cast<int>(std::min<int64_t>(MAX_ROWS, rows - first)), k, dtype);
-  }
-  return batches;
-}
-
-// Rounds sums of columns `column` .. `column + count - 1` to y (rows, d2).
-template <class Entry>
-void store_sums(const Rows<Entry>& batch, const float* sums, void* y, int d2, int column, int count, int dtype) {
-  for (int r = 0; r < batch.count(); ++r) {
-    const size_t at = static_cast<size_t>(batch.first() + r) * d2 + column;
-    for (int c = 0; c < count; ++c) store(y, at + c, sums[c * batch.padded_count() + r], dtype);
-  }
-}
 
 // Every run of columns is multiplied with all batches of rows while it is in a near cache.
 template <class Entry, class Multiply>

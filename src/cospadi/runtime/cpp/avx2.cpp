@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "levels.h"
 
 namespace cospadi {
 namespace {
@@ -125,6 +126,7 @@ bool supported() {
 }  // namespace
 
 const Kernels avx2_kernels = {"avx2", supported, multiply, nullptr, unpack_bf16, unpack_float, nullptr,
-                              nullptr, nullptr};
+                              multiply_levels_avx2, nullptr, unpack_levels_avx2,
+                              unpack_levels_avx2, nullptr};
 
 }  // namespace cospadi

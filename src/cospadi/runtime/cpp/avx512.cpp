@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "kernels.h"
+#include "levels.h"
 
 namespace cospadi {
 namespace {
@@ -219,6 +220,7 @@ bool supported() {
 }  // namespace
 
 const Kernels avx512_kernels = {"avx512", supported, multiply<float>, multiply<uint16_t>, unpack<uint16_t>,
-                                unpack<float>, multiply_dense, decode_to_bytes_avx512, decode_to_words_avx512};
+                                unpack<float>, multiply_dense, multiply_levels_avx512, multiply_levels_avx512,
+                                unpack_levels_avx512, unpack_levels_avx512, decode_sixteen_avx512};
 
 }  // namespace cospadi

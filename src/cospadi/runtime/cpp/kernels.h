@@ -40,6 +40,19 @@ struct Columns {
   uint64_t bit(int c) const { return static_cast<uint64_t>(offsets[c]) * value_bits - first_bit; }
 };
 
+// A run of outputs of a matrix of small integers (levels), in rows of `width` of them: a multiple of ATOMS, zeros after
+// the last input. A level is an int8, or half a byte: of 32 levels, byte b has number b in its low half, b + 16 in its
+// high one, both in two's complement.
+struct LevelRows {
+  int count;
+  int width;
+  int bits;  // 4 or 8
+  const uint8_t* levels;
+
+  size_t row_bytes() const { return static_cast<size_t>(width) / 8 * bits; }
+  const uint8_t* row(int c) const { return levels + c * row_bytes(); }
+};
+
 // One instruction set's way of doing it.
 struct Kernels {
   const char* name;
@@ -54,9 +67,15 @@ struct Kernels {
   // sums[c * rows + r] = sum over j < width of x[place_in_z(rows, r, j)] matrix[c * width + j] for c < count, in bf16;
   // null where the machine's library does it as well.
   void (*multiply_dense)(const uint16_t* matrix, int count, int width, const uint16_t* x, int rows, float* sums);
+  // sums[c * rows + r] = sum over inputs i of x[place_in_z(rows, r, i)] level[c, i], accumulated in float.
+  void (*multiply_levels_float)(const LevelRows&, const float* x, int rows, float* sums);
+  // The same for x in bf16; null where bf16 is to be turned into float first.
+  void (*multiply_levels_bf16)(const LevelRows&, const uint16_t* x, int rows, float* sums);
+  // Levels of the first `inputs` inputs, as rows of so many bf16 bits, or floats.
+  void (*unpack_levels_bf16)(const LevelRows&, int inputs, uint16_t* out);
+  void (*unpack_levels_float)(const LevelRows&, int inputs, float* out);
   // Sixteen lanes of coded levels; null where plain C++ does it.
-  DecodeSixteen<int8_t> decode_to_bytes;
-  DecodeSixteen<int16_t> decode_to_words;
+  DecodeSixteen decode_sixteen;
 };
 
 extern const Kernels portable_kernels;

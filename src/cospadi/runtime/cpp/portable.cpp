@@ -2,6 +2,7 @@
 #include <bit>
 
 #include "kernels.h"
+#include "levels.h"
 
 namespace cospadi {
 namespace {
@@ -63,6 +64,7 @@ void unpack_float(const Columns& columns, float* out) { unpack(columns, out, to_
 }  // namespace
 
 const Kernels portable_kernels = {"portable", [] { return true; }, multiply, nullptr, unpack_bf16, unpack_float,
-                                  nullptr, nullptr, nullptr};
+                                  nullptr, multiply_levels_portable, nullptr, unpack_levels_portable,
+                                  unpack_levels_portable, nullptr};
 
 }  // namespace cospadi

@@ -12,7 +12,7 @@ namespace cospadi {
 namespace {
 
 // Of two, the larger one is told.
-enum Status { OK = 0, NO_LEVEL = 1, OUT_OF_MEMORY = 2, TOO_WIDE = 3, DAMAGED = 4 };
+enum Status { OK = 0, NO_LEVEL = 1, OUT_OF_MEMORY = 2, DAMAGED = 3 };
 
 constexpr int TABLE = 128;  // entries that the encoder's tables have for a class and a quantizer
 
@@ -143,12 +143,11 @@ class Encoder {
 
 // A group of `LANES` columns, or of as many as `lanes` says where LANES is 0. What is no matter of tables and words
 // is in loops of int16 that a compiler vectorizes.
-template <int LANES, class Level>
-void decode_group(Decoding& block, int lanes, const int16_t* cols, Level* out, ptrdiff_t stride) {
+template <int LANES>
+void decode_group(Decoding& block, int lanes, const int16_t* cols, int16_t* out, ptrdiff_t stride) {
   const int count = LANES ? LANES : lanes;
   const uint32_t* slots = block.slots;
   int16_t bits[3][MAX_LANES] = {};  // of the states of the trellis, lowest first
-  int16_t wide = 0;
   uint32_t x[MAX_LANES];
   std::copy_n(block.states, count, x);
   int16_t columns[MAX_LANES];
@@ -189,9 +188,7 @@ void decode_group(Decoding& block, int lanes, const int16_t* cols, Level* out, p
     }
     for (int lane = 0; lane < count; ++lane) {
       const int16_t k = symbols[lane], low = bits[0][lane], middle = bits[1][lane], high = bits[2][lane];
-      const int16_t level = static_cast<int16_t>(level_of(k, low));
-      out[lane] = static_cast<Level>(level);
-      wide |= out[lane] ^ level;
+      out[lane] = static_cast<int16_t>(level_of(k, low));
       // NEXT_STATE, written out
       bits[0][lane] = middle ^ (low & ~high);
       bits[1][lane] = (k & 1) ^ (low ? middle : high);
@@ -199,11 +196,9 @@ void decode_group(Decoding& block, int lanes, const int16_t* cols, Level* out, p
     }
   }
   std::copy_n(x, count, block.states);
-  block.wide |= wide != 0;
 }
 
-template <class Level>
-void decode_group(Decoding& block, int lanes, const int16_t* cols, Level* out, ptrdiff_t stride) {
+void decode_group(Decoding& block, int lanes, const int16_t* cols, int16_t* out, ptrdiff_t stride) {
   switch (lanes) {
     case 1: return decode_group<1>(block, 1, cols, out, stride);
     case 4: return decode_group<4>(block, 4, cols, out, stride);
@@ -213,14 +208,13 @@ void decode_group(Decoding& block, int lanes, const int16_t* cols, Level* out, p
 }
 
 // What is to be decoded: blocks between offsets, which are in order and inside the stream.
-template <class Level>
 struct Task {
   const Shape& shape;
   const uint8_t* stream;
   const int64_t* offsets;
   const uint32_t* slots;
-  DecodeSixteen<Level> decode_sixteen;
-  Level* out;  // of block `first`
+  DecodeSixteen decode_sixteen;
+  int16_t* out;  // of block `first`
   int first;
 
   // Decodes `count` blocks, PAIR at most, together: while one waits for its tables, the other one calculates.
@@ -229,7 +223,7 @@ struct Task {
       return std::max(run(block, 1), run(block + 1, 1));
     }
     Decoding decodings[PAIR];
-    Level* outs[PAIR];
+    int16_t* outs[PAIR];
     for (int i = 0; i < count; ++i) {
       if (!begin(decodings[i], block + i)) return DAMAGED;
       outs[i] = out + (shape.first_row(block + i) - shape.first_row(first)) * shape.d1;
@@ -265,13 +259,11 @@ struct Task {
   Status end(const Decoding& decoding) const {
     const uint32_t* states = decoding.states;
     const bool ended = std::all_of(states, states + shape.lanes, [](uint32_t x) { return x == BOUND; });
-    if (!ended || decoding.unfit || decoding.next != decoding.end) return DAMAGED;
-    return decoding.wide ? TOO_WIDE : OK;
+    return !ended || decoding.unfit || decoding.next != decoding.end ? DAMAGED : OK;
   }
 };
 
-template <class Level>
-int decode(const Task<Level>& task, int last_block, int threads) {
+int decode(const Task& task, int last_block, int threads) {
   std::atomic<int> worst{OK};
   const int blocks = last_block - task.first;
   const int each = task.decode_sixteen && task.shape.lanes == MAX_LANES && blocks >= PAIR * threads ? PAIR : 1;
@@ -319,18 +311,10 @@ EXPORT int cospadi_rans_encode(const int16_t* levels, int64_t d2, int64_t d1, co
   return OUT_OF_MEMORY;
 }
 
-// Levels of blocks first_block to last_block - 1, as int8 or int16 by level_bytes. Offsets ascend inside the stream.
+// Levels of blocks first_block to last_block - 1. Offsets ascend inside the stream.
 EXPORT int cospadi_rans_decode(const uint8_t* stream, const int64_t* offsets, int first_block, int last_block,
                                int64_t d2, int64_t d1, const int16_t* rows, const int16_t* cols, int64_t block_rows,
-                               int lanes, const uint32_t* slots, void* out, int level_bytes, int threads, int level) {
+                               int lanes, const uint32_t* slots, int16_t* out, int threads, int level) {
   const Shape shape{d2, d1, block_rows, lanes, rows, cols};
-  const Kernels& kernels = kernels_of(level);
-  if (level_bytes == 1) {
-    const auto to = static_cast<int8_t*>(out);
-    const Task<int8_t> task{shape, stream, offsets, slots, kernels.decode_to_bytes, to, first_block};
-    return decode(task, last_block, threads);
-  }
-  const auto to = static_cast<int16_t*>(out);
-  const Task<int16_t> task{shape, stream, offsets, slots, kernels.decode_to_words, to, first_block};
-  return decode(task, last_block, threads);
+  return decode({shape, stream, offsets, slots, kernels_of(level).decode_sixteen, out, first_block}, last_block, threads);
 }

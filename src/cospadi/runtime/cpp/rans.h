@@ -37,7 +37,6 @@ struct Decoding {
   const uint8_t* end;
   bool overrun = false;   // words were missing
   bool unfit = false;     // a level that int16 does not hold
-  bool wide = false;      // a level that the output's type does not hold
 
   void refill(uint32_t& x) {
     if (x >= BOUND) return;
@@ -74,12 +73,11 @@ struct Decoding {
 constexpr int PAIR = 2;
 
 // Decodes 16 columns of 1 or PAIR blocks to theirs of `outs`, where rows are `stride` apart.
-template <class Level>
-using DecodeSixteen = void (*)(Decoding* blocks, int count, const int16_t* cols, Level* const* outs, ptrdiff_t stride);
+using DecodeSixteen = void (*)(Decoding* blocks, int count, const int16_t* cols, int16_t* const* outs,
+                               ptrdiff_t stride);
 
 #ifdef COSPADI_X86
-void decode_to_bytes_avx512(Decoding* blocks, int count, const int16_t* cols, int8_t* const* outs, ptrdiff_t stride);
-void decode_to_words_avx512(Decoding* blocks, int count, const int16_t* cols, int16_t* const* outs, ptrdiff_t stride);
+void decode_sixteen_avx512(Decoding* blocks, int count, const int16_t* cols, int16_t* const* outs, ptrdiff_t stride);
 #endif
 
 }  // namespace cospadi

@@ -29,17 +29,6 @@ inline __m512i load(const int16_t* values) {
   return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
 }
 
-inline __mmask16 store(int8_t* out, __m512i levels) {
-  const __m128i bytes = _mm512_cvtepi32_epi8(levels);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes);
-  return _mm512_cmpneq_epi32_mask(_mm512_cvtepi8_epi32(bytes), levels);
-}
-
-inline __mmask16 store(int16_t* out, __m512i levels) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(levels));
-  return 0;  // those that do not fit are `unfit`
-}
-
 // Levels of symbols k; the masks are of lanes whose quantizer has the odd ones.
 inline __m512i levels_of(__m512i k, __mmask16 odd) {
   const __m512i one = broadcast(1), zero = _mm512_setzero_si512(), twice = _mm512_add_epi32(k, k);
@@ -53,10 +42,9 @@ struct Lanes {
   __m512i columns;  // classes' parts, from 0 on
   __m512i x = _mm512_loadu_si512(block.states);
   __m512i trellis = _mm512_setzero_si512();
-  __mmask16 wide = 0, unfit = 0;
+  __mmask16 unfit = 0;
 
-  template <class Level>
-  void decode_row(int r, Level* out) {
+  void decode_row(int r, int16_t* out) {
     const __m512i one = broadcast(1), low_bits = broadcast(SLOTS - 1);
     const __m512i next_state = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(NEXT_STATE)));
     __m512i classes = _mm512_add_epi32(columns, broadcast(block.rows[r]));
@@ -71,10 +59,9 @@ struct Lanes {
     const __mmask16 raw = escapes | _mm512_cmpge_epi32_mask(classes, broadcast(FIRST_RAW_CLASS));
     if (raw) k = with_raw_bits(k, classes, raw, escapes);
     const __m512i levels = levels_of(k, _mm512_test_epi32_mask(trellis, one));
-    if (escapes) {
-      unfit |= _mm512_cmpneq_epi32_mask(_mm512_cvtepi16_epi32(_mm512_cvtepi32_epi16(levels)), levels);
-    }
-    wide |= store(out, levels);
+    const __m256i words = _mm512_cvtepi32_epi16(levels);
+    if (escapes) unfit |= _mm512_cmpneq_epi32_mask(_mm512_cvtepi16_epi32(words), levels);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), words);
     const __m512i step = _mm512_or_si512(_mm512_slli_epi32(trellis, 1), _mm512_and_si512(k, one));
     trellis = _mm512_permutexvar_epi32(step, next_state);
   }
@@ -90,13 +77,13 @@ struct Lanes {
 
   void end() {
     _mm512_storeu_si512(block.states, x);
-    block.wide |= wide != 0;
     block.unfit |= unfit != 0;
   }
 };
 
-template <class Level>
-void decode(Decoding* blocks, int count, const int16_t* cols, Level* const* outs, ptrdiff_t stride) {
+}  // namespace
+
+void decode_sixteen_avx512(Decoding* blocks, int count, const int16_t* cols, int16_t* const* outs, ptrdiff_t stride) {
   const __m512i columns = _mm512_sub_epi32(load(cols), broadcast(LOWEST_CLASS));
   Lanes first{blocks[0], columns};
   if (count == 1) {
@@ -110,16 +97,6 @@ void decode(Decoding* blocks, int count, const int16_t* cols, Level* const* outs
     second.end();
   }
   first.end();
-}
-
-}  // namespace
-
-void decode_to_bytes_avx512(Decoding* blocks, int count, const int16_t* cols, int8_t* const* outs, ptrdiff_t stride) {
-  decode(blocks, count, cols, outs, stride);
-}
-
-void decode_to_words_avx512(Decoding* blocks, int count, const int16_t* cols, int16_t* const* outs, ptrdiff_t stride) {
-  decode(blocks, count, cols, outs, stride);
 }
 
 }  // namespace cospadi

@@ -1,0 +1,153 @@
+// y = ((x u) N^T) v for small integers N: the C interface, and plain C++ for any machine.
+#include "levels.h"
+
+#include "parallel.h"
+#include "rows.h"
+
+namespace cospadi {
+namespace {
+
+// 32 levels of a row from input i on.
+inline void load(const LevelRows& levels, const uint8_t* row, int i, int8_t* to) {
+  if (levels.bits == 8) {
+    std::memcpy(to, row + i, ATOMS);
+    return;
+  }
+  for (int b = 0; b < ATOMS / 2; ++b) {
+    const uint8_t both = row[i / 2 + b];
+    to[b] = static_cast<int8_t>(static_cast<uint8_t>(both << 4)) >> 4;
+    to[b + ATOMS / 2] = static_cast<int8_t>(both) >> 4;
+  }
+}
+
+template <class Entry, class Convert>
+void unpack(const LevelRows& levels, int inputs, Entry* out, Convert convert) {
+  int8_t some[ATOMS];
+  for (int c = 0; c < levels.count; ++c, out += inputs) {
+    for (int i = 0; i < inputs; i += ATOMS) {
+      load(levels, levels.row(c), i, some);
+      for (int j = i; j < std::min(inputs, i + ATOMS); ++j) out[j] = convert(some[j - i]);
+    }
+  }
+}
+
+// What is added to some levels, which are too large for their bits: of output j those from offsets[j] on.
+struct Rest {
+  const int32_t* offsets;
+  const int32_t* columns;
+  const float* values;
+};
+
+template <class Entry>
+float number(Entry entry) {
+  if constexpr (sizeof(Entry) == 2) {
+    return to_float(entry);
+  } else {
+    return entry;
+  }
+}
+
+template <class Entry>
+using Multiply = void (*)(const LevelRows&, const Entry*, int, float*);
+
+template <class Entry>
+void multiply(const LevelRows& all, Multiply<Entry> multiply_rows, const Rest& rest, const float* outputs,
+              const float* inputs, const void* x, void* y, int64_t rows, int d1, int dtype, int threads) {
+  const auto batches = in_batches<Entry>(x, rows, d1, dtype, inputs);
+  parallel(runs(all.count), threads, [&](int run) {
+    const int first = run * RUN;
+    const LevelRows levels{std::min(RUN, all.count - first), all.width, all.bits, all.row(first)};
+    float sums[MAX_ROWS * RUN];
+    for (const Rows<Entry>& batch : batches) {
+      const int padded_count = batch.padded_count();
+      multiply_rows(levels, batch.data(), padded_count, sums);
+      for (int c = 0; c < levels.count; ++c) {
+        float* sum = sums + c * padded_count;
+        for (int32_t e = rest.offsets[first + c]; e < rest.offsets[first + c + 1]; ++e) {
+          for (int r = 0; r < padded_count; ++r) {
+            sum[r] += number(batch.data()[place_in_z(padded_count, r, rest.columns[e])]) * rest.values[e];
+          }
+        }
+        for (int r = 0; r < padded_count; ++r) sum[r] *= outputs[first + c];
+      }
+      store_sums(batch, sums, y, all.count, first, levels.count, dtype);
+    }
+  });
+}
+
+}  // namespace
+
+void multiply_levels_portable(const LevelRows& levels, const float* x, int rows, float* sums) {
+  with_rows(rows, [&](auto count) {
+    constexpr int ROWS = count;
+    int8_t some[ATOMS];
+    for (int c = 0; c < levels.count; ++c) {
+      float partial[ROWS][ATOMS] = {};
+      for (int i = 0; i < levels.width; i += ATOMS) {
+        load(levels, levels.row(c), i, some);
+        for (int r = 0; r < ROWS; ++r) {
+          for (int j = 0; j < ATOMS; ++j) partial[r][j] += x[place_in_z(ROWS, r, i) + j] * some[j];
+        }
+      }
+      for (int r = 0; r < ROWS; ++r) {
+        float sum = 0;
+        for (float one : partial[r]) sum += one;
+        sums[c * ROWS + r] = sum;
+      }
+    }
+  });
+}
+
+void unpack_levels_portable(const LevelRows& levels, int inputs, uint16_t* out) {
+  unpack(levels, inputs, out, [](int8_t level) { return to_bf16(level); });
+}
+
+void unpack_levels_portable(const LevelRows& levels, int inputs, float* out) {
+  unpack(levels, inputs, out, [](int8_t level) { return static_cast<float>(level); });
+}
+
+}  // namespace cospadi
+
+using namespace cospadi;
+
+// y (rows, d2) = ((x inputs) N^T) outputs for x (rows, d1), contiguous and of `dtype`; sums are made in float. N (d2, d1)
+// is `levels`, in rows as `LevelRows` says, and the rest of those that are too large for so many bits.
+EXPORT int cospadi_multiply_levels(const void* x, void* y, int64_t rows, int dtype, const uint8_t* levels, int bits,
+                                   const int32_t* offsets, const int32_t* columns, const float* rest, int d2, int d1,
+                                   const float* outputs, const float* inputs, int threads, int level) try {
+  const Kernels& kernels = kernels_of(level);
+  const LevelRows all{d2, padded(d1), bits, levels};
+  const Rest beside{offsets, columns, rest};
+  if (dtype == BF16 && kernels.multiply_levels_bf16) {
+    multiply<uint16_t>(all, kernels.multiply_levels_bf16, beside, outputs, inputs, x, y, rows, d1, dtype, threads);
+  } else {
+    multiply<float>(all, kernels.multiply_levels_float, beside, outputs, inputs, x, y, rows, d1, dtype, threads);
+  }
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 2;
+}
+
+// Rows `begin` to `end` of N, of `dtype` FLOAT or BF16.
+EXPORT void cospadi_unpack_levels(void* out, int dtype, int begin, int end, const uint8_t* levels, int bits,
+                                  const int32_t* offsets, const int32_t* columns, const float* rest, int d1, int threads,
+                                  int level) {
+  const Kernels& kernels = kernels_of(level);
+  const LevelRows all{end, padded(d1), bits, levels};
+  const auto fill = [&](auto* to, auto unpack_some, auto add) {
+    parallel(runs(end - begin), threads, [&](int run) {
+      const int first = begin + run * RUN, count = std::min(RUN, end - first);
+      auto* own = to + static_cast<size_t>(first - begin) * d1;
+      unpack_some(LevelRows{count, all.width, bits, all.row(first)}, d1, own);
+      for (int c = 0; c < count; ++c, own += d1) {
+        for (int32_t e = offsets[first + c]; e < offsets[first + c + 1]; ++e) add(own[columns[e]], rest[e]);
+      }
+    });
+  };
+  if (dtype == BF16) {
+    fill(static_cast<uint16_t*>(out), kernels.unpack_levels_bf16,
+         [](uint16_t& entry, float more) { entry = to_bf16(to_float(entry) + more); });
+  } else {
+    fill(static_cast<float*>(out), kernels.unpack_levels_float, [](float& entry, float more) { entry += more; });
+  }
+}

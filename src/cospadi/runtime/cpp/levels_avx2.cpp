@@ -1,0 +1,102 @@
+// Products with small integers, eight at a time.
+#include <immintrin.h>
+
+#include "levels.h"
+
+namespace cospadi {
+namespace {
+
+struct Thirty2 {
+  __m256 quarters[4];
+};
+
+inline __m256 floats(__m128i bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)); }
+
+inline Thirty2 floats(__m128i low, __m128i high) {
+  return {floats(low), floats(_mm_srli_si128(low, 8)), floats(high), floats(_mm_srli_si128(high, 8))};
+}
+
+// 32 levels of a row from input i on.
+template <int BITS>
+inline Thirty2 load(const uint8_t* row, int i) {
+  const auto at = [&](int byte) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + byte)); };
+  if constexpr (BITS == 8) {
+    return floats(at(i), at(i + 16));
+  } else {
+    const __m128i both = at(i / 2), half = _mm_set1_epi8(15), sign = _mm_set1_epi8(8);
+    const auto extended = [&](__m128i unsigned_) { return _mm_sub_epi8(_mm_xor_si128(unsigned_, sign), sign); };
+    return floats(extended(_mm_and_si128(both, half)), extended(_mm_and_si128(_mm_srli_epi16(both, 4), half)));
+  }
+}
+
+inline float total(__m256 sum) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+// Chains of sums hide the latency of adding where rows are few.
+template <int BITS, int ROWS>
+void multiply(const LevelRows& levels, const float* x, float* sums) {
+  constexpr int CHAINS = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;
+  for (int c = 0; c < levels.count; ++c) {
+    const uint8_t* row = levels.row(c);
+    __m256 sum[ROWS][CHAINS];
+    for (auto& own : sum) {
+      for (__m256& one : own) one = _mm256_setzero_ps();
+    }
+    for (int i = 0; i < levels.width; i += ATOMS) {
+      const Thirty2 weights = load<BITS>(row, i);
+      for (int r = 0; r < ROWS; ++r) {
+        const float* own = x + place_in_z(ROWS, r, i);
+        for (int q = 0; q < 4; ++q) {
+          __m256& to = sum[r][q % CHAINS];
+          to = _mm256_fmadd_ps(weights.quarters[q], _mm256_loadu_ps(own + 8 * q), to);
+        }
+      }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+      for (int chain = 1; chain < CHAINS; ++chain) sum[r][0] = _mm256_add_ps(sum[r][0], sum[r][chain]);
+      sums[c * ROWS + r] = total(sum[r][0]);
+    }
+  }
+}
+
+template <int BITS, class Entry>
+void unpack(const LevelRows& levels, int inputs, Entry* out) {
+  alignas(32) Entry some[ATOMS];
+  for (int c = 0; c < levels.count; ++c, out += inputs) {
+    for (int i = 0; i < inputs; i += ATOMS) {
+      const Thirty2 weights = load<BITS>(levels.row(c), i);
+      Entry* to = inputs - i < ATOMS ? some : out + i;
+      for (int q = 0; q < 4; ++q) {
+        if constexpr (sizeof(Entry) == 4) {
+          _mm256_storeu_ps(to + 8 * q, weights.quarters[q]);
+        } else {  // levels are exact in bf16
+          const __m256i tops = _mm256_srli_epi32(_mm256_castps_si256(weights.quarters[q]), 16);
+          const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(tops), _mm256_extracti128_si256(tops, 1));
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 8 * q), words);
+        }
+      }
+      if (to == some) std::memcpy(out + i, some, sizeof(Entry) * (inputs - i));
+    }
+  }
+}
+
+template <class Entry>
+void unpack(const LevelRows& levels, int inputs, Entry* out) {
+  return levels.bits == 4 ? unpack<4>(levels, inputs, out) : unpack<8>(levels, inputs, out);
+}
+
+}  // namespace
+
+void multiply_levels_avx2(const LevelRows& levels, const float* x, int rows, float* sums) {
+  with_rows(rows, [&](auto count) {
+    return levels.bits == 4 ? multiply<4, count>(levels, x, sums) : multiply<8, count>(levels, x, sums);
+  });
+}
+
+void unpack_levels_avx2(const LevelRows& levels, int inputs, uint16_t* out) { unpack(levels, inputs, out); }
+void unpack_levels_avx2(const LevelRows& levels, int inputs, float* out) { unpack(levels, inputs, out); }
+
+}  // namespace cospadi

@@ -1,0 +1,131 @@
+// Products with small integers, 32 at a time; those of bf16 in pairs.
+#include <immintrin.h>
+
+#include "levels.h"
+
+namespace cospadi {
+namespace {
+
+// How far ahead of its use a row is fetched; the processor's own guess falls behind.
+constexpr int AHEAD = 2048;
+
+// 32 levels of a row as floats, or in pairs as bf16; all exact.
+template <int BITS>
+struct Load;
+
+template <>
+struct Load<8> {
+  static __m512 floats(const uint8_t* from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+  }
+  __m512 low(const uint8_t* row, int i) const { return floats(row + i); }
+  __m512 high(const uint8_t* row, int i) const { return floats(row + i + 16); }
+  __m512i bf16(const uint8_t* row, int i) const {
+    return (__m512i)_mm512_cvtne2ps_pbh(floats(row + i + 16), floats(row + i));
+  }
+};
+
+// By tables of the sixteen.
+template <>
+struct Load<4> {
+  __m512 as_floats = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+  __m512i as_bf16 = (__m512i)_mm512_cvtne2ps_pbh(as_floats, as_floats);
+
+  static __m128i both(const uint8_t* row, int i) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + i / 2));
+  }
+  __m512 low(const uint8_t* row, int i) const {  // of an index, its low four bits count
+    return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(both(row, i)), as_floats);
+  }
+  __m512 high(const uint8_t* row, int i) const {
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(_mm512_cvtepu8_epi32(both(row, i)), 4), as_floats);
+  }
+  __m512i bf16(const uint8_t* row, int i) const {  // the low five, of which the table has two of each
+    const __m256i bytes = _mm256_castsi128_si256(both(row, i));
+    const __m256i halves = _mm256_inserti128_si256(bytes, _mm_srli_epi16(both(row, i), 4), 1);
+    return _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(halves), as_bf16);
+  }
+};
+
+// Chains of sums hide the latency of adding where rows are few.
+template <int BITS, int ROWS, class Entry>
+void multiply(const LevelRows& levels, const Entry* x, float* sums) {
+  constexpr int CHAINS = ROWS <= 2 ? 4 : ROWS == 4 ? 2 : 1;
+  const Load<BITS> load;
+  for (int c = 0; c < levels.count; ++c) {
+    const uint8_t* row = levels.row(c);
+    __m512 sum[CHAINS][ROWS];
+    for (auto& chain : sum) {
+      for (__m512& one : chain) one = _mm512_setzero_ps();
+    }
+    const auto step = [&](int i, __m512* chain) {
+      _mm_prefetch(reinterpret_cast<const char*>(row + i * BITS / 8) + AHEAD, _MM_HINT_T0);
+      const Entry* own = x + static_cast<size_t>(i) * ROWS;
+      if constexpr (sizeof(Entry) == 2) {
+        const __m512bh weights = (__m512bh)load.bf16(row, i);
+        for (int r = 0; r < ROWS; ++r, own += ATOMS) {
+          chain[r] = _mm512_dpbf16_ps(chain[r], (__m512bh)_mm512_loadu_si512(own), weights);
+        }
+      } else {
+        const __m512 low = load.low(row, i), high = load.high(row, i);
+        for (int r = 0; r < ROWS; ++r, own += ATOMS) {
+          chain[r] = _mm512_fmadd_ps(_mm512_loadu_ps(own), low, chain[r]);
+          chain[r] = _mm512_fmadd_ps(_mm512_loadu_ps(own + 16), high, chain[r]);
+        }
+      }
+    };
+    int i = 0;
+    for (; i + CHAINS * ATOMS <= levels.width; i += CHAINS * ATOMS) {
+      for (int chain = 0; chain < CHAINS; ++chain) step(i + chain * ATOMS, sum[chain]);
+    }
+    for (; i < levels.width; i += ATOMS) step(i, sum[0]);
+    for (int r = 0; r < ROWS; ++r) {
+      for (int chain = 1; chain < CHAINS; ++chain) sum[0][r] = _mm512_add_ps(sum[0][r], sum[chain][r]);
+      sums[c * ROWS + r] = _mm512_reduce_add_ps(sum[0][r]);
+    }
+  }
+}
+
+template <class Entry>
+void multiply(const LevelRows& levels, const Entry* x, int rows, float* sums) {
+  with_rows(rows, [&](auto count) {
+    return levels.bits == 4 ? multiply<4, count>(levels, x, sums) : multiply<8, count>(levels, x, sums);
+  });
+}
+
+inline uint32_t lanes_left(int inputs) { return inputs >= ATOMS ? 0xFFFFFFFFu : (1u << inputs) - 1; }
+
+template <int BITS, class Entry>
+void unpack(const LevelRows& levels, int inputs, Entry* out) {
+  const Load<BITS> load;
+  for (int c = 0; c < levels.count; ++c, out += inputs) {
+    for (int i = 0; i < inputs; i += ATOMS) {
+      const uint8_t* row = levels.row(c);
+      const uint32_t lanes = lanes_left(inputs - i);
+      if constexpr (sizeof(Entry) == 2) {
+        _mm512_mask_storeu_epi16(out + i, lanes, load.bf16(row, i));
+      } else {
+        _mm512_mask_storeu_ps(out + i, static_cast<__mmask16>(lanes), load.low(row, i));
+        if (lanes >> 16) _mm512_mask_storeu_ps(out + i + 16, static_cast<__mmask16>(lanes >> 16), load.high(row, i));
+      }
+    }
+  }
+}
+
+template <class Entry>
+void unpack(const LevelRows& levels, int inputs, Entry* out) {
+  return levels.bits == 4 ? unpack<4>(levels, inputs, out) : unpack<8>(levels, inputs, out);
+}
+
+}  // namespace
+
+void multiply_levels_avx512(const LevelRows& levels, const float* x, int rows, float* sums) {
+  multiply(levels, x, rows, sums);
+}
+void multiply_levels_avx512(const LevelRows& levels, const uint16_t* x, int rows, float* sums) {
+  multiply(levels, x, rows, sums);
+}
+void unpack_levels_avx512(const LevelRows& levels, int inputs, uint16_t* out) { unpack(levels, inputs, out); }
+void unpack_levels_avx512(const LevelRows& levels, int inputs, float* out) { unpack(levels, inputs, out); }
+
+}  // namespace cospadi

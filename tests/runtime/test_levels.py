@@ -1,0 +1,222 @@
+"""Levels in memory: exact however they are packed, products of them at every level of instructions, and the layer."""
+
+from __future__ import annotations
+
+import copy
+import mmap
+import sys
+
+import pytest
+import torch
+from codes import random_code
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_kernels import LEVELS, TOLERANCE, assert_product, at_the_end_of_a_page
+from torch import Tensor
+
+from cospadi import CompressedLinear, native
+from cospadi.format.codecs.ec import EC
+from cospadi.format.form import Form
+from cospadi.runtime import cpu, op
+from cospadi.runtime.levels import Levels, dense, pack_levels, padded, read_levels
+
+BUILT = pytest.mark.skipif(not cpu.AVAILABLE, reason="the CPU kernels were not built: no C++ compiler here")
+CODED = Form("identity", "full", "ec")
+
+
+def example(d2: int, d1: int, spread: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels int16 (d2, d1), and steps of outputs and inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = (spread * torch.randn(d2, d1, generator=generator)).round().to(torch.int16)
+    outputs, inputs = (0.5 + torch.rand(size, generator=generator) for size in (d2, d1))
+    return numbers, outputs, inputs
+
+
+def matrix(numbers: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
+    return numbers.double() * inputs * outputs[:, None]
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 70), st.sampled_from([4, 8]), st.floats(0.1, 3000), st.integers(0, 99))
+def test_packing_loses_nothing(d2: int, d1: int, bits: int, spread: float, seed: int) -> None:
+    numbers, outputs, inputs = example(d2, d1, spread, seed)
+    levels = pack_levels(numbers, outputs, inputs, bits)
+    assert levels.bits == bits
+    assert levels.packed.nbytes == d2 * padded(d1) * bits // 8
+    torch.testing.assert_close(dense(levels).double(), matrix(numbers, outputs, inputs), rtol=1e-6, atol=0)
+    inside = (numbers >= -(2 ** (bits - 1))) & (numbers < 2 ** (bits - 1))
+    assert len(levels.rest) == len(levels.columns) == int(levels.offsets[-1]) == int((~inside).sum())
+
+
+def test_half_bytes_lie_as_kernels_expect_them() -> None:
+    numbers = torch.arange(-8, 24, dtype=torch.int16).remainder(16) - 8
+    levels = pack_levels(numbers[None], torch.ones(1), torch.ones(32), 4)
+    low, high = levels.packed[0] & 15, levels.packed[0] >> 4
+    assert torch.equal(torch.cat([low, high]).to(torch.int16), numbers & 15)
+
+
+@BUILT
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("bits", "spread"), [(4, 2.0), (4, 5.0), (8, 30.0), (8, 90.0)])
+@pytest.mark.parametrize(("d2", "d1"), [(1, 1), (3, 7), (40, 33), (65, 64), (31, 200), (100, 515)])
+def test_products(level: str, dtype: torch.dtype, bits: int, spread: float, d2: int, d1: int) -> None:
+    numbers, outputs, inputs = example(d2, d1, spread)
+    levels, weight = pack_levels(numbers, outputs, inputs, bits), matrix(numbers, outputs, inputs)
+    for rows in (1, 2, 3, 8, 11, 16, 17, 40):
+        x = torch.randn(rows, d1, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        assert_product(cpu.level_matmul(x, levels, native.levels()[level]), x, weight.T)
+
+
+@BUILT
+@pytest.mark.parametrize("shape", [(0, 20), (2, 0, 20), (20,), (2, 3, 20), (1, 1, 20)])
+def test_leading_shapes(shape: tuple[int, ...]) -> None:
+    numbers, outputs, inputs = example(9, 20, 2.0)
+    levels = pack_levels(numbers, outputs, inputs, 4)
+    x = torch.randn(shape)
+    expected = x.double() @ matrix(numbers, outputs, inputs).T
+    torch.testing.assert_close(op.level_matmul(x, levels).double(), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="20 inputs"):
+        op.level_matmul(torch.randn(2, 19), levels)
+
+
+@BUILT
+@pytest.mark.parametrize("rows", [1, 16, 40])
+def test_threads_do_not_change_a_bit(rows: int) -> None:
+    levels, x, before = pack_levels(*example(300, 100, 3.0), 4), torch.randn(rows, 100), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = cpu.level_matmul(x, levels)
+        torch.set_num_threads(2)
+        assert torch.equal(cpu.level_matmul(x, levels), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+@BUILT
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are protected through Linux's libc")
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_no_byte_past_a_buffer_is_read(level: str, bits: int) -> None:
+    """A read into the protected page would kill the process."""
+    keep: list[mmap.mmap] = []
+    for d2, d1 in ((1, 1), (5, 7), (3, 100), (33, 257), (64, 512)):
+        numbers, outputs, inputs = example(d2, d1, 2.0**bits / 3)
+        packed = pack_levels(numbers, outputs, inputs, bits)
+        levels = Levels(*(at_the_end_of_a_page(part, keep) if part.numel() else part for part in packed))
+        for dtype in TOLERANCE:
+            for rows in (3, 40):
+                x = at_the_end_of_a_page(torch.randn(rows, d1).to(dtype), keep)
+                y = cpu.level_matmul(x, levels, native.levels()[level])
+                assert_product(y, x, matrix(numbers, outputs, inputs).T)
+
+
+@pytest.mark.parametrize(("spread", "bits"), [(2.0, 4), (30.0, 8), (300.0, None)])
+def test_levels_take_the_least_memory_that_nearly_all_fit_in(spread: float, bits: int | None) -> None:
+    stored = random_code(50, 70, torch.Generator().manual_seed(0), spread=spread)
+    levels = read_levels(stored)
+    assert (None if levels is None else levels.bits) == bits
+    if levels is not None:
+        expected = EC.decode(stored, 3500).view(50, 70)
+        torch.testing.assert_close(dense(levels), expected, rtol=1e-6, atol=0)
+
+
+def make_layer(spread: float = 2.0, bias: bool = True, dtype: torch.dtype = torch.float32) -> CompressedLinear:
+    """A layer of 30 x 23."""
+    generator = torch.Generator().manual_seed(1)
+    stored = random_code(23, 30, generator, spread=spread)
+    layer = CompressedLinear(30, 23, 30, 0, CODED, bias, dtype, nbytes=len(stored))
+    layer.codes.copy_(stored)
+    if layer.bias is not None:
+        with torch.no_grad():
+            layer.bias.copy_(torch.randn(23, generator=generator))
+    return layer
+
+
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "AVAILABLE", False)
+
+
+@BUILT
+@pytest.mark.parametrize("spread", [2.0, 30.0, 300.0])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-2)])
+@pytest.mark.parametrize("shape", [(1, 30), (2, 50, 30), (0, 30), (30,)])
+def test_the_layer_multiplies_what_is_stored(
+    spread: float, dtype: torch.dtype, tolerance: float, shape: tuple[int, ...]
+) -> None:
+    layer = make_layer(spread, dtype=dtype)
+    assert layer.bias is not None
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    y = layer(x)
+    expected = x.double() @ layer.dense_weight(torch.float64).T + layer.bias.double()
+    assert y.dtype == dtype
+    assert (y.double() - expected).norm() <= tolerance * expected.norm()
+    bytes_a_weight = {2.0: 0.5, 30.0: 1, 300.0: dtype.itemsize}[spread]
+    beside = 4 * (30 + 23 + 24) if spread < 300 else 0
+    kept = sum(tensor.nbytes for tensor in layer.kept_tensors())
+    assert kept <= bytes_a_weight * 23 * 32 + beside + 8 * 0.01 * 23 * 30
+
+
+def test_without_kernels_the_layer_is_the_same(without_kernels: None) -> None:
+    layer = make_layer()
+    x = torch.randn(4, 30)
+    assert layer.bias is not None
+    expected = x.double() @ layer.dense_weight(torch.float64).T + layer.bias.double()
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+    levels = pack_levels(*example(9, 20, 2.0), 4)
+    y = op.level_matmul(torch.ones(2, 20), levels)
+    torch.testing.assert_close(y, dense(levels).sum(1).expand(2, -1), rtol=1e-5, atol=1e-5)
+
+
+@BUILT
+def test_gradients_reach_the_input() -> None:
+    layer = make_layer()
+    x = torch.randn(4, 30, requires_grad=True)
+    y = layer(x)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, grad @ layer.dense_weight(), rtol=1e-5, atol=1e-5)
+
+
+@BUILT
+def test_compilers_take_the_layer_whole_once_it_is_prepared() -> None:
+    layer, x = make_layer(), torch.randn(4, 30)
+    expected = layer(x)
+    fresh = copy.deepcopy(layer)
+    fresh.set_runtime("auto")
+    fresh.prepare(torch.float32)
+    kept = fresh.kept_tensors()
+    assert [tensor.data_ptr() for tensor in kept] == [tensor.data_ptr() for tensor in fresh.kept_tensors()]
+    compiled = torch.compile(fresh, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+    exported = torch.export.export(fresh, (x,))
+    assert any("level_matmul" in str(node.target) for node in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(x), expected)
+
+
+@BUILT
+def test_op_passes_torch_checks() -> None:
+    x = torch.randn(3, 20, requires_grad=True)
+    levels = pack_levels(*example(9, 20, 5.0), 4)
+    torch.library.opcheck(torch.ops.cospadi.level_matmul, (x, *levels))
+
+
+@BUILT
+def test_levels_are_read_once_and_anew_when_the_layer_changes() -> None:
+    layer, x = make_layer(), torch.randn(2, 30)
+    layer(x)
+    first = layer.kept_tensors()[0].data_ptr()
+    layer(x + 1)
+    assert layer.kept_tensors()[0].data_ptr() == first
+    other = random_code(23, 30, torch.Generator().manual_seed(2), spread=2.0)
+    state = layer.state_dict() | {"values": other}
+    changed = CompressedLinear(30, 23, 30, 0, CODED, True, nbytes=len(other))
+    changed.load_state_dict(state)
+    y = changed(x)
+    changed.codes.zero_().add_(other)
+    assert torch.equal(changed(x), y)
+    moved = copy.deepcopy(layer).to(torch.bfloat16)
+    assert not moved.kept_tensors()
+    assert torch.equal(moved.codes, layer.codes)
