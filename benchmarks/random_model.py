@@ -1,24 +1,29 @@
 """A model of random weights in a real model's shape, dense and compressed at equal bytes: enough to measure speed.
 
-    python benchmarks/random_model.py Llama-3.2-1B OUT --ratio 0.4
+    python benchmarks/random_model.py Llama-3.2-1B OUT --ratio 0.4 --bits 3
 
 writes OUT/dense, OUT/sparse-0.4 (the default, D = I), OUT/stored-0.4 (mod-htp, dictionaries shared by what reads the
-same) and OUT/low-rank-0.4. Perplexity of such a model means nothing.
+same) and OUT/low-rank-0.4, and OUT/coded-3 (levels in a code). Perplexity of such a model means nothing.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
 
 from cospadi.budget import accounting
 from cospadi.budget.plan import Group, outlook
-from cospadi.format import packing
+from cospadi.format import packing, rans
+from cospadi.format.codecs.ec import EC, block_rows
 from cospadi.format.schema import StoredProjection
+from cospadi.model.projections import Projection
 from cospadi.recipe import Recipe
 from cospadi.runtime.layer import CompressedLinear
 from cospadi.runtime.swap import mark_compressed, swap_in_layers
@@ -55,7 +60,8 @@ CONFIGS: dict[str, PretrainedConfig] = {
 def main(
     shape: Annotated[str, typer.Argument(help=", ".join(CONFIGS))],
     output: Annotated[Path, typer.Argument(metavar="OUT")],
-    ratio: Annotated[list[float] | None, typer.Option(help="repeatable  [default: 0.4]")] = None,
+    ratio: Annotated[list[float] | None, typer.Option(help="repeatable  [default: 0.4 without bits]")] = None,
+    bits: Annotated[list[float] | None, typer.Option(help="of levels in a code, a weight; repeatable")] = None,
     layers: Annotated[int | None, typer.Option(help="decoder blocks, if not all")] = None,
     value_bits: int = 14,
 ) -> None:
@@ -65,6 +71,9 @@ def main(
     for one in ratio or []:
         if not 0 < one < 1:
             raise typer.BadParameter(f"--ratio {one:g} is not between 0 and 1")
+    for one in bits or []:
+        if not 1 <= one < 16:
+            raise typer.BadParameter(f"--bits {one:g} is not between 1 and 16")
     config: Any = CONFIGS[shape]
     if layers is not None:
         config.num_hidden_layers = layers
@@ -75,21 +84,26 @@ def main(
         _fill(model)
         model.save_pretrained(dense)
         del model
-    for one in ratio or [0.4]:
-        for kind, method in (("sparse", "sparse"), ("stored", "mod-htp"), ("low-rank", "svd-llm")):
-            name = f"{kind}-{one:g}"
-            if (output / name).exists():
-                continue
-            recipe = Recipe.build({"ratio": one, "method": method, "value_bits": value_bits, "allocate": "uniform"})
-            plan = outlook(dense, recipe).plan
-            model = _empty(config)
-            entries = {name: entry for group in plan.groups for name, entry in _entries(group).items()}
-            swap_in_layers(model, entries, torch.bfloat16, "meta")
-            _fill(model)
-            mark_compressed(model, entries)
-            model.save_pretrained(output / name)
-            del model
-            print(f"{output / name}: ratio {plan.ratio:.4f}", flush=True)
+    wanted: dict[str, dict[str, Any]] = {
+        f"{kind}-{one:g}": {"ratio": one, "method": method, "value_bits": value_bits}
+        for one in ratio or ([] if bits else [0.4])
+        for kind, method in (("sparse", "sparse"), ("stored", "mod-htp"), ("low-rank", "svd-llm"))
+    }
+    for name, fields in (wanted | {f"coded-{one:g}": {"bits": one} for one in bits or []}).items():
+        if (output / name).exists():
+            continue
+        plan = outlook(dense, Recipe.build(fields | {"allocate": "uniform"})).plan
+        model = _empty(config)
+        codes = {member.name: code for group in plan.groups for member, code in _codes(group)}
+        entries = {member: entry for group in plan.groups for member, entry in _entries(group, codes).items()}
+        swap_in_layers(model, entries, torch.bfloat16, "meta")
+        _fill(model)
+        for member, code in codes.items():
+            model.get_submodule(member).codes.copy_(code)
+        mark_compressed(model, entries)
+        model.save_pretrained(output / name)
+        del model
+        print(f"{output / name}: ratio {plan.ratio:.4f}", flush=True)
 
 
 def _empty(config: PretrainedConfig) -> Any:
@@ -97,7 +111,22 @@ def _empty(config: PretrainedConfig) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
-def _entries(group: Group) -> dict[str, StoredProjection]:
+def _codes(group: Group) -> Iterator[tuple[Projection, Tensor]]:
+    """Each member and levels in a code of about its bytes."""
+    if not group.stored.codec.coded:
+        return
+    bits = 8 * group.parts.total / sum(group.d1 * member.d2 for member in group.members)
+    deviation = 2 ** (bits + 1) / math.sqrt(2 * math.pi * math.e)  # of a Gaussian whose halves have this entropy
+    for member in group.members:
+        generator = torch.Generator().manual_seed(0)
+        symbols = (deviation / 2 * torch.randn(member.d2, member.d1, generator=generator)).round().to(torch.int16)
+        levels = rans.levels_of(symbols, block_rows(member.d2, member.d1))
+        zeros = [torch.zeros(size, dtype=torch.int16) for size in (member.d2, member.d1)]
+        widths = torch.full_like(zeros[1], round(4 * math.log2(deviation)))
+        yield member, EC.encode_levels(levels, 0.02 / deviation, zeros[0], zeros[1], zeros[0], widths)
+
+
+def _entries(group: Group, codes: Mapping[str, Tensor]) -> dict[str, StoredProjection]:
     """What a checkpoint would say of a group; every member has its part of the nonzeros."""
     form = group.stored
     shared = form.dictionary_kind.shape(group.d1, group.k) is not None
@@ -119,6 +148,7 @@ def _entries(group: Group) -> dict[str, StoredProjection]:
             k=group.k,
             nnz=nnz if form.support_kind.chosen else 0,
             owner=group.members[0].name if shared else member.name,
+            nbytes=len(codes.get(member.name, ())),
         )
     return entries
 

@@ -10,14 +10,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from codes import levels_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from cospadi import native
 from cospadi.format import rans, rans_tables
-from cospadi.format.rans import HIGH, LOW, NEXT
+from cospadi.format.rans import HIGH, LOW, NEXT, levels_of
 
 WAYS = ["plain", *native.levels()]
 BUILT = pytest.mark.skipif(len(WAYS) == 1, reason="the library was not built: no C++ compiler here")

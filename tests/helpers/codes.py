@@ -8,17 +8,7 @@ import torch
 from torch import Tensor
 
 from cospadi.format.codecs.ec import EC, block_rows
-from cospadi.format.rans import NEXT
-
-
-def levels_of(symbols: Tensor, block_rows: int) -> Tensor:
-    """The levels (d2, d1) that symbols are on their paths through the trellis."""
-    levels, states = torch.zeros_like(symbols), torch.zeros(symbols.shape[1], dtype=torch.int64)
-    for r, row in enumerate(symbols):
-        states = states if r % block_rows else torch.zeros_like(states)
-        levels[r] = 2 * row - (states & 1) * row.sign()
-        states = torch.tensor(NEXT)[states, row & 1]
-    return levels.to(torch.int16)
+from cospadi.format.rans import levels_of
 
 
 def random_code(d2: int, k: int, generator: torch.Generator, scale: float = 1.0, spread: float = 4.0) -> Tensor:

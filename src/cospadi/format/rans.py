@@ -41,6 +41,7 @@ __all__ = [
     "bits_table",
     "decode",
     "encode",
+    "levels_of",
     "symbols_of",
 ]
 
@@ -85,6 +86,17 @@ def symbols_of(levels: Tensor, block_rows: int) -> tuple[Tensor, Tensor]:
     if not torch.equal(_levels(symbols, states & 1), levels.int()):
         raise ValueError(_NO_LEVEL)
     return states, symbols.to(torch.int16)
+
+
+def levels_of(symbols: Tensor, block_rows: int) -> Tensor:
+    """Inverse of `symbols_of`: levels int16 (d2, d1) of symbols, of which level 2k has to be one."""
+    levels, following = torch.zeros_like(symbols, dtype=torch.int16), torch.tensor(NEXT, device=symbols.device)
+    for r, row in enumerate(symbols.to(torch.int16)):
+        if r % block_rows == 0:
+            states = torch.zeros(len(row), dtype=torch.int64, device=symbols.device)
+        levels[r] = 2 * row - (states & 1) * row.sign()
+        states = following[states, (row & 1).long()]
+    return levels
 
 
 def encode(levels: Tensor, rows: Tensor, cols: Tensor, block_rows: int, lanes: int) -> tuple[Tensor, Tensor]:
