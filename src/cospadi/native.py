@@ -52,6 +52,10 @@ def library() -> ctypes.CDLL | None:
     ]
     found.cospadi_unpack_levels.argtypes = [pointer, *[number] * 3, *levels, *[number] * 3]
     found.cospadi_unpack_levels.restype = None
+    found.cospadi_count_large.argtypes = [pointer, *[number] * 3, pointer, number]
+    found.cospadi_count_large.restype = None
+    found.cospadi_pack_levels.argtypes = [pointer, *[number] * 3, *[pointer] * 4, number]
+    found.cospadi_pack_levels.restype = None
     found.cospadi_quantize.argtypes = [*[pointer] * 7, number, number, pointer, pointer, *[number] * 4]
     # d2, d1, rows, cols, block_rows
     shape: list[Any] = [ctypes.c_int64, ctypes.c_int64, pointer, pointer, ctypes.c_int64]

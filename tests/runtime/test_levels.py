@@ -48,6 +48,21 @@ def test_packing_loses_nothing(d2: int, d1: int, bits: int, spread: float, seed:
     assert len(levels.rest) == len(levels.columns) == int(levels.offsets[-1]) == int((~inside).sum())
 
 
+@BUILT
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("spread", [1.0, 6.0, 90.0])
+def test_the_library_packs_as_torch_does(bits: int, spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    for d2, d1 in ((1, 1), (5, 33), (70, 64), (3, 300)):
+        given = example(d2, d1, spread)
+        ours = pack_levels(*given, bits)
+        with monkeypatch.context() as patched:
+            patched.setattr(native, "library", lambda: None)
+            plain = pack_levels(*given, bits)
+        for one, other in zip(ours, plain, strict=True):
+            assert one.dtype == other.dtype
+            assert torch.equal(one, other)
+
+
 def test_half_bytes_lie_as_kernels_expect_them() -> None:
     numbers = torch.arange(-8, 24, dtype=torch.int16).remainder(16) - 8
     levels = pack_levels(numbers[None], torch.ones(1), torch.ones(32), 4)

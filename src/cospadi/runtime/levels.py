@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cospadi import native
 from cospadi.format.codecs.ec import EC
 
 GROUP = 32
@@ -56,20 +57,43 @@ def read_levels(stored: Tensor) -> Levels | None:
     """
     numbers, outputs, inputs = EC.levels(stored)
     for bits in WIDTHS:
-        low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-        if int(((numbers < low) | (numbers > high)).sum()) <= MOST_BESIDE * numbers.numel():
-            return pack_levels(numbers, outputs, inputs, bits)
+        counts = _count_large(numbers, bits)
+        if int(counts.sum()) <= MOST_BESIDE * numbers.numel():
+            return pack_levels(numbers, outputs, inputs, bits, counts)
     return None
 
 
-def pack_levels(numbers: Tensor, outputs: Tensor, inputs: Tensor, bits: int) -> Levels:
-    """Levels int16 (d2, d1) in so many bits."""
-    d2, d1 = numbers.shape
-    kept = numbers.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).to(torch.int8)
+def _count_large(numbers: Tensor, bits: int) -> Tensor:
+    """Levels of each row that are too large for so many bits, int32 (d2,)."""
+    found = native.library()
+    if found is None or numbers.device.type != "cpu":
+        return (_held(numbers, bits) != numbers).sum(1).int()
+    (d2, d1), counts = numbers.shape, torch.empty(len(numbers), dtype=torch.int32)
+    found.cospadi_count_large(numbers.data_ptr(), d2, d1, bits, counts.data_ptr(), torch.get_num_threads())
+    return counts
+
+
+def _held(numbers: Tensor, bits: int) -> Tensor:
+    """The nearest levels that so many bits hold."""
+    return numbers.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def pack_levels(numbers: Tensor, outputs: Tensor, inputs: Tensor, bits: int, counts: Tensor | None = None) -> Levels:
+    """Levels int16 (d2, d1), contiguous, in so many bits; `counts`, if known, are those of `_count_large`."""
+    (d2, d1), device = numbers.shape, numbers.device
+    counts = _count_large(numbers, bits) if counts is None else counts
+    offsets = torch.zeros(d2 + 1, dtype=torch.int32, device=device)
+    offsets[1:] = counts.cumsum(0)
+    found = native.library()
+    if found is not None and device.type == "cpu":
+        packed = torch.empty(d2, padded(d1) * bits // 8, dtype=torch.uint8)
+        columns, beside = torch.empty(int(offsets[-1]), dtype=torch.int32), torch.empty(int(offsets[-1]))
+        to = [part.data_ptr() for part in (packed, offsets, columns, beside)]
+        found.cospadi_pack_levels(numbers.data_ptr(), d2, d1, bits, *to, torch.get_num_threads())
+        return Levels(packed, outputs, inputs, offsets, columns, beside)
+    kept = _held(numbers, bits).to(torch.int8)
     rest = numbers - kept
     rows, columns = rest.nonzero(as_tuple=True)
-    offsets = torch.zeros(d2 + 1, dtype=torch.int32, device=numbers.device)
-    offsets[1:] = torch.bincount(rows, minlength=d2).cumsum(0)
     packed = torch.nn.functional.pad(kept, (0, padded(d1) - d1)).view(torch.uint8)
     if bits == 4:
         low, high = packed.view(d2, -1, 2, GROUP // 2).unbind(2)

@@ -31,6 +31,12 @@ void unpack(const LevelRows& levels, int inputs, Entry* out, Convert convert) {
   }
 }
 
+// The nearest level that so many bits hold.
+inline int16_t held(int16_t level, int bits) {
+  const int16_t most = static_cast<int16_t>((1 << (bits - 1)) - 1), least = static_cast<int16_t>(-most - 1);
+  return std::min(std::max(level, least), most);
+}
+
 // What is added to some levels, which are too large for their bits: of output j those from offsets[j] on.
 struct Rest {
   const int32_t* offsets;
@@ -126,6 +132,51 @@ EXPORT int cospadi_multiply_levels(const void* x, void* y, int64_t rows, int dty
   return 0;
 } catch (const std::bad_alloc&) {
   return 2;
+}
+
+// How many levels of each row (of d2, int16) are too large for so many bits.
+EXPORT void cospadi_count_large(const int16_t* levels, int d2, int d1, int bits, int32_t* counts, int threads) {
+  parallel(runs(d2), threads, [&](int run) {
+    for (int j = run * RUN; j < std::min(d2, (run + 1) * RUN); ++j) {
+      const int16_t* row = levels + static_cast<size_t>(j) * d1;
+      int32_t count = 0;
+      for (int i = 0; i < d1; ++i) count += held(row[i], bits) != row[i];
+      counts[j] = count;
+    }
+  });
+}
+
+// Levels (d2, d1) in rows as `LevelRows` says, and what is beside them, where `offsets` says.
+EXPORT void cospadi_pack_levels(const int16_t* levels, int d2, int d1, int bits, uint8_t* packed,
+                                const int32_t* offsets, int32_t* columns, float* rest, int threads) {
+  const LevelRows all{d2, padded(d1), bits, packed};
+  parallel(runs(d2), threads, [&](int run) {
+    for (int j = run * RUN; j < std::min(d2, (run + 1) * RUN); ++j) {
+      const int16_t* row = levels + static_cast<size_t>(j) * d1;
+      uint8_t* to = packed + j * all.row_bytes();
+      int32_t e = offsets[j];
+      for (int i = 0; i < d1; i += ATOMS) {
+        int16_t some[ATOMS] = {}, kept[ATOMS], difference = 0;
+        std::memcpy(some, row + i, sizeof(int16_t) * std::min(ATOMS, d1 - i));
+        for (int b = 0; b < ATOMS; ++b) {
+          kept[b] = held(some[b], bits);
+          difference |= some[b] ^ kept[b];
+        }
+        for (int b = 0; difference && b < ATOMS; ++b) {
+          if (some[b] == kept[b]) continue;
+          columns[e] = i + b;
+          rest[e++] = static_cast<float>(some[b] - kept[b]);
+        }
+        if (bits == 8) {
+          for (int b = 0; b < ATOMS; ++b) to[i + b] = static_cast<uint8_t>(kept[b]);
+        } else {
+          for (int b = 0; b < ATOMS / 2; ++b) {
+            to[i / 2 + b] = static_cast<uint8_t>((kept[b] & 15) | (kept[b + ATOMS / 2] & 15) << 4);
+          }
+        }
+      }
+    }
+  });
 }
 
 // Rows `begin` to `end` of N, of `dtype` FLOAT or BF16.
