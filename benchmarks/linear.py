@@ -2,6 +2,7 @@
 
     python benchmarks/linear.py run --model Llama-3.2-1B --threads 2
     python benchmarks/linear.py run --shape 2048x8192 --shape 4096x14336 --value-bits 16
+    python benchmarks/linear.py levels --model Llama-3.2-1B
     python benchmarks/linear.py table --output docs/performance/projections.md
 
 Every timed call, dense or compressed, takes the next of several copies of its weights, which together exceed four
@@ -33,8 +34,9 @@ from cospadi.format import packing
 from cospadi.format.codecs import codec_of_bits
 from cospadi.format.dictionaries import DICTIONARIES
 from cospadi.format.form import Form
-from cospadi.runtime import cpu
+from cospadi.runtime import cpu, op
 from cospadi.runtime.layer import CompressedLinear
+from cospadi.runtime.levels import WIDTHS, Levels, pack_levels
 
 RESULTS = Path(__file__).parent / "results" / "linear"
 MODELS = {
@@ -61,24 +63,13 @@ def run(
     seconds: Annotated[float, typer.Option(help="time for each comparison, about")] = 2.0,
 ) -> None:
     """Measure the rows that are missing."""
-    for name in model or []:
-        if name not in MODELS:
-            raise typer.BadParameter(f"--model {name} is not known. Use {', '.join(MODELS)}")
-    for one_shape in shape or []:
-        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", one_shape):
-            raise typer.BadParameter(f"--shape {one_shape} is not d1xd2, for example 2048x8192")
     for one_ratio in ratio or []:
         if not 0 < one_ratio < 1:
             raise typer.BadParameter(f"--ratio {one_ratio:g} is not between 0 and 1")
     for kind in dictionary or []:
         if kind not in DICTIONARIES:
             raise typer.BadParameter(f"--dictionary {kind} is not known. Use {', '.join(DICTIONARIES)}")
-    if not cpu.AVAILABLE:
-        raise typer.BadParameter("the CPU kernels were not built; `cospadi doctor` says what to do")
-    torch.set_num_threads(threads)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    shapes = list(dict.fromkeys([*(shape or []), *(one for name in model or [] for one in MODELS[name])]))
-    for one_shape in shapes or MODELS["Llama-3.2-1B"]:
+    for one_shape in _shapes(shape, model, threads):
         for one_ratio in ratio or [0.2, 0.3, 0.4, 0.5]:
             for kind, bits in product(dictionary or ["identity"], value_bits or [14]):
                 of_rows = f"-rows{'-'.join(map(str, rows))}" if rows else ""
@@ -91,6 +82,67 @@ def run(
                 path.write_text(json.dumps(row | {"threads": threads}, indent=1) + "\n")
                 for line in _lines(row):
                     print(line, flush=True)
+
+
+@app.command()
+def levels(
+    shape: Annotated[list[str] | None, typer.Option(help="d1xd2, repeatable")] = None,
+    model: Annotated[list[str] | None, typer.Option(help=", ".join(MODELS))] = None,
+    bits: Annotated[list[int] | None, typer.Option(help="of a level in memory, repeatable  [default: 4, 8]")] = None,
+    threads: int = 2,
+    seconds: Annotated[float, typer.Option(help="time for each comparison, about")] = 2.0,
+) -> None:
+    """Measure the rows that are missing of levels of a code, as they lie in memory."""
+    shapes = _shapes(shape, model, threads)
+    for one_shape, one_bits in product(shapes, bits or WIDTHS):
+        path = RESULTS / f"{one_shape}-levels-{one_bits}-{threads}.json"
+        if not path.exists():
+            d1, d2 = map(int, one_shape.split("x"))
+            row = measure_levels(d1, d2, one_bits, seconds)
+            path.write_text(json.dumps(row | {"threads": threads}, indent=1) + "\n")
+            print("\n".join(_level_lines(row)), flush=True)
+
+
+def measure_levels(d1: int, d2: int, bits: int, seconds: float) -> dict[str, Any]:
+    """One shape with levels of so many bits in memory: milliseconds of dense, ours and a plain read of what is ours."""
+    wanted, spread = 4 * last_level_cache(), 2.0**bits / 8
+    numbers = (spread * torch.randn(d2, d1)).round().clamp(1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1).to(torch.int16)
+    first = pack_levels(numbers, torch.rand(d2), torch.rand(d1), bits)
+    copies = [Levels(*(part.clone() for part in first)) for _ in range(wanted // _nbytes(first.packed) + 2)]
+    weights = [torch.randn(d2, d1, dtype=torch.bfloat16) for _ in range(wanted // (2 * d1 * d2) + 2)]
+    figures = []
+    for count in (*DECODE_ROWS, *PREFILL_ROWS):
+        x = torch.randn(count, d1, dtype=torch.bfloat16)
+        calls = {
+            "dense": partial(_call, weights, torch.nn.functional.linear, x),
+            "ours": partial(_call, copies, op.level_matmul, x),
+            "read": partial(_call, copies, lambda _, levels: levels.packed.view(torch.int64).sum(), x),
+        }
+        figures.append({"rows": count, "ms": {name: 1e3 * t for name, t in take_turns(calls, seconds).items()}})
+    return {
+        "shape": f"{d1}x{d2}", "levels": bits, "dense_bytes": 2 * d1 * d2, "bytes": sum(map(_nbytes, first)),
+        "figures": figures, "level": native.best_level(), "processor": processor(), "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def _shapes(shape: list[str] | None, model: list[str] | None, threads: int) -> list[str]:
+    """What is to be measured, each once, where all is as it has to be.
+
+    Raises:
+        typer.BadParameter: it is not.
+    """
+    for name in model or []:
+        if name not in MODELS:
+            raise typer.BadParameter(f"--model {name} is not known. Use {', '.join(MODELS)}")
+    for one_shape in shape or []:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", one_shape):
+            raise typer.BadParameter(f"--shape {one_shape} is not d1xd2, for example 2048x8192")
+    if not cpu.AVAILABLE:
+        raise typer.BadParameter("the CPU kernels were not built; `cospadi doctor` says what to do")
+    torch.set_num_threads(threads)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    shapes = list(dict.fromkeys([*(shape or []), *(one for name in model or [] for one in MODELS[name])]))
+    return shapes or MODELS["Llama-3.2-1B"]
 
 
 def measure(d1: int, d2: int, ratio: float, form: Form, rows: list[int], seconds: float) -> dict[str, Any]:
@@ -232,7 +284,8 @@ def table(output: Annotated[Path | None, typer.Option(help="the page; without it
 
 def page() -> str:
     """The page of all rows there are."""
-    rows = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    every = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    rows = [row for row in every if "levels" not in row]
     rows.sort(key=lambda row: (row["threads"], row["value_bits"], row["dense_bytes"], row["shape"], row["ratio"]))
     lines = [HEADER]
     sections = sorted({_section(row) for row in rows})
@@ -243,6 +296,12 @@ def page() -> str:
         lines += [line for row in some for line in _lines(row, prefill=False)]
         lines.append(PREFILL_HEAD)
         lines += [line for row in some for line in _lines(row, decode=False)]
+    of_levels = [row for row in every if "levels" in row]
+    of_levels.sort(key=lambda row: (row["levels"], row["dense_bytes"], row["shape"]))
+    for machine, threads in sorted({(row["processor"], row["threads"]) for row in of_levels}):
+        lines += [f"\n## Levels in memory, {machine}, {threads} threads\n{LEVEL_HEAD}"]
+        some = [row for row in of_levels if (row["processor"], row["threads"]) == (machine, threads)]
+        lines += [line for row in some for line in _level_lines(row)]
     return "\n".join(lines) + "\n"
 
 
@@ -262,6 +321,7 @@ python benchmarks/linear.py run --dictionary stored --shape 2048x8192 --shape 40
 python benchmarks/linear.py run --dictionary stored --model Llama-3.2-1B --seconds 1.5
 python benchmarks/linear.py run --dictionary stored --model Llama-3-8B --model Qwen3-8B --ratio 0.4 --seconds 1
 python benchmarks/linear.py run --dictionary identity --model Llama-3.2-1B --ratio 0.3 --ratio 0.5 --seconds 1
+python benchmarks/linear.py levels --model Llama-3.2-1B --seconds 1
 ```
 
 "Of it" is the speed-up over the dense bf16 linear divided by the byte ratio (dense bytes over stored bytes), or by the
@@ -274,6 +334,23 @@ DECODE_HEAD = """
 PREFILL_HEAD = """
 | d1 x d2 | ratio | bits | rows | dense, ms | ours, ms | speed-up | FLOP bound | of it | `--runtime dense` |
 |---|---|---|---|---|---|---|---|---|---|"""
+
+
+LEVEL_HEAD = """
+| d1 x d2 | bits | rows | dense, ms | ours, ms | speed-up | byte ratio | of it | ours, GB/s | plain read, GB/s |
+|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def _level_lines(row: dict[str, Any]) -> list[str]:
+    lines, byte_ratio = [], row["dense_bytes"] / row["bytes"]
+    for figure in row["figures"]:
+        ms = figure["ms"]
+        speedup = ms["dense"] / ms["ours"]
+        cells = [row["shape"].replace("x", " x "), row["levels"], figure["rows"]]
+        cells += [f"{ms['dense']:.3f}", f"{ms['ours']:.3f}", f"{speedup:.2f}"]
+        cells += [f"{byte_ratio:.2f}", f"{speedup / byte_ratio:.2f}"]
+        lines.append(_markdown([*cells, *(f"{row['bytes'] / ms[name] / 1e6:.1f}" for name in ("ours", "read"))]))
+    return lines
 
 
 def _speedup(row: dict[str, Any], ms: dict[str, float]) -> float:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from cospadi.format import packing
 from cospadi.runtime import op
 from cospadi.runtime import triton as kernels
+from cospadi.runtime.levels import Levels, dense, pack_levels
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if not torch.cuda.is_available() and not kernels.INTERPRETED:
@@ -192,6 +193,32 @@ def test_drawn_shapes_and_masks(data: st.DataObject) -> None:
     Case((rows, k), d2, bits, dtype, data.draw(st.floats(0, 1)), data.draw(st.integers(0, 99))).check()
 
 
+def check_levels(shape: tuple[int, ...], d2: int, bits: int, spread: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    numbers = (spread * torch.randn(d2, shape[-1], generator=generator)).round().to(torch.int16)
+    outputs, inputs = (0.5 + torch.rand(size, generator=generator) for size in (d2, shape[-1]))
+    levels = Levels(*(part.to(DEVICE) for part in pack_levels(numbers, outputs, inputs, bits)))
+    x = torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
+    assert kernels.can_multiply_levels(x, levels.packed, bits)
+    y, expected = kernels.level_matmul(x, levels), x.double() @ dense(levels).double().T
+    assert y.dtype == dtype
+    assert y.shape == expected.shape
+    assert (y.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("bits", "spread"), [(4, 2.0), (4, 5.0), (8, 30.0), (8, 90.0)])
+@pytest.mark.parametrize("rows", [1, 3, 17, 40])
+def test_products_of_levels(dtype: torch.dtype, bits: int, spread: float, rows: int) -> None:
+    check_levels((rows, 77), 37, bits, spread, dtype)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 32), (6, 33), (2, 300), (0, 13), (2, 0, 13), (13,), (2, 3, 13)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_shapes_of_levels(shape: tuple[int, ...], bits: int) -> None:
+    check_levels(shape, 35, bits, 5.0, torch.float32)
+
+
 def test_what_the_kernels_do_not_take() -> None:
     case = Case((2, 13), 5)
     assert not kernels.can_multiply(case.z.double(), case.support, case.values, 14)
@@ -258,12 +285,16 @@ from triton import Config, compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from cospadi.runtime import triton_kernels as kernels
+from cospadi.runtime import triton_levels as levels
 
-POINTERS = {"support": "*u8", "values": "*u8", "offsets": "*i32", "partial": "*fp32"}
+POINTERS = {
+    "support": "*u8", "values": "*u8", "offsets": "*i32", "partial": "*fp32",
+    "packed": "*u8", "outputs": "*fp32", "inputs": "*fp32", "columns": "*i32", "rest": "*fp32",
+}
 
 def compiles(kernel, config, dtype, **constants):
     constants |= config.kwargs
-    pointers = POINTERS | {"z": f"*{dtype}", "out": f"*{dtype}"}
+    pointers = POINTERS | {name: f"*{dtype}" for name in ("z", "out", "x", "y")}
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
@@ -277,6 +308,12 @@ for rows in (16, 64, 128):
 compiles(kernels.tiles.fn, tile_configs[64], "fp16", z_atom=1, BITS=16, OPERAND=tl.float16, ROUND=tl.float16)
 compiles(kernels.tiles.fn, tile_configs[64], "fp32", z_atom=1, BITS=14, OPERAND=tl.float32, ROUND=tl.float32)
 compiles(kernels.add_splits, Config({}), "bf16", BLOCK=1024)
+for bits in (4, 8):
+    compiles(levels.few.fn, levels.FEW_CONFIGS[0], "bf16", M=2, BITS=bits)
+    for config in (levels.MANY_CONFIGS[0], levels.MANY_CONFIGS[5]):
+        compiles(levels.many.fn, config, "bf16", x_column=1, BITS=bits, OPERAND=tl.bfloat16, ROUND=tl.bfloat16)
+    full = {"OPERAND": tl.float32, "ROUND": tl.float32}
+    compiles(levels.many.fn, levels.MANY_CONFIGS[4], "fp32", x_column=1, BITS=bits, **full)
 print("done")
 """
 

@@ -140,7 +140,7 @@ def _through_tiles(
     return y
 
 
-def can_multiply_levels(x: Tensor, packed: Tensor) -> bool:
+def can_multiply_levels(x: Tensor, packed: Tensor, _bits: int) -> bool:
     """Whether `level_matmul` takes these."""
     return AVAILABLE and x.device.type == packed.device.type == "cpu" and x.dtype in DTYPES
 
@@ -163,14 +163,14 @@ def level_matmul(x: Tensor, levels: Levels, level: int | None = None) -> Tensor:
 def _levels_through_tiles(x: Tensor, levels: Levels, level: int) -> Tensor:
     d2, d1 = len(levels.outputs), len(levels.inputs)
     through = _unpacked_dtype(x.dtype)
-    scaled = (x * levels.inputs).to(through)
+    scaled = torch.mul(x, levels.inputs, out=torch.empty(x.shape, dtype=through))
     outputs = -(-d2 // -(-d2 * d1 * through.itemsize // TILE_BYTES))
     room = torch.empty(outputs, d1, dtype=through)
     y = torch.empty(len(x), d2, dtype=x.dtype)
     for begin in range(0, d2, outputs):
         end = min(begin + outputs, d2)
         tile = unpack_levels(levels, begin, end, room[: end - begin], level)
-        y[:, begin:end] = torch.nn.functional.linear(scaled, tile) * levels.outputs[begin:end]
+        torch.mul(torch.nn.functional.linear(scaled, tile), levels.outputs[begin:end], out=y[:, begin:end])
     return y
 
 

@@ -247,7 +247,8 @@ class CompressedLinear(nn.Module):
             dtype: of x, which a dictionary tells too; where neither does, what is kept is made when the layer first
                 runs.
         """
-        self.runtime, self._kept = runtime, None
+        if runtime != self.runtime:
+            self.runtime, self._kept = runtime, None
         dtype = dtype if self.atoms is None else self.atoms.dtype
         if runtime in ("unpacked", "dense") and dtype is not None and not isinstance(self.codes, nn.Parameter):
             like = self.codes.new_empty(0, dtype=dtype)

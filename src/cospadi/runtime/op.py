@@ -2,7 +2,7 @@
 `cospadi::level_matmul`, the same for levels of a code that were decoded to integers.
 
 Registered with torch.library, so that torch.compile, torch.export and autograd see them whole. They run the C++ kernels
-on CPU and the Triton kernels on GPU (of the first), which read the packed form as it is, and the reference in plain
+on CPU and the Triton kernels on GPU, which read the packed form as it is, and the reference in plain
 torch elsewhere.
 """
 
@@ -21,7 +21,7 @@ from cospadi.errors import KernelError
 from cospadi.format.codecs import CODECS
 from cospadi.format.supports import SUPPORTS
 from cospadi.runtime import cpu, reference
-from cospadi.runtime.levels import Levels, dense
+from cospadi.runtime.levels import WIDTHS, Levels, dense
 
 log = logging.getLogger("cospadi")
 
@@ -214,7 +214,7 @@ _sparse_matmul.register_autograd(_backward, setup_context=_setup_context)
 
 def takes_levels(x: Tensor) -> bool:
     """Whether levels are multiplied as integers here."""
-    return cpu.can_multiply_levels(x, x)
+    return all(_kernels(x).can_multiply_levels(x, x, bits) for bits in WIDTHS)
 
 
 def level_matmul(x: Tensor, levels: Levels) -> Tensor:
@@ -231,8 +231,12 @@ def _multiply_levels(
     x: Tensor, packed: Tensor, outputs: Tensor, inputs: Tensor, offsets: Tensor, columns: Tensor, rest: Tensor
 ) -> Tensor:
     levels = Levels(packed, outputs, inputs, offsets, columns, rest)
-    if cpu.can_multiply_levels(x, packed):
-        return cpu.level_matmul(x, levels)
+    if _kernels(x).can_multiply_levels(x, packed, levels.bits):
+        try:
+            y: Tensor = _kernels(x).level_matmul(x, levels)
+            return y
+        except KernelError as error:
+            _warn(str(error))
     return torch.nn.functional.linear(x, dense(levels).to(x.dtype))
 
 

@@ -1,4 +1,4 @@
-"""z S on NVIDIA GPUs, from the packed form of S (docs/format.md). Absent where Triton is.
+"""z S on NVIDIA GPUs, from the packed form of S (docs/format.md), and products of levels. Absent where Triton is.
 
 Up to `DECODE_ROWS` rows are multiplied without tensor cores, up to `SPLIT_ROWS` the atoms may be split over programs
 whose partial sums, float32, are then added in a fixed order. Results do not depend on timing, but on the configuration
@@ -12,23 +12,28 @@ Under TRITON_INTERPRET=1, set before Triton is imported, the same kernels run on
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cospadi.errors import KernelError, first_line
+from cospadi.runtime.levels import Levels
 
 try:
     import triton.language as tl
 
     from cospadi.runtime import triton_kernels as kernels
+    from cospadi.runtime import triton_levels as level_kernels
 
     AVAILABLE, INTERPRETED = True, kernels.INTERPRETED
 except ImportError:
     AVAILABLE, INTERPRETED = False, False
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VALUE_BITS = (10, 12, 14, 16)
 DECODE_ROWS = 4
 SPLIT_ROWS = 16
@@ -45,8 +50,8 @@ PROGRAMS = 4
 SPLIT_COLUMNS = 16
 ADDED = 1024
 
-_failed: set[tuple[torch.dtype, int]] = set()
-"""Dtypes of z and widths of values with a kernel that Triton could not compile or launch here."""
+_failed: set[tuple[torch.dtype, str, int]] = set()
+"""Dtypes of z and widths of "values" or "levels" with a kernel that Triton could not compile or launch here."""
 
 
 def can_multiply(z: Tensor, support: Tensor, values: Tensor, value_bits: int) -> bool:
@@ -54,13 +59,13 @@ def can_multiply(z: Tensor, support: Tensor, values: Tensor, value_bits: int) ->
 
     False also where it has raised `KernelError` for this dtype and width: it would compile in vain at every call.
     """
-    if not AVAILABLE or value_bits not in VALUE_BITS or (z.dtype, value_bits) in _failed:
+    if not AVAILABLE or value_bits not in VALUE_BITS or (z.dtype, "values", value_bits) in _failed:
         return False
     stored = torch.bfloat16 if value_bits == 16 else torch.uint8
     return (
         z.device.type == ("cpu" if INTERPRETED else "cuda")
         and support.device == z.device == values.device
-        and z.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and z.dtype in DTYPES
         and (support.dtype, values.dtype) == (torch.uint8, stored)
         and support.is_contiguous()
         and values.is_contiguous()
@@ -98,29 +103,83 @@ def sparse_matmul(z: Tensor, support: Tensor, values: Tensor, offsets: Tensor, k
         *(rows, rows.stride(0), rows.stride(1), support, values, values.numel() * values.element_size()),
         *(offsets, out, count, k, d2, support.shape[1], span),
     )
+    with _launching(z, "values", value_bits) as (dtype, operand):
+        if count <= DECODE_ROWS:
+            kernels.decode[lambda meta: (-(-d2 // meta["N"]), splits)](
+                *arguments, M=1 << (count - 1).bit_length(), BITS=value_bits, ROUND=dtype
+            )
+        else:
+            kernels.tiles[lambda meta: (-(-count // meta["M"]) * -(-d2 // meta["N"]), splits)](
+                *arguments, _bucket(count), BITS=value_bits, OPERAND=operand, ROUND=dtype
+            )
+        if splits > 1:
+            size = count * d2
+            kernels.add_splits[(-(-size // ADDED),)](out, y, size, splits, BLOCK=ADDED)
+    return y
+
+
+def can_multiply_levels(x: Tensor, packed: Tensor, bits: int) -> bool:
+    """Whether `level_matmul` takes these: CUDA tensors (under the interpreter CPU tensors)."""
+    return (
+        AVAILABLE
+        and x.device.type == ("cpu" if INTERPRETED else "cuda")
+        and packed.device == x.device
+        and x.dtype in DTYPES
+        and (x.dtype, "levels", bits) not in _failed
+    )
+
+
+def level_matmul(x: Tensor, levels: Levels) -> Tensor:
+    """y = ((x u) N^T) v, accumulated in float32; x (..., d1), fp32, bf16 or fp16, of any strides.
+
+    Raises:
+        KernelError: Triton cannot compile or launch a kernel on this machine.
+    """
+    d2, d1 = len(levels.outputs), len(levels.inputs)
+    y = x.new_empty((*x.shape[:-1], d2))
+    if y.numel() == 0:
+        return y
+    rows = x.reshape(-1, d1)
+    count = len(rows)
+    steps = levels.outputs, levels.inputs, levels.offsets, levels.columns, levels.rest
+    arguments = (
+        *(rows, rows.stride(0), rows.stride(1), levels.packed, levels.packed.shape[1], *steps, y, count, d1, d2),
+    )
+    with _launching(x, "levels", levels.bits) as (dtype, operand):
+        if count <= DECODE_ROWS:
+            level_kernels.few[lambda meta: (-(-d2 // meta["N"]),)](
+                *arguments, M=1 << (count - 1).bit_length(), BITS=levels.bits
+            )
+        else:
+            level_kernels.many[lambda meta: (-(-count // meta["M"]) * -(-d2 // meta["N"]),)](
+                *arguments, _bucket(count), BITS=levels.bits, OPERAND=operand, ROUND=dtype
+            )
+    return y
+
+
+@contextmanager
+def _launching(z: Tensor, what: str, bits: int) -> Iterator[tuple[Any, Any]]:
+    """For launches: Triton's dtype of z, and that of operands of products of tiles.
+
+    Raises:
+        KernelError: Triton cannot compile or launch a kernel on this machine, which is kept in mind.
+    """
     dtype = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[z.dtype]
+    # The interpreter multiplies bf16 operands as the integers that numpy holds them in.
+    operand = tl.float32 if INTERPRETED else dtype
     try:
         with torch.cuda.device(z.device) if z.is_cuda else nullcontext():
-            if count <= DECODE_ROWS:
-                kernels.decode[lambda meta: (-(-d2 // meta["N"]), splits)](
-                    *arguments, M=1 << (count - 1).bit_length(), BITS=value_bits, ROUND=dtype
-                )
-            else:
-                bucket = min(max(16, 1 << (count - 1).bit_length()), MOST_ROWS_TOLD)
-                # The interpreter multiplies bf16 operands as the integers that numpy holds them in.
-                operand = tl.float32 if INTERPRETED else dtype
-                kernels.tiles[lambda meta: (-(-count // meta["M"]) * -(-d2 // meta["N"]), splits)](
-                    *arguments, bucket, BITS=value_bits, OPERAND=operand, ROUND=dtype
-                )
-            if splits > 1:
-                size = count * d2
-                kernels.add_splits[(-(-size // ADDED),)](out, y, size, splits, BLOCK=ADDED)
+            yield dtype, operand
     except torch.OutOfMemoryError:  # by the autotuner, and no fault of the kernels
         raise
     except Exception as error:  # whatever the compiler, the assembler, a C compiler or the driver met
-        _failed.add((z.dtype, value_bits))
+        _failed.add((z.dtype, what, bits))
         raise KernelError(f"{type(error).__name__}: {first_line(error)}") from error
-    return y
+
+
+def _bucket(count: int) -> int:
+    """What the autotuner is told of a number of rows."""
+    return min(max(16, 1 << (count - 1).bit_length()), MOST_ROWS_TOLD)
 
 
 def _splits(k: int, d2: int, rows: int, multiprocessors: int) -> tuple[int, int]:

@@ -313,10 +313,11 @@ TILE_CONFIGS = [
 ]
 
 
-def _fitting(configs: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any]:
+def fitting(configs: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any]:
     """Configurations whose tiles have about as many rows as there are; none with large tiles of float32."""
     bucket = arguments["bucket"]
-    most = 64 * 128 if arguments["z"].element_size() == 4 else 256 * 128
+    x = arguments["z"] if "z" in arguments else arguments["x"]
+    most = 64 * 128 if x.element_size() == 4 else 256 * 128
     fitting = [config for config in configs if min(bucket, 64) <= config.kwargs["M"] <= bucket]
     return [config for config in fitting if config.kwargs["M"] * config.kwargs["N"] <= most]
 
@@ -331,7 +332,7 @@ def _quantiles(call: Callable[[], Any], quantiles: Sequence[float]) -> Any:
         return [float("inf")] * len(quantiles)
 
 
-def _tuned(kernel: Any, configs: list[Any], key: list[str], small: dict[str, int], **options: Any) -> Any:
+def tuned(kernel: Any, configs: list[Any], key: list[str], small: dict[str, int], **options: Any) -> Any:
     """The kernel with its configurations timed at the first call of each key and kept on disk; `small` interpreted."""
     if INTERPRETED:
         return triton.autotune([triton.Config(small)], key)(triton.jit(kernel))
@@ -342,11 +343,11 @@ def _tuned(kernel: Any, configs: list[Any], key: list[str], small: dict[str, int
     return triton.autotune(configs, key, **options)(triton.jit(kernel))
 
 
-decode = _tuned(_decode, DECODE_CONFIGS, ["k", "d2", "M", "BITS"], {"N": 32, "T": 16, "BYTES": 2})
-tiles = _tuned(
+decode = tuned(_decode, DECODE_CONFIGS, ["k", "d2", "M", "BITS"], {"N": 32, "T": 16, "BYTES": 2})
+tiles = tuned(
     _tiles,
     TILE_CONFIGS,
     ["k", "d2", "bucket", "BITS"],
     {"M": 32, "N": 32, "T": 16},
-    prune_configs_by={"early_config_prune": _fitting},
+    prune_configs_by={"early_config_prune": fitting},
 )
