@@ -232,6 +232,7 @@ def test_levels_are_read_once_and_anew_when_the_layer_changes() -> None:
     y = changed(x)
     changed.codes.zero_().add_(other)
     assert torch.equal(changed(x), y)
+    assert layer.to("cpu").kept_tensors()[0].data_ptr() == first
     moved = copy.deepcopy(layer).to(torch.bfloat16)
-    assert not moved.kept_tensors()
     assert torch.equal(moved.codes, layer.codes)
+    assert torch.equal(moved.kept_tensors()[0], layer.kept_tensors()[0])

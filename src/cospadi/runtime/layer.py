@@ -153,7 +153,7 @@ class CompressedLinear(nn.Module):
             self.register_buffer(self.names.values, buffer(values, form.codec.dtype))
         self.bias = parameter([out_features] if bias else None)
         self._offsets: tuple[Hashable, Tensor] | None = None
-        self._kept: tuple[Hashable, Tensor | Levels] | None = None
+        self._kept: tuple[tuple[Hashable, ...], Tensor | Levels] | None = None
 
     support: Tensor | None
 
@@ -206,15 +206,24 @@ class CompressedLinear(nn.Module):
         if torch.compiler.is_compiling():
             made = None if self._kept is None else self._kept[1]
             return made if made is not None and _serves(made, like) else None
-        factors = [tensor for tensor in (self.atoms, self.support, self.codes) if tensor is not None]
-        if any(tensor.device.type == "meta" for tensor in factors):
+        if any(tensor.device.type == "meta" for tensor in self._factors()):
             return None
-        state = (make.__name__, like.dtype, like.device, *map(_version, factors))
-        if self._kept is None or self._kept[0] != state:
-            self._kept = None  # before the next one takes its memory
-            with torch.inference_mode(False), torch.no_grad():
-                self._kept = state, make(like.dtype)
+        state = (like.dtype, make.__name__, like.device, self._versions())
+        if self._kept is not None:
+            known, made = self._kept
+            first = 1 if isinstance(made, Levels) else 0  # which serve every dtype
+            if known[first:] == state[first:]:
+                return made
+        self._kept = None  # before the next one takes its memory
+        with torch.inference_mode(False), torch.no_grad():
+            self._kept = state, make(like.dtype)
         return self._kept[1]
+
+    def _factors(self) -> list[Tensor]:
+        return [tensor for tensor in (self.atoms, self.support, self.codes) if tensor is not None]
+
+    def _versions(self) -> Hashable:
+        return tuple(map(_version, self._factors()))
 
     def _unpacked(self, dtype: torch.dtype) -> Tensor | Levels:
         """What is kept of S where no kernel reads it as it is stored: levels as integers where there is a kernel for
@@ -335,13 +344,20 @@ class CompressedLinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         stored, counted = self.codes, self._offsets is not None
-        self._kept = self._offsets = None
+        self._offsets = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if not isinstance(stored, nn.Parameter) and self.codes.dtype != stored.dtype:
             # a change of dtype is not for what is stored
             setattr(self, self.names.values, stored.to(self.codes.device))
+        levels = False
+        if self._kept is not None and self._kept[0][-1] != self._versions():
+            levels = isinstance(self._kept[1], Levels)
+            self._kept = None  # of tensors that were replaced
+        # A compiler that meets the layer next could not keep what it makes.
         if counted:
-            self.column_offsets()  # a compiler that meets the layer next could not keep them
+            self.column_offsets()
+        if levels:
+            self._keep(self.codes.new_empty(0, dtype=torch.float32), self._unpacked)
         return self
 
     def extra_repr(self) -> str:
