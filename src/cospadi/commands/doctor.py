@@ -21,6 +21,7 @@ from cospadi.format.codecs import CODECS
 from cospadi.format.kinds import Numbers
 from cospadi.format.supports.mask import MASK
 from cospadi.runtime import cpu, op, reference
+from cospadi.runtime.levels import WIDTHS, Levels, pack_levels
 
 PACKAGES = ("torch", "transformers", "safetensors", "triton")
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -63,12 +64,15 @@ def examine() -> Examination:
         openmp=str(native.openmp_runtime()) if native.openmp_runtime() else None,
         devices=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     )
-    found.checks = {f"CPU kernel, {name}": _is_right(_on_cpu, number) for name, number in native.levels().items()}
+    found.checks = {
+        f"CPU kernel, {name}": _is_right(_on_cpu, number) and _levels_are_right(cpu.level_matmul, number)
+        for name, number in native.levels().items()
+    }
     if levels:
         found.checks["product with a dictionary"] = _is_right_dense()
     if found.devices and op.gpu is not None and op.gpu.AVAILABLE:
         try:
-            found.checks["GPU kernel"] = _is_right(_on_gpu, 0)
+            found.checks["GPU kernel"] = _is_right(_on_gpu, 0) and _levels_are_right(_levels_on_gpu, 0)
         except KernelError as error:
             found.advice.append(f"A GPU kernel does not run here, coefficients are unpacked instead: {error}.")
     elif found.devices:
@@ -132,6 +136,28 @@ def _is_right(product: Product, level: int) -> bool:
                 z = torch.randn(rows, 203, generator=generator).to(dtype)
                 y = product(z, mask, values, MASK.offsets(mask), 203, codec.kernel_bits, level)
                 if not _is_close(y, z, dense, tolerance):
+                    return False
+    return True
+
+
+def _levels_on_gpu(x: Tensor, levels: Levels, _level: int) -> Tensor:
+    assert op.gpu is not None
+    y: Tensor = op.gpu.level_matmul(x.cuda(), Levels(*(part.cuda() for part in levels)))
+    return y.cpu()
+
+
+def _levels_are_right(product: Callable[[Tensor, Levels, int], Tensor], level: int) -> bool:
+    """The same with levels of a code, in memory, some of which are too large for their bits."""
+    generator = torch.Generator().manual_seed(0)
+    outputs, inputs = (0.5 + torch.rand(size, generator=generator) for size in (70, 203))
+    for bits in WIDTHS:
+        numbers = (2.0**bits / 4 * torch.randn(70, 203, generator=generator)).round().to(torch.int16)
+        levels = pack_levels(numbers, outputs, inputs, bits)
+        weight = numbers.double() * inputs * outputs[:, None]
+        for dtype, tolerance in TOLERANCES.items():
+            for rows in (1, 3, 40):
+                x = torch.randn(rows, 203, generator=generator).to(dtype)
+                if not _is_close(product(x, levels, level), x, weight.T, tolerance):
                     return False
     return True
 
