@@ -312,8 +312,8 @@ for bits in (4, 8):
     compiles(levels.few.fn, levels.FEW_CONFIGS[0], "bf16", M=2, BITS=bits)
     for config in (levels.MANY_CONFIGS[0], levels.MANY_CONFIGS[5]):
         compiles(levels.many.fn, config, "bf16", x_column=1, BITS=bits, OPERAND=tl.bfloat16, ROUND=tl.bfloat16)
-    full = {"OPERAND": tl.float32, "ROUND": tl.float32}
-    compiles(levels.many.fn, levels.MANY_CONFIGS[4], "fp32", x_column=1, BITS=bits, **full)
+full = {"OPERAND": tl.float32, "ROUND": tl.float32}
+compiles(levels.many.fn, levels.MANY_CONFIGS[0], "fp32", x_column=1, BITS=4, **full)
 print("done")
 """
 
