@@ -151,7 +151,7 @@ class Ec(Codec):
             torch.from_numpy(content[start:]),
         )
 
-    def decode(self, stored: Tensor, count: int) -> Tensor:
+    def decode(self, stored: Tensor, values: list[int]) -> Tensor:
         """As everywhere.
 
         Raises:
@@ -166,10 +166,10 @@ class Ec(Codec):
                 f"levels in a code cannot be read ({error}). cospadi verify tells which tensor is damaged"
             ) from None
         levels, outputs, inputs = (part.to(stored.device) for part in (levels, found.outputs, found.inputs))
-        return (levels * inputs * outputs[:, None]).flatten()[:count]
+        return (levels * inputs * outputs[:, None]).flatten()[: math.prod(values)].view(values)
 
-    def problem(self, tensor: Any, count: int) -> str | None:
-        stored = tensor[:]
+    def problem(self, tensor: Any, values: list[int]) -> str | None:
+        stored, count = tensor[:], math.prod(values)
         try:
             if self.room(stored) != count:
                 return f"holds {self.room(stored)} values, config.json says {count}"
