@@ -3,6 +3,7 @@
     python benchmarks/quality.py run MODEL --calibration FILE --text FILE
     python benchmarks/quality.py run MODEL --calibration FILE --text FILE --ratio 0.2 --ratio 0.3 --method paper
     python benchmarks/quality.py run MODEL --calibration FILE --text FILE --method coded --ratio 0.75 --ratio 0.8125
+    python benchmarks/quality.py run MODEL --calibration FILE --text FILE --method gptq --method rtn --ratio 0.79125
     python benchmarks/quality.py table --output docs/results
     python benchmarks/quality.py summary
     python benchmarks/quality.py figure
@@ -69,7 +70,9 @@ OATS_ITERATIONS = 80
 """As its authors run."""
 TUNED = "paper+refine=128"
 """The paper's, its values tuned as the default's are."""
-ALL = (*(name for name in METHODS if name not in ("svd", "coded")), OATS, ALONE, TUNED, *VARIANTS)
+LEVELS = ("rtn", "gptq", "gptq+compensate=true", "coded")
+"""Of few bits: their sizes are others than those of weights left out."""
+ALL = (*(name for name in METHODS if name not in ("svd", *LEVELS)), OATS, ALONE, TUNED, *VARIANTS)
 RESULTS = Path(__file__).parent / "results" / "quality"
 FIGURE = Path(__file__).parents[1] / "docs" / "images" / "bytes.svg"
 app = typer.Typer(add_completion=False)
@@ -232,8 +235,8 @@ def _page(model: str, rows: list[dict[str, Any]]) -> str:
 @app.command()
 def summary() -> None:
     """Print one line a model and ratio: ln(ppl / dense) of the main methods, then the divergence where it is known,
-    then both of levels in a code, by bits."""
-    print("\n".join([*summary_lines(), "", *divergence_lines(), "", *bits_lines()]))
+    then both of levels in a code, by bits, and beside integers."""
+    print("\n".join([*summary_lines(), "", *divergence_lines(), "", *bits_lines(), "", *integer_lines()]))
 
 
 def summary_lines() -> list[str]:
@@ -276,6 +279,33 @@ def bits_lines() -> list[str]:
         loss = _loss(row, rows[model, 0.0, "dense"])
         lines.append(f"| {model} | {16 * (1 - row['ratio_reached']):.2f} | {loss:.4f} | {row['kl']:.5f} | {beside} |")
     return lines
+
+
+def integer_lines() -> list[str]:
+    """A line a model and size of `gptq`: ln(ppl / dense) and KL of all levels, of `coded` those of at most as many
+    bytes, and the bits a weight that these take."""
+    rows = _rows()
+    dense = {row["model"]: row for row in rows if row["method"] == "dense"}
+    found = {(row["model"], row["ratio_asked"], row["method"]): row for row in rows if row["method"] in LEVELS}
+    lines = [f"| model | bits a weight | {' | '.join(LEVELS)} | its bits |", f"|---|---|{'---|' * len(LEVELS)}---|"]
+    for model, ratio in sorted((model, -ratio) for model, ratio, method in found if method == "gptq"):
+        some = {name: row for name in LEVELS if (row := found.get((model, -ratio, name)))}
+        nbytes = some["gptq"]["bytes"]
+        smaller = [row for (name, _, method), row in found.items() if (name, method) == (model, "coded")]
+        fitting = [row for row in smaller if row["bytes"] <= nbytes]
+        some |= {"coded": max(fitting, key=lambda row: row["bytes"])} if fitting else {}
+        cells = [
+            f"{_loss(some[name], dense[model]):.4f} / {some[name]['kl']:.5f}" if name in some else "-"
+            for name in LEVELS
+        ]
+        cells.append(f"{_bits(some['coded']):.2f}" if "coded" in some else "-")
+        lines.append(f"| {model} | {_bits(some['gptq']):.2f} | {' | '.join(cells)} |")
+    return lines
+
+
+def _bits(row: dict[str, Any]) -> float:
+    """Bits a weight."""
+    return 16 * (1 - float(row["ratio_reached"]))
 
 
 @app.command()

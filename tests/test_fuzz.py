@@ -35,7 +35,6 @@ from cospadi import Recipe, UserError
 from cospadi.budget.plan import check_plan, outlook, read_plan, read_plan_recipe, write_plan
 from cospadi.calibration.text import token_sequences
 from cospadi.format import verify
-from cospadi.format.codecs import codec_of_bits
 from cospadi.format.form import Form
 from cospadi.recipe import METHODS
 from cospadi.solvers import SOLVERS
@@ -318,15 +317,24 @@ def test_recipe_file_of_any_bytes(content: bytes, dense_folder: Path, tmp_path: 
 
 @pytest.fixture(scope="module")
 def saved_plans(dense_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
-    """Plans of runs that take a moment: D = I, supports that are free, that are not, low rank."""
+    """Plans of runs that take a moment: D = I, supports that are free, that are not, low rank, integers."""
     found = []
     path = tmp_path_factory.mktemp("plan") / "plan.json"
-    for solver in ("htp", "mod-htp", "ksvd", "svd"):
+    for solver in ("htp", "mod-htp", "ksvd", "svd", "rtn"):
         fields = {"solver": solver, "include": ["*.q_proj", "*.k_proj", "*.up_proj"], "ratio": 0.3}
         recipe = Recipe.build(FREE | fields)
         write_plan(outlook(dense_folder, recipe).plan, recipe, path)
         found.append(path.read_bytes())
     return found
+
+
+KINDS = {
+    "sparse-dictionary": ("stored", "mask"),
+    "identity mask": ("identity", "mask"),
+    "low-rank": ("stored", "full"),
+    "identity full": ("identity", "full"),
+}
+"""Of layouts: dictionary and support."""
 
 
 @st.composite
@@ -335,29 +343,27 @@ def plausible_plan(draw: st.DrawFn, plan: dict[str, Any]) -> dict[str, Any]:
     changed = copy.deepcopy(plan)
     group = draw(st.sampled_from(changed["groups"]))
     d2_sum = {"q_proj": 72, "up_proj": 80}[group["members"][0].rpartition(".")[2]]
-    what = draw(st.sampled_from(["k", "nonzeros", "nonzeros", "value_bits", "layout", "members"]))
+    what = draw(st.sampled_from(["k", "nonzeros", "nonzeros", "values", "layout", "members"]))
     if what == "k":
         group["k"] -= draw(st.integers(0, 3) | st.integers(0, group["k"]))
         group["nonzeros"] = min(group["nonzeros"], group["k"] // 2 * d2_sum)
     elif what == "nonzeros":
         group["nonzeros"] -= draw(st.integers(0, 5) | st.integers(0, group["nonzeros"]) | st.just(group["nonzeros"]))
         group["k"] = draw(st.sampled_from([group["k"], group["k"] // 2, max(1, group["nonzeros"] // d2_sum)]))
-    elif what == "value_bits":
-        group["value_bits"], group["k"] = 30 - group["value_bits"], group["k"] - 2
+    elif what == "values":
+        group["values"] = draw(st.sampled_from(["bf16", "f14", "int4", "int2g64"]))
+        group["k"] -= draw(st.sampled_from([0, 2]))
     elif what == "layout":
-        group["layout"] = draw(st.sampled_from(["sparse-dictionary", "identity mask", "low-rank", "dense"]))
+        group["layout"] = draw(st.sampled_from([*KINDS, "dense"]))
     else:
         group["members"] = draw(st.sampled_from([group["members"][::-1], group["members"] * 2]))
     d1, d2s = 48, [{"q_proj": 48, "k_proj": 24, "up_proj": 80}[name.rpartition(".")[2]] for name in group["members"]]
-    k, nonzeros, bits = group["k"], group["nonzeros"], group["value_bits"]
-    if group["layout"] == "low-rank":
-        parts = Form("stored", "full", "bf16").nbytes(d1, d2s, k, [k * d2 for d2 in d2s])
-    else:
-        even = [nonzeros // sum(d2s) * d2 for d2 in d2s]
-        counts = [nonzeros] if draw(st.booleans()) else even
-        dictionary = "identity" if group["layout"] == "identity mask" else "stored"
-        parts = Form(dictionary, "mask", codec_of_bits(bits)).nbytes(d1, d2s, k, counts)
-    group["bytes"] = parts.total
+    k, nonzeros = group["k"], group["nonzeros"]
+    form = Form(*KINDS.get(group["layout"], ("stored", "mask")), group["values"])
+    even = [nonzeros // sum(d2s) * d2 for d2 in d2s]
+    counts = [nonzeros] if form.support_kind.chosen and draw(st.booleans()) else even
+    if form.possible:
+        group["bytes"] = form.nbytes(d1, d2s, k, counts).total
     return changed
 
 

@@ -63,6 +63,8 @@ METHODS: dict[str, Method] = {
     "wanda": Method("the largest |w| times the norm of its input (arXiv 2306.11695)", PLAIN | {"solver": "wanda"}),
     "alps": Method("ADMM on the layer's problem (NeurIPS 2024)", PLAIN | {"solver": "alps", "iterations": 300}),
     "magnitude": Method("the largest |w|", PLAIN | {"solver": "magnitude", "metric": "weights"}),
+    "rtn": Method("integers of few bits, rounded to nearest", PLAIN | {"solver": "rtn", "metric": "weights"}),
+    "gptq": Method("integers of few bits with error feedback (arXiv 2210.17323)", PLAIN | {"solver": "gptq"}),
 }
 """All of them, the default first."""
 
@@ -83,7 +85,7 @@ class Recipe(BaseModel):
     solver: str = Field(
         "htp",
         description="htp (D = I), mod-htp, ksvd (the paper's), procrustes (COMPOT), eigen (ROCKET), svd-llm, svd, "
-        "sparsegpt, wanda, alps, magnitude, trellis (levels in a code)",
+        "sparsegpt, wanda, alps, magnitude, trellis (levels in a code), rtn, gptq (integers of few bits)",
     )
     accounting: Literal["exact", "eq10", "eq11"] = Field(
         "exact", description="exact: real bytes; eq10, eq11: the paper's own k and s"
@@ -232,11 +234,9 @@ class Recipe(BaseModel):
 
         solver = find_solver(self.solver)
         single, wanted = self.layers_shared == 1, REFINE if self.refine is None else self.refine
-        if solver.coded and self.refine:
-            raise UserError(
-                "refine is not possible: levels in a code stay as they were solved. Use --refine 0, or leave it out"
-            )
-        wanted = 0 if solver.coded else wanted
+        if solver.levels and self.refine:
+            raise UserError("refine is not possible: levels stay as they were solved. Use --refine 0, or leave it out")
+        wanted = 0 if solver.levels else wanted
         refined = single and wanted > 0
         metric: str = self.metric or ("fisher" if refined and "fisher" in solver.metrics else solver.metrics[0])
         if metric not in solver.metrics:

@@ -38,6 +38,7 @@ def test_pages_and_summary_of_results() -> None:
     assert summary in results
     assert "\n".join(quality.divergence_lines()) in results
     assert "\n".join(quality.bits_lines()) in results
+    assert "\n".join(quality.integer_lines()) in results
 
 
 def test_page_and_summary_of_a_real_model() -> None:

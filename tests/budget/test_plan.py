@@ -20,7 +20,6 @@ import cospadi
 from cospadi.budget.plan import Plan, dense_group, outlook, write_plan
 from cospadi.calibration.text import token_sequences
 from cospadi.format import safetensors, schema, verify
-from cospadi.format.codecs import codec_of_bits
 from cospadi.format.form import Form
 from cospadi.model.load import load_tokenizer
 
@@ -53,7 +52,7 @@ def saved(direct: tuple[cospadi.Compressed, Path], default: dict[str, Any], tmp_
 def resize(group: dict[str, Any], **fields: Any) -> None:
     """Other sizes for the group of q, k and v, and the bytes that follow from them."""
     group.update(fields)
-    form = Form("identity", "mask", codec_of_bits(group["value_bits"]))
+    form = Form("identity", "mask", group["values"])
     d2s = [48, 24, 24] * (len(group["members"]) // 3)
     group["bytes"] = form.nbytes(48, d2s, group["k"], [group["nonzeros"]]).total
 
@@ -131,8 +130,8 @@ def test_flags_that_would_change_the_plan_are_refused(
     [
         (lambda plan: plan["groups"][0].update(bytes=5), "do not follow from its sizes"),
         (lambda plan: plan["groups"][0].update(k=-1), "do not follow from its sizes"),
-        (lambda plan: plan["groups"][0].update(value_bits=15), "is not a plan"),
-        (lambda plan: resize(plan["groups"][0], value_bits=16, nonzeros=400), "values of 16 bits"),
+        (lambda plan: plan["groups"][0].update(values="f15"), "is not a plan"),
+        (lambda plan: resize(plan["groups"][0], values="bf16", nonzeros=400), "as bf16; the recipe asks for f14"),
         (lambda plan: resize(plan["groups"][0], nonzeros=0), "do not follow from its sizes"),
         (lambda plan: plan["groups"][0]["members"].reverse(), "for another model, selection"),
         (

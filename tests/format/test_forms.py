@@ -28,6 +28,7 @@ from cospadi.errors import CheckpointError, UserError
 from cospadi.format import safetensors, schema, verify, version1
 from cospadi.format.codecs import CODECS, codec_of_bits
 from cospadi.format.codecs.ec import EC
+from cospadi.format.codecs.integers import INTEGERS
 from cospadi.format.dictionaries import DICTIONARIES
 from cospadi.format.form import FORMS, Form, Parts, find_form
 from cospadi.format.schema import StoredProjection
@@ -36,6 +37,9 @@ from cospadi.runtime.layer import set_runtime
 from cospadi.runtime.swap import mark_compressed, swap_in_layers
 
 IN_VERSION_1 = {Form(*names) for names in version1.FORMS.values()}
+STOOD_FOR = [name for name in INTEGERS if name not in ("int3g64", "int8")]
+MODELS = [form for form in FORMS if form.values not in STOOD_FOR]
+"""Forms that models are made of: two kinds of integers stand for all."""
 GATE = "model.layers.1.mlp.gate_proj"
 DOWN = "model.layers.1.mlp.down_proj"
 K = 13
@@ -48,16 +52,28 @@ def random_part(
 ) -> tuple[dict[str, Tensor], Tensor, int]:
     """Tensors of a random S as they are stored, S transposed in float64 as rounded, and its number of values."""
     kind, codec = form.support_kind, form.codec
-    if codec.coded:
-        stored = random_code(d2, k, generator, scale)
-        return {form.names.values: stored}, codec.decode(stored, d2 * k).view(d2, k).double(), d2 * k
+    if codec.levels:
+        stored = (
+            random_code(d2, k, generator, scale) if codec.coded else random_integers(codec, d2, k, generator, scale)
+        )
+        return {form.names.values: stored}, codec.decode(stored, [d2, k]).double(), d2 * k
     dense = scale * torch.randn(d2, k, generator=generator)
     chosen = torch.rand(d2, k, generator=generator) < 0.4 if kind.chosen else None
     values = kind.gather(chosen, dense)
     support, stored = kind.pack(chosen), codec.encode(values)
     tensors = {form.names.values: stored} | ({} if support is None else {form.names.support: support})
-    rounded = codec.decode(codec.encode(dense.flatten()), dense.numel()).view(d2, k).double()
+    rounded = codec.decode(codec.encode(dense.flatten()), [d2, k]).double()
     return tensors, rounded if chosen is None else rounded * chosen, values.numel()
+
+
+def random_integers(codec: Any, d2: int, k: int, generator: torch.Generator, scale: float) -> Tensor:
+    """Levels, scales and zeros, as they are stored, that stand for numbers of about a scale."""
+    most, groups = 2**codec.bits - 1, codec.groups(k)
+    levels = torch.randint(0, most + 1, (d2, k), generator=generator)
+    zeros = torch.randint(most // 2, most // 2 + 2, (d2, groups), generator=generator)
+    scales = 4 * scale / most * (0.5 + torch.rand(d2, groups, generator=generator))
+    stored: Tensor = codec.encode_levels(levels, scales, zeros)
+    return stored
 
 
 @settings(deadline=None)
@@ -95,50 +111,50 @@ def test_bytes_are_what_the_formula_says_and_decoding_undoes_encoding(
         }
         assert told.pop(form.names.dictionary, None) == (None if dictionary is None else (torch.bfloat16, [k, d1]))
         assert told == {name: (tensor.dtype, list(tensor.shape)) for name, tensor in tensors.items()}
-        values = form.codec.decode(tensors[form.names.values], count)
+        values = form.codec.decode(tensors[form.names.values], entry.values_shape)
         support = tensors.get(form.names.support)
         assert torch.equal(form.support_kind.scatter(support, values, d2, k).double(), expected)
-        assert form.codec.problem(tensors[form.names.values], count) is None
+        assert form.codec.problem(tensors[form.names.values], entry.values_shape) is None
         if support is not None:
             assert form.support_kind.problem(support, d2, k, count) is None
 
 
-@given(st.sampled_from([name for name, codec in CODECS.items() if not codec.coded]), st.lists(finite, max_size=40))
+@given(st.sampled_from([name for name, codec in CODECS.items() if not codec.levels]), st.lists(finite, max_size=40))
 def test_a_codec_rounds_once(name: str, values: list[float]) -> None:
     codec = CODECS[name]
     stored = codec.encode(torch.tensor(values, dtype=torch.float32))
-    back = codec.decode(stored, len(values))
+    back = codec.decode(stored, [len(values)])
     assert torch.isfinite(back).all()
     assert torch.equal(codec.encode(back), stored)
-    assert stored.nbytes == codec.nbytes(len(values)) == math.ceil(len(values) * codec.bits / 8)
+    assert stored.nbytes == codec.nbytes([len(values)]) == math.ceil(len(values) * codec.bits / 8)
     assert len(values) <= codec.room(stored) < len(values) + 8
 
 
 def test_names_for_reading_lead_back_to_the_form() -> None:
     for form in FORMS:
-        assert find_form(form.layout, form.codec.bits) == form
-        assert codec_of_bits(form.codec.bits) == form.values
-    assert find_form("cube", 14) is None
-    assert find_form("low-rank", 15) is None
+        assert find_form(form.layout, form.values) == form
+        assert form.codec.levels or codec_of_bits(form.codec.bits) == form.values
+    assert find_form("cube", "f14") is None
+    assert find_form("low-rank", "f15") is None
 
 
 def test_a_damaged_code_is_refused_and_no_more_is_made_of_it_than_there_is() -> None:
     stored = random_code(40, 30, torch.Generator().manual_seed(0))
-    assert EC.problem(stored, 1200) is None
-    assert EC.problem(stored, 1199) == "holds 1200 values, config.json says 1199"
-    assert EC.problem(stored[:12], 1200) == "has 12 bytes, fewer than a header"
-    assert EC.problem(stored[:60], 1200) == "ends before its steps and widths do"
+    assert EC.problem(stored, [40, 30]) is None
+    assert EC.problem(stored, [1199, 1]) == "holds 1200 values, config.json says 1199"
+    assert EC.problem(stored[:12], [40, 30]) == "has 12 bytes, fewer than a header"
+    assert EC.problem(stored[:60], [40, 30]) == "ends before its steps and widths do"
     for place, value, reason in (
         (0, 3, "has a header that makes no sense"),
         (13, 255, f"holds {(40 + (255 << 8)) * 30} values, config.json says 1200"),
     ):
         damaged = stored.clone()
         damaged[place] = value
-        assert EC.problem(damaged, 1200) == reason
+        assert EC.problem(damaged, [40, 30]) == reason
     damaged = stored.clone()
     damaged[-20:] ^= 0x5A
     with pytest.raises(CheckpointError, match=r"levels in a code cannot be read .* cospadi verify tells which tensor"):
-        EC.decode(damaged, 1200)
+        EC.decode(damaged, [40, 30])
 
 
 def entry_of(form: Form, d1: int, d2: int, k: int, count: int, owner: str, nbytes: int) -> StoredProjection:
@@ -189,7 +205,7 @@ def write_mixed(form_of: Callable[[str], Form | None], dense: Path, folder: Path
     return expected.eval()
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.dictionary}-{form.support}-{form.values}")
+@pytest.mark.parametrize("form", MODELS, ids=lambda form: f"{form.dictionary}-{form.support}-{form.values}")
 def test_a_model_of_every_form_loads_computes_and_saves(
     form: Form, dense_folder: Path, prompt: Tensor, tmp_path: Path
 ) -> None:
@@ -214,8 +230,8 @@ def test_a_model_of_every_form_loads_computes_and_saves(
     for name in ("model.safetensors", "config.json", "cospadi.json"):
         assert (tmp_path / "second" / name).read_bytes() == (first / name).read_bytes()
     layers = [layer for layer in model.modules() if isinstance(layer, cospadi.CompressedLinear)]
-    if form.codec.coded:
-        with pytest.raises(UserError, match="levels in a code, which cannot be trained"):
+    if form.codec.levels:
+        with pytest.raises(UserError, match="are levels, which cannot be trained"):
             layers[0].unpack_values()
         return
     for layer in layers:
@@ -231,7 +247,7 @@ def test_a_model_of_every_form_loads_computes_and_saves(
 
 @pytest.fixture(
     scope="module",
-    params=[form for form in FORMS if form not in IN_VERSION_1],
+    params=[form for form in MODELS if form not in IN_VERSION_1],
     ids=lambda form: f"{form.dictionary}-{form.support}-{form.values}",
 )
 def whole(request: Any, dense_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -276,7 +292,7 @@ def test_a_malformed_entry_is_refused(fields: dict[str, Any], mentioned: str, da
 
 
 @pytest.fixture(
-    params=[form for form in FORMS if form.dictionary == "identity"],
+    params=[form for form in MODELS if form.dictionary == "identity"],
     ids=lambda form: f"{form.support}-{form.values}",
 )
 def without_dictionary(request: Any, dense_folder: Path, tmp_path: Path) -> Path:
@@ -458,7 +474,7 @@ def test_a_plan_of_twelve_bits_is_followed_from_its_file(
     assert {entry.values for entry in schema.read_config(tmp_path / "out").values()} == {"f12"}
     with pytest.raises(cospadi.UserError, match="was made with value_bits 12, not 14"):
         cospadi.compress(dense_folder, quick | {"value_bits": 14}, tmp_path / "other", plan=tmp_path / "plan.json")
-    with pytest.raises(cospadi.UserError, match=r"gives .* values of 12 bits; the recipe asks for 14"):
+    with pytest.raises(cospadi.UserError, match=r"stores values of .* as f12; the recipe asks for f14"):
         cospadi.compress(dense_folder, quick | {"value_bits": 14, "ratio": 0.2}, tmp_path / "other", plan=plan)
 
 

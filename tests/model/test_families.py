@@ -491,7 +491,7 @@ def test_whole_model_compiles_exports_and_trains(
     torch.testing.assert_close(exported.module()(input_ids=prompt, use_cache=False).logits, expected)
 
     layer = model.get_submodule("model.layers.0.mlp.up_proj")
-    if SOLVERS[solver].coded:  # levels stay as they are; what is around them learns
+    if SOLVERS[solver].levels:  # they stay as they are; what is around them learns
         factor = model.get_input_embeddings().weight
     else:
         factor = layer.unpack_values() if SOLVERS[solver].identity else layer.atoms

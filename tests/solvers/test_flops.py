@@ -8,8 +8,9 @@ import pytest
 import torch
 from flop_counts import counted
 
+from cospadi.format.codecs.integers import INTEGERS
 from cospadi.solvers import SOLVERS, MetricProblem, Problem, SolverOptions
-from cospadi.stages.solve import coder
+from cospadi.stages.solve import coder, integer_coder
 
 
 @pytest.mark.parametrize(("d1", "d2", "k", "s"), [(48, 80, 32, 12), (80, 48, 32, 12), (24, 48, 32, 12)])
@@ -34,7 +35,7 @@ def test_a_solve_costs_what_torch_counts(solver: str, d1: int, d2: int, k: int, 
 @pytest.mark.parametrize(("d1", "widths"), [(48, (60, 20)), (80, (48,)), (200, (24, 12, 12))])
 @pytest.mark.parametrize(
     ("solver", "full"),
-    [*((name, False) for name, it in SOLVERS.items() if it.identity and not it.coded), ("htp", True)],
+    [*((name, False) for name, it in SOLVERS.items() if it.identity and not it.levels), ("htp", True)],
 )
 def test_a_solve_with_the_identity_costs_what_torch_counts(
     solver: str, full: bool, d1: int, widths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
@@ -58,6 +59,17 @@ def test_levels_cost_what_torch_counts_where_one_step_is_tried(d1: int) -> None:
     problem, options = MetricProblem(weight, inputs.T @ inputs, (), (40,)), SolverOptions(iterations=1)
     products, _ = counted(lambda: SOLVERS["trellis"].solve(problem, 2 * weight.numel(), coder(), options))
     assert SOLVERS["trellis"].flops(d1, 40, d1, 0, options).products == pytest.approx(products, rel=0.02)
+
+
+@pytest.mark.parametrize("d1", [48, 150])
+def test_integers_cost_what_torch_counts(d1: int) -> None:
+    weight, inputs = torch.randn(d1, 40), torch.randn(300, d1)
+    problem, options = MetricProblem(weight, inputs.T @ inputs, (), (40,)), SolverOptions()
+    asked = integer_coder(INTEGERS["int3g64"])
+    products, factors = counted(lambda: SOLVERS["gptq"].solve(problem, asked, options))
+    expected = SOLVERS["gptq"].flops(d1, 40, d1, 0, options)
+    assert expected.products == pytest.approx(products, rel=0.02)
+    assert expected.others > factors
 
 
 def test_halves_of_symmetric_products_are_counted() -> None:

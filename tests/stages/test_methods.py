@@ -33,7 +33,9 @@ def text(text_file: Path) -> dict[str, Any]:
 def test_a_method_from_its_name_to_a_model_that_loads(
     method: str, dense_folder: Path, text: dict[str, Any], prompt: Tensor, tmp_path: Path
 ) -> None:
-    short: dict[str, Any] = {"sparse": {"refine": 2}, "coded": {"ratio": 0.7}}.get(method, {})
+    some: dict[str, dict[str, Any]] = {"sparse": {"refine": 2}, "coded": {"ratio": 0.7}}
+    some |= {name: {"ratio": 0.46} for name in ("rtn", "gptq")}  # eight bits, the most that they have
+    short = some.get(method, {})
     result = cospadi.compress(dense_folder, text | short | {"method": method}, tmp_path / "out")
     assert verify.verify(tmp_path / "out") > 0
     asked = short.get("ratio", 0.3)
@@ -90,6 +92,10 @@ def test_a_method_survives_a_file_and_being_settled(method: str, tmp_path: Path)
         ({"solver": "svd"}, ("weights", "uniform", False, 0, 60)),
         ({"solver": "alps"}, ("output", "uniform", False, 128, 300)),
         ({"method": "compot"}, ("output", "uniform", False, 0, 20)),
+        ({"method": "gptq"}, ("output", "uniform", False, 0, 1)),
+        ({"method": "gptq", "compensate": True}, ("output", "uniform", True, 0, 1)),
+        ({"method": "rtn"}, ("weights", "uniform", False, 0, 1)),
+        ({"solver": "gptq"}, ("output", "uniform", True, 0, 1)),
     ],
     ids=str,
 )
@@ -113,6 +119,9 @@ def test_what_an_unset_field_becomes(fields: dict[str, Any], expected: tuple[obj
         ({"metric": "output", "allocate": "pooled"}, "pooled is not possible: metric output takes no gradients"),
         ({"solver": "ksvd", "accounting": "eq10", "allocate": "pooled"}, "allocate pooled spreads real bytes"),
         ({"metric": "weights", "refine": 3}, "refine is not possible: there is no text. Use --refine 0"),
+        ({"method": "gptq", "refine": 3}, "refine is not possible: levels stay as they were solved. Use --refine 0"),
+        ({"method": "gptq", "allocate": "pooled"}, "pooled is not possible: metric output takes no gradients"),
+        ({"method": "rtn", "metric": "output"}, "does not measure errors in metric output. Use --metric weights"),
         ({"share": "layers:2", "refine": 3}, "refine is not possible: groups span several blocks"),
         ({"metric": "weights", "compensate": True}, "compensate is not possible: there is no text"),
         ({"refine": -1}, "refine"),

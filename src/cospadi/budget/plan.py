@@ -58,6 +58,11 @@ class Group:
         return DENSE_BITS if self.form is None else self.form.codec.bits
 
     @property
+    def values(self) -> str | None:
+        """The codec of the stored values; None for dense."""
+        return None if self.form is None else self.form.values
+
+    @property
     def stored(self) -> Form:
         """The form, of a group that does not stay dense."""
         assert self.form is not None
@@ -157,11 +162,12 @@ def _uniform_group(members: tuple[Projection, ...], recipe: Recipe) -> Group:
     if group is None:
         kinds = dict.fromkeys(member.kind for member in members)
         d1, d2s = members[0].d1, [member.d2 for member in members]
-        form = form_of(recipe)
+        form = forms_of(recipe)[0]
         k = form.dictionary_kind.atoms(d1)
         what, instead = "not one atom fits", "Leave"
-        if form.codec.coded:
-            what = f"it takes {least_bytes(members):,} bytes at least, with its steps and widths"
+        if form.codec.levels:
+            least = min(level_bytes(members, form) for form in forms_of(recipe))
+            what = f"it takes {least:,} bytes at least, with all that its levels need beside them"
             instead = "Use a smaller one, or leave"
         elif k is not None:
             taken = form.nbytes(d1, d2s, k, []).total / dense_bytes(d1, sum(d2s))
@@ -175,19 +181,25 @@ def _uniform_group(members: tuple[Projection, ...], recipe: Recipe) -> Group:
     return group
 
 
-def form_of(recipe: Recipe) -> Form:
-    """How a recipe's solver stores what it finds."""
+def forms_of(recipe: Recipe) -> tuple[Form, ...]:
+    """How a recipe's solver may store what it finds."""
     solver = find_solver(recipe.solver)
-    return Form(solver.dictionary, solver.support, solver.codec or codec_of_bits(recipe.stored_value_bits))
+    codecs = solver.codecs or (codec_of_bits(recipe.stored_value_bits),)
+    return tuple(Form(solver.dictionary, solver.support, codec) for codec in codecs)
 
 
 def size_group(members: tuple[Projection, ...], ratio: float, rho: float, recipe: Recipe) -> Group | None:
-    """The largest group of the recipe's form and accounting at a ratio; None where not even one atom fits."""
+    """The largest group of the recipe's forms and accounting at a ratio; None where not even one atom fits."""
     d1, d2s = members[0].d1, [member.d2 for member in members]
     d2, allowed = sum(d2s), accounting.byte_budget(ratio, d1, d2s)
-    form, free = form_of(recipe), find_solver(recipe.solver).free_support
+    forms, free = forms_of(recipe), find_solver(recipe.solver).free_support
+    form = forms[0]
     if form.codec.coded:
         return coded_group(members, form, allowed) if allowed >= least_bytes(members) else None
+    if form.codec.levels:
+        groups = [even_group(members, form, d1, d1) for form in forms]
+        fitting = [group for group in groups if group.parts.total <= allowed]
+        return max(fitting, key=lambda group: group.parts.total, default=None)
     if not form.support_kind.chosen:
         k = s = accounting.exact_rank(allowed, form, d1, d2s)
     elif recipe.accounting == "exact" and free:
@@ -240,13 +252,19 @@ def least_bytes(members: tuple[Projection, ...]) -> int:
     return int(weights * LEAST_BITS / 8) + 2 * beside_bytes(members)
 
 
+def level_bytes(members: tuple[Projection, ...], form: Form) -> int:
+    """The same of levels of any form."""
+    d1 = members[0].d1
+    return least_bytes(members) if form.codec.coded else even_group(members, form, d1, d1).parts.total
+
+
 def dense_group(members: tuple[Projection, ...]) -> Group:
     """A group that stays as it is."""
     nbytes = dense_bytes(members[0].d1, sum(member.d2 for member in members))
     return Group(members, None, 0, 0, Parts(0, 0, nbytes))
 
 
-PLAN_FIELDS = ("members", "layout", "k", "nonzeros", "value_bits", "bytes")
+PLAN_FIELDS = ("members", "layout", "k", "nonzeros", "values", "bytes")
 
 
 def write_plan(plan: Plan, recipe: Recipe, path: Path) -> None:
@@ -257,7 +275,7 @@ def write_plan(plan: Plan, recipe: Recipe, path: Path) -> None:
             "layout": group.layout,
             "k": group.k,
             "nonzeros": group.nonzeros,
-            "value_bits": group.value_bits,
+            "values": group.values,
             "bytes": group.parts.total,
         }
         for group in plan.groups
@@ -359,7 +377,8 @@ def check_plan(plan: Plan, uniform: Plan, recipe: Recipe) -> None:
         raise UserError(f"the plan is for another model, selection or --share: the group {names} is not in both")
     if plan.bytes > max(uniform.bytes, accounting.byte_budget(recipe.ratio, 1, [plan.dense_bytes // 2])):
         raise UserError(f"the plan takes {plan.bytes:,} bytes, more than ratio {recipe.ratio:g} leaves")
-    form, free = form_of(recipe), find_solver(recipe.solver).free_support
+    forms, free = forms_of(recipe), find_solver(recipe.solver).free_support
+    form = forms[0]
     for group in plan.compressed:
         if free:
             most = accounting.most_nonzeros(group.d2s, group.k)
@@ -368,17 +387,17 @@ def check_plan(plan: Plan, uniform: Plan, recipe: Recipe) -> None:
             fits = not form.support_kind.chosen or group.nonzeros % sum(group.d2s) == 0
         if group.layout != form.layout or not fits:
             raise UserError(f"the plan is not for solver {recipe.solver}: {group.members[0].name} does not fit it")
-        if group.form != form:
+        if group.form not in forms:
             raise UserError(
-                f"the plan gives {group.members[0].name} values of {group.value_bits} bits; the recipe asks for "
-                f"{form.codec.bits}"
+                f"the plan stores values of {group.members[0].name} as {group.values}; the recipe asks for "
+                + " or ".join(form.values for form in forms)
             )
 
 
 def _stored_group(members: tuple[Projection, ...], entry: dict[str, Any]) -> Group | None:
     """A group from its entry; None where the sizes are impossible."""
     d2s, k, nonzeros = [member.d2 for member in members], entry["k"], entry["nonzeros"]
-    form = find_form(entry["layout"], entry["value_bits"])
+    form = find_form(entry["layout"], entry["values"])
     if form is None:
         return dense_group(members) if (k, nonzeros) == (0, 0) else None
     if any(member.d1 != members[0].d1 for member in members) or k < 1:
@@ -420,16 +439,16 @@ def _complete(entry: object) -> bool:
         and isinstance(entry["members"], list)
         and len(entry["members"]) > 0
         and all(isinstance(name, str) for name in entry["members"])
-        and all(type(entry[name]) is int for name in ("k", "nonzeros", "value_bits", "bytes"))
-        and _is_known(entry["layout"], entry["value_bits"])
+        and all(type(entry[name]) is int for name in ("k", "nonzeros", "bytes"))
+        and _is_known(entry["layout"], entry["values"])
     )
 
 
-def _is_known(layout: object, value_bits: int) -> bool:
+def _is_known(layout: object, values: object) -> bool:
     """Whether anything is stored so."""
     if layout == DENSE:
-        return value_bits == DENSE_BITS
-    return isinstance(layout, str) and find_form(layout, value_bits) is not None
+        return values is None
+    return isinstance(layout, str) and isinstance(values, str) and find_form(layout, values) is not None
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def compressed_json(result: Compressed, recipe: Recipe) -> dict[str, Any]:
 def compressed_parts(result: Compressed, recipe: Recipe) -> list[Table | str]:
     """The closing table, and what else the same bytes could hold."""
     bits = result.plan.bits
-    if find_solver(recipe.solver).coded or recipe.bits is not None or bits < 2:
+    if find_solver(recipe.solver).levels or recipe.bits is not None or bits < 2:
         return [compressed_table(result, recipe)]
     instead = f"--bits {bits:.4g} takes as many bytes, keeps every weight, and loses less on every model measured."
     return [compressed_table(result, recipe), instead]

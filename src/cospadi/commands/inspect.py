@@ -34,6 +34,7 @@ def inspect_json(
     projections: dict[str, dict[str, Any]] = {
         name: {
             "layout": entry.form.layout,
+            "values": entry.values,
             "d1": entry.d1,
             "d2": entry.d2,
             "k": entry.k,
@@ -49,8 +50,8 @@ def inspect_json(
     for name, nbytes in (manifest or {}).get("dense", {}).items():
         d2, d1 = tensors[f"{name}.weight"].shape
         projections[name] = {
-            "layout": "dense", "d1": d1, "d2": d2, "k": None, "nnz": 0, "value_bits": None, "dictionary": None,
-            "dense_bytes": nbytes, "bytes": nbytes, "relative_error": None,
+            "layout": "dense", "values": None, "d1": d1, "d2": d2, "k": None, "nnz": 0, "value_bits": None,
+            "dictionary": None, "dense_bytes": nbytes, "bytes": nbytes, "relative_error": None,
         }  # fmt: skip
     dense = sum(item["dense_bytes"] for item in projections.values())
     compressed = sum(item["bytes"] for item in projections.values())
@@ -65,9 +66,9 @@ def inspect_json(
 
 
 def inspect_table(report: Mapping[str, Any]) -> Table:
-    """A line a projection: layout, shape, bytes, ratio, error; totals."""
+    """A line a projection: layout, codec, shape, bytes, ratio, error; totals."""
     table = tables.new_table(
-        "projection", "layout", "d1 x d2", "k", "nonzeros", "dense bytes", "bytes", "ratio", "error"
+        "projection", "layout", "values", "d1 x d2", "k", "nonzeros", "dense bytes", "bytes", "ratio", "error"
     )
     for name, item in report["projections"].items():
         error = item["relative_error"]
@@ -75,6 +76,7 @@ def inspect_table(report: Mapping[str, Any]) -> Table:
         table.add_row(
             name,
             item["layout"] + shared,
+            item["values"] or "-",
             f"{item['d1']} x {item['d2']}",
             str(item["k"] or "-"),
             f"{item['nnz']:,}" if item["nnz"] else "-",
@@ -84,7 +86,6 @@ def inspect_table(report: Mapping[str, Any]) -> Table:
             "-" if error is None else f"{error:.4f}",
         )
     table.add_section()
-    table.add_row(
-        "all", "", "", "", "", f"{report['dense_bytes']:,}", f"{report['compressed_bytes']:,}", f"{report['ratio']:.4f}"
-    )
+    dense, compressed = f"{report['dense_bytes']:,}", f"{report['compressed_bytes']:,}"
+    table.add_row("all", "", "", "", "", "", dense, compressed, f"{report['ratio']:.4f}")
     return table

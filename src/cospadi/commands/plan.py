@@ -106,6 +106,7 @@ def plan_json(
             {
                 "members": [member.name for member in group.members],
                 "layout": group.layout,
+                "values": group.values,
                 "d1": group.d1,
                 "d2": group.d2s,
                 "k": group.k,
@@ -123,14 +124,15 @@ def plan_json(
 
 
 def plan_table(plan: Plan) -> Table:
-    """A line a group: layout, shape, k, s, bytes before and after."""
-    table = tables.new_table("projection", "layout", "d1 x d2", "k", "s", "dense bytes", "bytes", "ratio")
+    """A line a group: layout, codec, shape, k, s, bytes before and after."""
+    table = tables.new_table("projection", "layout", "values", "d1 x d2", "k", "s", "dense bytes", "bytes", "ratio")
     for group in plan.groups:
         names = group.members[0].name + (f" (+{len(group.members) - 1})" if len(group.members) > 1 else "")
         shape = f"{group.d1} x {'+'.join(map(str, group.d2s))}"
         table.add_row(
             names,
             group.layout,
+            group.values or "-",
             shape,
             str(group.k) if group.k else "-",
             _nonzeros_a_column(group),
@@ -139,7 +141,7 @@ def plan_table(plan: Plan) -> Table:
             f"{1 - group.parts.total / group.dense_bytes:.4f}",
         )
     table.add_section()
-    table.add_row("all", "", "", "", "", f"{plan.dense_bytes:,}", f"{plan.bytes:,}", f"{plan.ratio:.4f}")
+    table.add_row("all", "", "", "", "", "", f"{plan.dense_bytes:,}", f"{plan.bytes:,}", f"{plan.ratio:.4f}")
     return table
 
 

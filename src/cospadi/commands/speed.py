@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from cospadi.budget.plan import Group
+from cospadi.budget.plan import Group, forms_of
 from cospadi.calibration import walk
 from cospadi.calibration.gradients import output_widths
 from cospadi.calibration.grams import gram_block
@@ -23,7 +23,7 @@ from cospadi.recipe import Recipe
 from cospadi.solvers import Flops, MetricProblem, Problem, SolverOptions, find_solver
 from cospadi.solvers.flops import cholesky, triangular
 from cospadi.solvers.products import self_product_flops
-from cospadi.stages.solve import coder
+from cospadi.stages.solve import told
 
 log = logging.getLogger("cospadi")
 
@@ -169,8 +169,8 @@ def _time_solver(recipe: Recipe, size: Size, device: torch.device) -> float:
         else:
             gammas = [torch.ones(d2, device=device) for d2 in size.d2s] if recipe.wants_gradients else []
         metric = MetricProblem(weight, gram, tuple(gammas), size.d2s)
-        dense = dense_bytes(d1, d2)
-        asked = (int((1 - recipe.ratio) * dense), coder()) if solver.coded else (min(round(size.s * d2), d1 * d2),)
+        nonzeros, nbytes = min(round(size.s * d2), d1 * d2), int((1 - recipe.ratio) * dense_bytes(d1, d2))
+        asked = told(solver, forms_of(recipe)[0], nonzeros, nbytes)
         return _seconds(lambda: solver.solve(metric, *asked, options), device) / flops
     s = size.s if solver.free_support else max(1, round(size.s))
     return _seconds(lambda: solver.solve(Problem(weight), size.k, s, options), device) / flops

@@ -89,8 +89,8 @@ class Form:
 
     @property
     def possible(self) -> bool:
-        """Whether it makes sense: an entropy code tells zeros by itself, and nothing else is to choose entries."""
-        return not (self.codec.coded and self.support_kind.chosen)
+        """Whether it makes sense: of levels zero is one, and nothing else is to choose entries."""
+        return not (self.codec.levels and self.support_kind.chosen)
 
     @property
     def trainable(self) -> bool:
@@ -98,18 +98,21 @@ class Form:
         return self.codec.plain and not self.support_kind.chosen
 
     def nbytes(self, d1: int, d2s: Sequence[int], k: int, counts: Sequence[int]) -> Parts:
-        """Bytes on disk of projections (d1 x d2 for each of d2s) over one dictionary of k atoms, each value stored by
-        itself.
+        """Bytes on disk of projections (d1 x d2 for each of d2s) over one dictionary of k atoms, of all codecs but the
+        one whose codes differ in length.
 
         No other formula of bytes stands anywhere.
 
         Args:
-            counts: stored values of each projection; where all but the last fill whole bytes, their sum will do.
+            counts: stored values of each projection; where entries are chosen, and the values of all projections but
+                the last fill whole bytes, their sum will do.
         """
+        kind = self.support_kind
+        shapes = [kind.values_shape(d2, k, count) for d2, count in zip(d2s, counts, strict=False)]
         return Parts(
             dictionary=self.dictionary_kind.nbytes(d1, k),
-            support=sum(self.support_kind.nbytes(d2, k) for d2 in d2s),
-            values=sum(map(self.numbers.nbytes, counts)),
+            support=sum(kind.nbytes(d2, k) for d2 in d2s),
+            values=sum(map(self.codec.nbytes, shapes)),
         )
 
 
@@ -117,6 +120,6 @@ FORMS = tuple(form for names in product(DICTIONARIES, SUPPORTS, CODECS) if (form
 """All that there are."""
 
 
-def find_form(layout: str, value_bits: int) -> Form | None:
-    """The form that is called so and whose values take this many bits; None where there is none."""
-    return next((form for form in FORMS if (form.layout, form.codec.bits) == (layout, value_bits)), None)
+def find_form(layout: str, values: str) -> Form | None:
+    """The form that is called so and whose values have this codec; None where there is none."""
+    return next((form for form in FORMS if (form.layout, form.values) == (layout, values)), None)

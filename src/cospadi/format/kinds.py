@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -115,6 +115,8 @@ class Codec(ABC):
         name: in config.json.
         bits: a value's width; 0 where values have codes of different lengths, and config.json tells how many bytes all
             of them take.
+        levels: whether values are integers with steps, as a solver has found them together. They are all of S, since
+            zero is a level, and other numbers cannot be put in their place: they are not trained.
         dtype: of its tensor.
         plain: whether its tensor is the values themselves, as numbers that can be multiplied and trained.
         kernel_bits: the width that kernels are told, if they read it; 0 if they do not.
@@ -125,6 +127,7 @@ class Codec(ABC):
     dtype: torch.dtype
     plain: bool = False
     kernel_bits: int = 0
+    levels: ClassVar[bool] = True
 
     @property
     def coded(self) -> bool:
@@ -136,21 +139,28 @@ class Codec(ABC):
         """Of its tensor, for values of this shape, which take so many bytes where config.json tells."""
 
     @abstractmethod
-    def decode(self, stored: Tensor, count: int) -> Tensor:
-        """What is stored -> float32 (count,), exact."""
+    def decode(self, stored: Tensor, values: list[int]) -> Tensor:
+        """What is stored -> float32 values of this shape, exact."""
 
-    @abstractmethod
     def room(self, stored: Tensor) -> int:
-        """Values that a stored tensor has room for: all there are, and what padding to whole bytes would hold."""
+        """Values that a stored tensor has room for: all there are, and what else its bits would hold."""
+        return stored.numel() * stored.element_size() * 8 // self.bits
 
-    def problem(self, tensor: Any, count: int) -> str | None:
-        """As `Support.problem`."""
+    def problem(self, tensor: Any, values: list[int]) -> str | None:
+        """As `Support.problem`, of values of this shape."""
         return None
+
+    def nbytes(self, values: list[int]) -> int:
+        """Of values of this shape, where that alone decides it."""
+        assert not self.coded
+        return math.prod(self.shape(values)) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Numbers(Codec):
     """A codec that stores each number by itself, in as many bits as any other."""
+
+    levels: ClassVar[bool] = False
 
     @abstractmethod
     def encode(self, values: Tensor) -> Tensor:
@@ -159,9 +169,3 @@ class Numbers(Codec):
     @abstractmethod
     def rounded(self, values: Tensor) -> Tensor:
         """float32 values of any shape as they come back once they were stored."""
-
-    def room(self, stored: Tensor) -> int:
-        return stored.numel() * stored.element_size() * 8 // self.bits
-
-    def nbytes(self, count: int) -> int:
-        return math.prod(self.shape([count])) * self.dtype.itemsize

@@ -108,28 +108,45 @@ def pack_values(values: Tensor, value_bits: int) -> Tensor:
     codes = to_codes(values.float(), value_bits)
     if value_bits == 16:
         return from_codes(codes, 16).to(torch.bfloat16)
-    # `per` values fill a whole number of bytes and fit a 64-bit word: 4 values in 7 bytes at 14 bits.
-    per, size = _group(value_bits)
-    nnz = codes.numel()
-    columns = torch.nn.functional.pad(codes, (0, -nnz % per)).view(-1, per).to(torch.int64)
-    word = torch.zeros(len(columns), dtype=torch.int64, device=codes.device)
-    for i in range(per):
-        word |= columns[:, i] << (value_bits * i)
-    # The lowest byte comes first in memory on every machine that torch runs on.
-    stream = word.view(torch.uint8).view(-1, 8)[:, :size]
-    return stream.flatten()[: value_stream_bytes(nnz, value_bits)].clone()
+    return pack_codes(codes, value_bits)
 
 
 def unpack_values(stream: Tensor, nnz: int, value_bits: int) -> Tensor:
     """Inverse of `pack_values`: the stored tensor -> float32 (nnz,), exact."""
     if value_bits == 16:
         return stream.float()
-    per, size = _group(value_bits)
+    return from_codes(unpack_codes(stream, nnz, value_bits), value_bits)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Integers -> one little-endian bit stream.
+
+    Args:
+        codes: int (n,) in [0, 2 ** bits).
+        bits: of each: 1 to 8, or an even width up to 16.
+    Returns:
+        uint8 (ceil(bits * n / 8),); unused bits are 0.
+    """
+    # `per` codes fill a whole number of bytes and fit a 64-bit word: 4 codes in 7 bytes at 14 bits.
+    per, size = _group(bits)
+    n = codes.numel()
+    columns = torch.nn.functional.pad(codes, (0, -n % per)).view(-1, per).to(torch.int64)
+    word = torch.zeros(len(columns), dtype=torch.int64, device=codes.device)
+    for i in range(per):
+        word |= columns[:, i] << (bits * i)
+    # The lowest byte comes first in memory on every machine that torch runs on.
+    stream = word.view(torch.uint8).view(-1, 8)[:, :size]
+    return stream.flatten()[: value_stream_bytes(n, bits)].clone()
+
+
+def unpack_codes(stream: Tensor, n: int, bits: int) -> Tensor:
+    """Inverse of `pack_codes`: int32 (n,)."""
+    per, size = _group(bits)
     padded = torch.nn.functional.pad(stream, (0, -stream.numel() % size)).view(-1, size)
     word = torch.nn.functional.pad(padded, (0, 8 - size)).view(torch.int64)
-    mask = (1 << value_bits) - 1
-    codes = torch.cat([(word >> (value_bits * i)).bitwise_and_(mask).to(torch.int32) for i in range(per)], dim=1)
-    return from_codes(codes.flatten()[:nnz], value_bits)
+    mask = (1 << bits) - 1
+    codes = torch.cat([(word >> (bits * i)).bitwise_and_(mask).to(torch.int32) for i in range(per)], dim=1)
+    return codes.flatten()[:n]
 
 
 def unused_value_bits_set(stream: Tensor, nnz: int, value_bits: int) -> bool:

@@ -63,7 +63,7 @@ def _check_content(path: Path, tensor: str, view: Any, entry: StoredProjection) 
     if part == form.names.support:
         problem = form.support_kind.problem(view, entry.d2, entry.k, entry.nnz)
     elif part == form.names.values:
-        problem = form.codec.problem(view, entry.count)
+        problem = form.codec.problem(view, entry.values_shape)
     if problem is not None:
         raise CheckpointError(f"{path}: tensor {tensor} {problem}")
 

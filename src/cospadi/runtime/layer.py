@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
@@ -304,13 +303,13 @@ class CompressedLinear(nn.Module):
         The state dict still holds the packed form (rounded again) under the same name.
 
         Raises:
-            UserError: they are levels in a code, in which not every number can be told.
+            UserError: they are levels, in whose place no other numbers can be put.
         """
         values = self.codes
         if isinstance(values, nn.Parameter):
             return values
-        if self.form.codec.coded:
-            raise UserError(f"values {self.form.values} are levels in a code, which cannot be trained")
+        if self.form.codec.levels:
+            raise UserError(f"values {self.form.values} are levels, which cannot be trained")
         parameter = nn.Parameter(self._decoded(values))
         delattr(self, self.names.values)
         self._kept = None
@@ -319,7 +318,7 @@ class CompressedLinear(nn.Module):
 
     def _decoded(self, stored: Tensor) -> Tensor:
         """Stored values as float32, in their shape."""
-        return self.form.codec.decode(stored, math.prod(self.values_shape)).view(self.values_shape)
+        return self.form.codec.decode(stored, self.values_shape)
 
     def packed_values(self) -> Tensor:
         """The values as the checkpoint stores them."""

@@ -55,7 +55,7 @@ def read_levels(stored: Tensor) -> Levels | None:
     Raises:
         CheckpointError: it is damaged.
     """
-    numbers, outputs, inputs = EC.levels(stored)
+    numbers, outputs, inputs = EC.decode_levels(stored)
     for bits in WIDTHS:
         counts = _count_large(numbers, bits)
         if int(counts.sum()) <= MOST_BESIDE * numbers.numel():

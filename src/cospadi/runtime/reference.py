@@ -14,7 +14,7 @@ def coefficients(
 ) -> Tensor:
     """S transposed as a dense (d2, k) matrix; arguments as for `op.sparse_matmul`."""
     if codec is not None:
-        values = CODECS[codec].decode(values, CODECS[codec].room(values))
+        values = CODECS[codec].decode(values, SUPPORTS[kind].values_shape(d2, k, CODECS[codec].room(values)))
     return SUPPORTS[kind].scatter(support, values.to(dtype), d2, k)
 
 

@@ -101,8 +101,25 @@ class Coder:
     encode: Callable[[Tensor, float, Grid, Grid], Tensor]
 
 
+@dataclass(frozen=True)
+class IntegerCoder:
+    """What a solver of integers of few bits must know of how they are stored.
+
+    Attributes:
+        most: the largest level; the least is 0.
+        group: inputs of an output that have a scale and a zero in common; 0: all of them.
+        scale: scales as they come back, positive and finite, from scales of any size, float32.
+        encode: (levels (d1, d2), scales (groups, d2), zeros (groups, d2)) -> uint8.
+    """
+
+    most: int
+    group: int
+    scale: Callable[[Tensor], Tensor]
+    encode: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
 class Member(NamedTuple):
-    """A projection as levels in a code.
+    """A projection as levels.
 
     Attributes:
         weight: what they stand for, float32 (d1, d2). code: uint8.
@@ -114,7 +131,7 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class Coded:
-    """Projections that read the same, as levels in codes."""
+    """Projections that read the same, as levels."""
 
     members: tuple[Member, ...]
 

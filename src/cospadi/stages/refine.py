@@ -255,7 +255,7 @@ def _parts(packed: Packed, device: torch.device) -> dict[str, _Part]:
     for name, entry in packed.entries.items():
         form, tensors = entry.form, packed.tensors
         support = tensors.get(f"{name}.{form.names.support}")
-        codes = form.codec.decode(tensors[f"{name}.{form.names.values}"], entry.count)
+        codes = form.codec.decode(tensors[f"{name}.{form.names.values}"], entry.values_shape)
         chosen = form.support_kind.unpack(support, entry.k)
         atoms = form.dictionary_kind.decode(tensors.get(entry.dictionary_tensor))
         parts[name] = _Part(

@@ -18,11 +18,24 @@ from cospadi.budget.plan import Group, Plan
 from cospadi.calibration.grams import Whitening
 from cospadi.format import rans, rans_tables
 from cospadi.format.codecs.ec import EC, block_rows, step_of
+from cospadi.format.codecs.integers import INTEGERS, Integers
+from cospadi.format.form import Form
 from cospadi.format.schema import StoredProjection
 from cospadi.jobs.ledger import Piece
 from cospadi.model.projections import Projection
 from cospadi.recipe import Recipe
-from cospadi.solvers import Coded, Coder, Factorization, Grid, MetricProblem, Problem, SolverOptions, find_solver
+from cospadi.solvers import (
+    Coded,
+    Coder,
+    Factorization,
+    Grid,
+    IntegerCoder,
+    MetricProblem,
+    Problem,
+    Solver,
+    SolverOptions,
+    find_solver,
+)
 
 log = logging.getLogger("cospadi")
 
@@ -101,7 +114,7 @@ def factorize(given: GroupProblem, report: Report) -> Packed:
 def solve(
     given: GroupProblem, iterations: int, on_iteration: Callable[[int, float], None] | None = None
 ) -> Factorization | Coded:
-    """D and S of a group, D in the whitened metric; or its levels and their code."""
+    """D and S of a group, D in the whitened metric; or its levels as they are stored."""
     recipe, group = given.recipe, given.group
     options = SolverOptions(
         iterations=iterations,
@@ -116,7 +129,7 @@ def solve(
     if solver.identity:
         gram = None if gram is None else gram.float()
         problem = MetricProblem(given.weight.float(), gram, given.costs or (), tuple(group.d2s))
-        size = (group.parts.values, coder()) if solver.coded else (group.nonzeros,)
+        size = told(solver, group.stored, group.nonzeros, group.parts.values)
         found: Factorization | Coded = solver.solve(problem, *size, options)
         return found
     # A = L W diag(w), w_j the root of F_j where outputs are weighed, else 1
@@ -135,6 +148,26 @@ def solve(
         options,
     )
     return replace(solution, coefficients=(solution.coefficients * (scale / weights)).to(solution.coefficients))
+
+
+def told(solver: Solver, form: Form, nonzeros: int, nbytes: int) -> tuple[Any, ...]:
+    """The size that a solver whose dictionary is the identity is told."""
+    if solver.coded:
+        return nbytes, coder()
+    return (integer_coder(INTEGERS[form.values]),) if solver.integers else (nonzeros,)
+
+
+def integer_coder(codec: Integers) -> IntegerCoder:
+    """How integers are stored, for solvers."""
+    largest = torch.finfo(torch.bfloat16).max / 2**codec.bits
+
+    def encode(levels: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+        return codec.encode_levels(levels.T, scales.T, zeros.T)
+
+    def scale(scales: Tensor) -> Tensor:
+        return scales.clamp(torch.finfo(torch.bfloat16).tiny, largest).to(torch.bfloat16).float()
+
+    return IntegerCoder(2**codec.bits - 1, codec.group, scale, encode)
 
 
 def coder() -> Coder:
@@ -162,7 +195,7 @@ def dense_weights(packed: Packed) -> dict[str, Tensor]:
     weights = {}
     for name, entry in packed.entries.items():
         form, tensors = entry.form, packed.tensors
-        values = form.codec.decode(tensors[f"{name}.{form.names.values}"], entry.count)
+        values = form.codec.decode(tensors[f"{name}.{form.names.values}"], entry.values_shape)
         support = tensors.get(f"{name}.{form.names.support}")
         coefficients = form.support_kind.scatter(support, values, entry.d2, entry.k)
         atoms = form.dictionary_kind.decode(tensors.get(entry.dictionary_tensor))
@@ -171,8 +204,8 @@ def dense_weights(packed: Packed) -> dict[str, Tensor]:
 
 
 def pack(given: GroupProblem, solution: Factorization | Coded) -> Packed:
-    """Undo the whitening, scale atoms to rms(x d) = 1 over the calibration tokens, round and pack; of what has a code,
-    take the code."""
+    """Undo the whitening, scale atoms to rms(x d) = 1 over the calibration tokens, round and pack; take levels as they
+    are."""
     if isinstance(solution, Coded):
         return _pack_coded(given, solution)
     group, whitening, dictionary = given.group, given.whitening, solution.dictionary
@@ -202,7 +235,7 @@ def pack(given: GroupProblem, solution: Factorization | Coded) -> Packed:
         support, stored = kind.pack(chosen), codec.encode(values)
         tensors[f"{member.name}.{form.names.support}"] = support
         tensors[f"{member.name}.{form.names.values}"] = stored
-        rounded = kind.scatter(support, codec.decode(stored, values.numel()), member.d2, group.k)
+        rounded = kind.scatter(support, codec.decode(stored, list(values.shape)), member.d2, group.k)
         approximation = rounded if atoms is None else rounded @ atoms
         errors[member.name] = _relative_error(whitening, given.weight[:, columns], approximation.T)
         nnz = values.numel() if kind.chosen else 0
@@ -213,7 +246,7 @@ def pack(given: GroupProblem, solution: Factorization | Coded) -> Packed:
 
 
 def _pack_coded(given: GroupProblem, solution: Coded) -> Packed:
-    """Levels in a code, as they are stored."""
+    """Levels, as they are stored."""
     group, form = given.group, given.group.stored
     entries: dict[str, StoredProjection] = {}
     tensors: dict[str, Tensor] = {}
@@ -222,7 +255,8 @@ def _pack_coded(given: GroupProblem, solution: Coded) -> Packed:
     for member, weight, found in zip(group.members, weights, solution.members, strict=True):
         tensors[f"{member.name}.{form.names.values}"] = found.code.cpu()
         errors[member.name] = _relative_error(given.whitening, weight, found.weight)
-        entries[member.name] = _entry(group, member, member, nbytes=found.code.numel())
+        nbytes = found.code.numel() if form.codec.coded else 0
+        entries[member.name] = _entry(group, member, member, nbytes=nbytes)
     assert sum(map(_nbytes, tensors.values())) <= group.parts.total
     return Packed(entries, tensors, errors, 0.0)
 
@@ -255,7 +289,8 @@ def record(packed: Packed) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     entries = packed.entries.values()
     k, d2 = next(iter(entries)).k, sum(entry.d2 for entry in entries)
     size = f"k {k}, s {sum(entry.nnz for entry in entries) / d2:.4g}"
-    if nbytes := sum(entry.nbytes for entry in entries):
+    if any(entry.form.codec.levels for entry in entries):
+        nbytes = sum(tensor.numel() for tensor in packed.tensors.values())
         size = f"{8 * nbytes / (k * d2):.3f} bits"
     log.info("%s: %s, error %.4f", ", ".join(packed.entries), size, max(packed.errors.values()))
     return packed.record(), packed.tensors

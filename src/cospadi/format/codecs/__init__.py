@@ -4,6 +4,7 @@ from cospadi.format.codecs.bf16 import BF16
 from cospadi.format.codecs.ec import EC
 from cospadi.format.codecs.f12 import F12
 from cospadi.format.codecs.f14 import F14
+from cospadi.format.codecs.integers import INTEGERS
 from cospadi.format.kinds import Codec
 
 CODECS: dict[str, Codec] = {
@@ -13,10 +14,11 @@ CODECS: dict[str, Codec] = {
         F14,
         F12,
         EC,
+        *INTEGERS.values(),
     )
 }
 
 
 def codec_of_bits(bits: int) -> str:
-    """The name of the codec whose values take this many bits."""
-    return next(name for name, codec in CODECS.items() if codec.bits == bits)
+    """The name of the codec that stores a number in this many bits."""
+    return next(name for name, codec in CODECS.items() if codec.bits == bits and not codec.levels)

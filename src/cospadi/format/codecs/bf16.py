@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,8 +20,8 @@ class Bf16(Numbers):
     def encode(self, values: Tensor) -> Tensor:
         return packing.pack_values(values, 16)
 
-    def decode(self, stored: Tensor, count: int) -> Tensor:
-        return stored.flatten()[:count].float()
+    def decode(self, stored: Tensor, values: list[int]) -> Tensor:
+        return stored.flatten()[: math.prod(values)].float().view(values)
 
     def rounded(self, values: Tensor) -> Tensor:
         return packing.from_codes(packing.to_codes(values, self.bits), self.bits)

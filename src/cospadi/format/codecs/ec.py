@@ -151,7 +151,7 @@ class Ec(Codec):
             torch.from_numpy(content[start:]),
         )
 
-    def levels(self, stored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def decode_levels(self, stored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """N transposed, int16 (d2, k), and the steps of outputs and inputs, float32, on the stored tensor's device.
 
         Raises:
@@ -168,17 +168,17 @@ class Ec(Codec):
         device = stored.device
         return levels.to(device), found.outputs.to(device), found.inputs.to(device)
 
-    def decode(self, stored: Tensor, count: int) -> Tensor:
+    def decode(self, stored: Tensor, values: list[int]) -> Tensor:
         """As everywhere.
 
         Raises:
             CheckpointError: it is damaged.
         """
-        levels, outputs, inputs = self.levels(stored)
-        return (levels * inputs * outputs[:, None]).flatten()[:count]
+        levels, outputs, inputs = self.decode_levels(stored)
+        return (levels * inputs * outputs[:, None]).flatten()[: math.prod(values)].view(values)
 
-    def problem(self, tensor: Any, count: int) -> str | None:
-        stored = tensor[:]
+    def problem(self, tensor: Any, values: list[int]) -> str | None:
+        stored, count = tensor[:], math.prod(values)
         try:
             if self.room(stored) != count:
                 return f"holds {self.room(stored)} values, config.json says {count}"

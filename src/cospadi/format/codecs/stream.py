@@ -21,11 +21,11 @@ class Stream(Numbers):
     def encode(self, values: Tensor) -> Tensor:
         return packing.pack_values(values.flatten(), self.bits)
 
-    def decode(self, stored: Tensor, count: int) -> Tensor:
-        return packing.unpack_values(stored, count, self.bits)
+    def decode(self, stored: Tensor, values: list[int]) -> Tensor:
+        return packing.unpack_values(stored, math.prod(values), self.bits).view(values)
 
-    def problem(self, tensor: Any, count: int) -> str | None:
-        spare = packing.unused_value_bits_set(tensor[-1:], count, self.bits)
+    def problem(self, tensor: Any, values: list[int]) -> str | None:
+        spare = packing.unused_value_bits_set(tensor[-1:], math.prod(values), self.bits)
         return "has bits set past its last value" if spare else None
 
     def rounded(self, values: Tensor) -> Tensor:
