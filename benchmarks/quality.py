@@ -8,8 +8,9 @@
     python benchmarks/quality.py summary
     python benchmarks/quality.py figure
 
-Methods are those of `cospadi methods`; `sparse+refine=0` is one of them with a field changed, `oats` is evaluated
-without a checkpoint (sparse plus low rank has no form), its bytes counted.
+Methods are those of `cospadi methods`; `sparse+refine=0` is one of them with a field changed. `oats`, `svd-llm-gptq`
+and `paper-gptq` are evaluated without a checkpoint (sparse plus low rank, and quantized dictionaries, have no form),
+their bytes counted.
 
 A row that has its file is not computed again, so an interrupted run resumes where it stopped.
 """
@@ -21,6 +22,8 @@ import math
 import platform
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,19 +31,27 @@ import torch
 import transformers
 import typer
 import yaml
+from torch import Tensor
 
 import cospadi
 from cospadi.budget.accounting import byte_budget
+from cospadi.calibration.grams import Whitening
 from cospadi.commands import evaluate
 from cospadi.format.codecs.f14 import F14
+from cospadi.format.codecs.integers import INTEGERS, Integers
 from cospadi.jobs.ledger import Ledger
 from cospadi.jobs.pool import Engine
 from cospadi.jobs.progress import Stages
 from cospadi.recipe import CACHE_BYTES, METHODS, Recipe
-from cospadi.solvers import MetricProblem, SolverOptions
+from cospadi.solvers import MetricProblem, Problem, SolverOptions
+from cospadi.solvers.gptq import gptq
+from cospadi.solvers.ksvd import ksvd
 from cospadi.solvers.oats import oats
+from cospadi.solvers.omp import omp, scatter_codes
+from cospadi.solvers.rtn import rtn
 from cospadi.stages.measure import measured_groups
 from cospadi.stages.open import opened
+from cospadi.stages.solve import integer_coder
 from cospadi.stages.text import read_text
 
 SUMMARY = ("svd-llm", "paper", "wanda", "sparsegpt", "alps", "sparse")
@@ -70,11 +81,24 @@ OATS_ITERATIONS = 80
 """As its authors run."""
 TUNED = "paper+refine=128"
 """The paper's, its values tuned as the default's are."""
-LEVELS = ("rtn", "gptq", "gptq+compensate=true", "coded")
+SVD_GPTQ, PAPER_GPTQ = "svd-llm-gptq", "paper-gptq"
+PAPER_ITERATIONS = 4
+"""Of K-SVD where its factors are quantized; the paper runs 60."""
+LEVELS = ("rtn", SVD_GPTQ, PAPER_GPTQ, "gptq", "gptq+compensate=true", "coded")
 """Of few bits: their sizes are others than those of weights left out."""
+DRAWN_BY_BITS = {
+    "coded": ("--bits", "-"),
+    "sparse": ("--ratio: weights left out, 14 bits", "-"),
+    "gptq+compensate=true": ("GPTQ, compensated", "--"),
+    "gptq": ("GPTQ", "--"),
+    "rtn": ("round to nearest", "--"),
+    SVD_GPTQ: ("SVD-LLM, factors by GPTQ", ":"),
+    PAPER_GPTQ: ("the paper's, factors in 4 bits", ":"),
+}
+"""Methods of the figure of bits -> label and line."""
 ALL = (*(name for name in METHODS if name not in ("svd", *LEVELS)), OATS, ALONE, TUNED, *VARIANTS)
 RESULTS = Path(__file__).parent / "results" / "quality"
-FIGURE = Path(__file__).parents[1] / "docs" / "images" / "bytes.svg"
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
 app = typer.Typer(add_completion=False)
 
 
@@ -111,9 +135,9 @@ def _row(model: Path, calibration: str, text: Path, ratio: float, method: str, t
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         folder = model
-        if method == OATS:
+        if method in FORMLESS:
             folder = Path(scratch) / "approximated"
-            row |= _write_oats(model, calibration, ratio, folder)
+            row |= _write_formless(model, calibration, ratio, FORMLESS[method], folder)
         elif method != "dense":
             recipe = Recipe.build({"ratio": ratio, "calibration": calibration} | frame(method))
             folder = Path(scratch) / "compressed"
@@ -147,8 +171,89 @@ def _row(model: Path, calibration: str, text: Path, ratio: float, method: str, t
     }
 
 
-def _write_oats(model: Path, calibration: str, ratio: float, folder: Path) -> dict[str, Any]:
-    """Write the dense model that OATS stands for, each projection at the same ratio; what the row says of it."""
+@dataclass(frozen=True)
+class Approximation:
+    """What replaces a projection, (d1, d2), its relative error in the metric of outputs, and the bytes it takes."""
+
+    weight: Tensor
+    error: float
+    nbytes: int
+
+
+def _oats(weight: Tensor, whitening: Whitening, nbytes: int) -> Approximation:
+    gram = None if whitening.gram is None else whitening.gram.float()
+    problem = MetricProblem(weight.float(), gram, (), (weight.shape[1],))
+    found = oats(problem, nbytes, SolverOptions(iterations=OATS_ITERATIONS))
+    return Approximation(F14.rounded(found.coefficients) + found.low_rank, found.errors[-1], found.nbytes)
+
+
+def _svd_gptq(weight: Tensor, whitening: Whitening, nbytes: int) -> Approximation:
+    """SVD-LLM's factors, both by GPTQ, the right one fitted anew to the left one's rounding: of integers of 3, 4 and 8
+    bits in groups of 64, as many as the bytes hold, those of the least error."""
+    assert whitening.gram is not None
+    assert whitening.factor is not None
+    gram, factor, (d1, d2) = whitening.gram, whitening.factor, weight.shape
+    left, values, _ = torch.linalg.svd(factor @ weight.double(), full_matrices=False)
+    options, found = SolverOptions(iterations=1), []
+    for codec in (INTEGERS[name] for name in ("int3g64", "int4g64", "int8g64")):
+
+        def size(rank: int, codec: Integers = codec) -> int:
+            return codec.nbytes([rank, d1]) + codec.nbytes([d2, rank])
+
+        rank = max((r for r in range(1, min(d1, d2) + 1) if size(r) <= nbytes), default=0)
+        if not rank:
+            continue
+        coder, root = integer_coder(codec), values[:rank].sqrt()
+        atoms = torch.linalg.solve_triangular(factor, left[:, :rank] * root, upper=True)
+        atoms = gptq(MetricProblem(atoms.float(), gram.float(), (), (rank,)), coder, options).members[0].weight.double()
+        inner = atoms.T @ gram @ atoms
+        inner += 1e-6 * inner.diagonal().mean() * torch.eye(rank, dtype=torch.float64)
+        codes = torch.linalg.solve(inner, atoms.T @ gram @ weight.double())
+        codes = gptq(MetricProblem(codes.float(), inner.float(), (), (d2,)), coder, options).members[0].weight.double()
+        made = atoms @ codes
+        found.append(Approximation(made, _error(weight, made, whitening), size(rank)))
+    return min(found, key=lambda one: one.error)
+
+
+def _paper_gptq(weight: Tensor, whitening: Whitening, nbytes: int) -> Approximation:
+    """The paper's factors at k / s = 2 with few alternations: the dictionary by GPTQ, in integers of 4 bits and groups
+    of 64; coded anew, values rounded to 4 bits with a scale and a zero a column."""
+    assert whitening.gram is not None
+    assert whitening.factor is not None
+    gram, factor, (d1, d2), codec = whitening.gram, whitening.factor, weight.shape, INTEGERS["int4g64"]
+
+    def size(k: int) -> int:
+        return codec.nbytes([k, d1]) + d2 * -(-k // 8) + -(-(4 * (k // 2) + 20) * d2 // 8)
+
+    k = max(k for k in range(2, 2 * d1 + 1, 2) if size(k) <= nbytes)
+    target, options = (factor @ weight.double()).float(), SolverOptions(iterations=PAPER_ITERATIONS)
+    learned = ksvd(Problem(target), k, k // 2, options).dictionary
+    assert learned is not None
+    atoms = torch.linalg.solve_triangular(factor, learned.double(), upper=True)
+    atoms = gptq(MetricProblem(atoms.float(), gram.float(), (), (k,)), integer_coder(codec), options).members[0].weight
+    whitened = (factor @ atoms.double()).float()
+    norms = torch.linalg.vector_norm(whitened, dim=0).clamp(min=1e-30)
+    whitened /= norms
+    codes, _ = scatter_codes(*omp(whitened.T @ whitened, whitened.T @ target, k // 2), k)
+    codes /= norms[:, None]
+    rounded = rtn(MetricProblem(codes, None, (), (d2,)), integer_coder(INTEGERS["int4"]), options).members[0].weight
+    made = (atoms @ rounded).double()
+    return Approximation(made, _error(weight, made, whitening), size(k))
+
+
+def _error(weight: Tensor, made: Tensor, whitening: Whitening) -> float:
+    whole = whitening.energy(weight.double()).sum()
+    return float((whitening.energy(weight.double() - made).sum() / whole).sqrt())
+
+
+FORMLESS = {OATS: _oats, SVD_GPTQ: _svd_gptq, PAPER_GPTQ: _paper_gptq}
+"""Methods whose result no checkpoint holds -> (weight (d1, d2), whitening, bytes) -> what is evaluated."""
+
+
+def _write_formless(
+    model: Path, calibration: str, ratio: float, approximate: Callable[..., Approximation], folder: Path
+) -> dict[str, Any]:
+    """Write the dense model that approximations stand for, each projection at the same ratio; what its row says."""
     recipe = Recipe.build({"ratio": ratio, "calibration": calibration, "method": "wanda"})
     nbytes, errors, seconds = 0, {}, 0.0
     with opened(model, recipe, None, Stages(), Engine(), Ledger(), CACHE_BYTES, whole=True) as job:
@@ -156,16 +261,13 @@ def _write_oats(model: Path, calibration: str, ratio: float, folder: Path) -> di
         dense: Any = job.blocks.model
         for block in measured_groups(job, job.uniform.groups):
             for group, whitening, weight in block.measure(block.sets[0]):
-                name, d2s = group.members[0].name, tuple(group.d2s)
-                gram = None if whitening.gram is None else whitening.gram.float()
-                problem, begun = MetricProblem(weight.float(), gram, (), d2s), time.perf_counter()
-                found = oats(problem, byte_budget(ratio, group.d1, d2s), SolverOptions(iterations=OATS_ITERATIONS))
+                begun = time.perf_counter()
+                found = approximate(weight, whitening, byte_budget(ratio, group.d1, group.d2s))
                 seconds += time.perf_counter() - begun
-                kept = F14.rounded(found.coefficients)
-                approximation = (kept + found.low_rank).T
-                dense.get_submodule(name).weight.data.copy_(approximation)
+                (member,) = group.members
+                dense.get_submodule(member.name).weight.data.copy_(found.weight.T)
                 nbytes += found.nbytes
-                errors[name] = found.errors[-1]
+                errors[member.name] = found.error
         dense.save_pretrained(folder)
         job.tokenizer.save_pretrained(folder)
         total = job.uniform.dense_bytes
@@ -175,7 +277,7 @@ def _write_oats(model: Path, calibration: str, ratio: float, folder: Path) -> di
         "bytes": nbytes,
         "mean_relative_error": sum(errors.values()) / len(errors),
         "relative_errors": errors,
-        "iterations": OATS_ITERATIONS,
+        "iterations": {_oats: OATS_ITERATIONS, _paper_gptq: PAPER_ITERATIONS}.get(approximate, 1),
         "seconds_solve": round(seconds, 1),
         "calibration": Path(calibration).name,
         "sequences": sequences,
@@ -309,31 +411,53 @@ def _bits(row: dict[str, Any]) -> float:
 
 
 @app.command()
-def figure(output: Annotated[Path, typer.Option(help="an .svg or .png file")] = FIGURE) -> None:
-    """Draw the mean error of projections against their bytes, a panel a model: D stored, D = I, low rank."""
+def figure(output: Annotated[Path, typer.Option(help="folder of the images")] = IMAGES) -> None:
+    """Draw errors of projections against their bytes, D stored, D = I, low rank; and the loss added against bits."""
+    rows = _rows()
+    dense = {row["model"]: row for row in rows if row["method"] == "dense"}
+    _draw(
+        output / "bytes.svg", rows, DRAWN, ALONE, lambda row: 1 - row["ratio_reached"],
+        lambda row: row["mean_relative_error"],
+        {"xlabel": "bytes, of the dense ones", "ylabel": "relative error at the outputs, mean"},
+    )  # fmt: skip
+    _draw(
+        output / "bits.svg", rows, DRAWN_BY_BITS, "gptq", _bits, lambda row: _loss(row, dense[row["model"]]),
+        {"xlabel": "bits a weight, all told", "ylabel": "ln(perplexity / dense)", "ylim": (1e-4, 10)},
+    )  # fmt: skip
+
+
+def _draw(
+    path: Path,
+    rows: list[dict[str, Any]],
+    drawn: dict[str, tuple[str, str]],
+    needed: str,
+    x: Callable[[dict[str, Any]], float],
+    y: Callable[[dict[str, Any]], float],
+    axes_are: dict[str, Any],
+) -> None:
+    """A panel a model that has rows of the method `needed`, a line a method; what is not above 0 is left out."""
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "cospadi"
     from matplotlib import pyplot
 
-    rows = [row for row in _rows() if row["method"] in DRAWN]
-    models = sorted({row["model"] for row in rows if row["method"] == ALONE})
+    models = sorted({row["model"] for row in rows if row["method"] == needed})
     drawing, axes = pyplot.subplots(1, len(models), figsize=(4.2 * len(models), 3.4), squeeze=False)
     for axis, model in zip(axes.flat, models, strict=True):
-        for index, (method, (label, line)) in enumerate(DRAWN.items()):
+        for index, (method, (label, line)) in enumerate(drawn.items()):
             found = [row for row in rows if (row["model"], row["method"]) == (model, method)]
-            points = sorted((1 - row["ratio_reached"], row["mean_relative_error"]) for row in found)
+            points = sorted((x(row), y(row)) for row in found if y(row) > 0)
             if points:
                 axis.plot(*zip(*points, strict=True), line, marker=".", color=f"C{index}", label=label)
-        axis.set(yscale="log", xlabel="bytes, of the dense ones", ylabel="relative error at the outputs, mean")
+        axis.set(yscale="log", **axes_are)
         axis.set_title(model, fontsize=9)
         axis.grid(alpha=0.3, which="both")
     axes.flat[0].legend(fontsize=7)
     drawing.tight_layout()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(output, metadata={"Date": None} if output.suffix == ".svg" else None, dpi=150)
-    print(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawing.savefig(path, metadata={"Date": None})
+    print(path)
 
 
 def _rows() -> list[dict[str, Any]]:

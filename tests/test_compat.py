@@ -12,8 +12,6 @@ from cospadi import compat
 
 SOURCES = Path(cospadi.__file__).parents[1]
 OUR_OWN = {
-    ("cospadi/commands/bench.py", "module._kept"): "the layer's own, weighed with its tensors",
-    ("cospadi/commands/bench.py", "module._offsets"): "the layer's own, weighed with its tensors",
     ("cospadi/jobs/pool.py", "os._exit"): "public in spite of its name",
 }
 """Private names outside compat.py that are not another library's secrets, and why they may stand there."""

@@ -44,7 +44,7 @@ FREE = {"metric": "weights", "iterations": 1}
 MEMORY = 2**31
 """Bytes that an example may take beside what the process has."""
 SECONDS = 10
-"""An example takes milliseconds; what takes so long believes a size that is not there."""
+"""Of the processor. An example takes milliseconds; what takes so long believes a size that is not there."""
 
 
 def examples(count: int) -> Callable[[Any], Any]:
@@ -72,13 +72,16 @@ def in_time() -> Iterator[None]:
     def stop(*_: object) -> None:
         pytest.fail(f"not done after {SECONDS} seconds")  # no Exception, which might be caught
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS, 1)
+    timers = {signal.SIGPROF: (signal.ITIMER_PROF, SECONDS), signal.SIGALRM: (signal.ITIMER_REAL, 6 * SECONDS)}
+    before = {number: signal.signal(number, stop) for number in timers}
+    for timer, seconds in timers.values():
+        signal.setitimer(timer, seconds, 1)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for number, (timer, _) in timers.items():
+            signal.setitimer(timer, 0)
+            signal.signal(number, before[number])
 
 
 def check_sentence(error: BaseException | str) -> None:
