@@ -93,7 +93,7 @@ DRAWN_BY_BITS = {
     "gptq": ("GPTQ", "--"),
     "rtn": ("round to nearest", "--"),
     SVD_GPTQ: ("SVD-LLM, factors by GPTQ", ":"),
-    PAPER_GPTQ: ("the paper's, factors in 4 bits", ":"),
+    PAPER_GPTQ: ("the paper's (T = 4), factors in 4 bits", ":"),
 }
 """Methods of the figure of bits -> label and line."""
 ALL = (*(name for name in METHODS if name not in ("svd", *LEVELS)), OATS, ALONE, TUNED, *VARIANTS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import mmap
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -129,11 +130,10 @@ def test_no_byte_past_a_buffer_is_read(level: str, bits: int) -> None:
 @pytest.mark.parametrize(("spread", "bits"), [(2.0, 4), (30.0, 8), (300.0, None)])
 def test_levels_take_the_least_memory_that_nearly_all_fit_in(spread: float, bits: int | None) -> None:
     stored = random_code(50, 70, torch.Generator().manual_seed(0), spread=spread)
-    levels = read_levels(stored)
-    assert (None if levels is None else levels.bits) == bits
-    if levels is not None:
-        expected = EC.decode(stored, [50, 70])
-        torch.testing.assert_close(dense(levels), expected, rtol=1e-6, atol=0)
+    levels, expected = read_levels(stored), EC.decode(stored, [50, 70])
+    assert (levels.bits if isinstance(levels, Levels) else None) == bits
+    found = dense(levels) if isinstance(levels, Levels) else levels
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 def make_layer(spread: float = 2.0, bias: bool = True, dtype: torch.dtype = torch.float32) -> CompressedLinear:
@@ -232,7 +232,35 @@ def test_levels_are_read_once_and_anew_when_the_layer_changes() -> None:
     y = changed(x)
     changed.codes.zero_().add_(other)
     assert torch.equal(changed(x), y)
-    assert layer.to("cpu").kept_tensors()[0].data_ptr() == first
-    moved = copy.deepcopy(layer).to(torch.bfloat16)
-    assert torch.equal(moved.codes, layer.codes)
-    assert torch.equal(moved.kept_tensors()[0], layer.kept_tensors()[0])
+    codes = layer.codes.clone()
+    layer.to("cpu").to(torch.bfloat16)
+    assert torch.equal(layer.codes, codes)
+    layer(x.bfloat16())
+    assert layer.kept_tensors()[0].data_ptr() == first
+
+
+@BUILT
+def test_levels_are_there_for_a_compiler_after_whatever_changed_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, read = make_layer(), Mock(side_effect=read_levels)
+    monkeypatch.setattr("cospadi.runtime.layer.read_levels", read)
+    layer.prepare(torch.float32)
+    state = layer.state_dict()
+    for change in (
+        lambda: layer.set_runtime("dense", torch.float32),
+        lambda: layer.set_runtime("packed", torch.float32),
+        lambda: layer.load_state_dict(state),
+        lambda: layer.to_empty(device="cpu").load_state_dict(state),
+    ):
+        change()
+        layer.set_runtime("auto", torch.float32)
+        assert len(layer.kept_tensors()) == 6
+    calls = read.call_count
+    x = torch.randn(2, 30)
+    layer(x), layer(x.bfloat16())
+    assert read.call_count == calls
+
+
+@BUILT
+def test_numbers_that_are_no_floats_are_refused() -> None:
+    with pytest.raises(ValueError, match="a float dtype is needed"):
+        make_layer()(torch.ones(2, 30, dtype=torch.int64))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -164,17 +165,19 @@ def _uniform_group(members: tuple[Projection, ...], recipe: Recipe) -> Group:
         d1, d2s = members[0].d1, [member.d2 for member in members]
         form = forms_of(recipe)[0]
         k = form.dictionary_kind.atoms(d1)
-        what, instead = "not one atom fits", "Leave"
+        what, instead, size = "not one atom fits", "Leave", f"ratio {recipe.ratio:g}"
         if form.codec.levels:
             least = min(level_bytes(members, form) for form in forms_of(recipe))
-            what = f"it takes {least:,} bytes at least, with all that its levels need beside them"
-            instead = "Use a smaller one, or leave"
+            bits = 8 * least / (d1 * sum(d2s))
+            what = f"it takes {least:,} bytes at least, {bits:.2f} bits a weight, with all that levels need beside them"
+            size = f"{16 * (1 - recipe.ratio):g} bits a weight"
+            instead = f"Use --bits {math.ceil(100 * bits) / 100:g} or more, or leave"
         elif k is not None:
             taken = form.nbytes(d1, d2s, k, []).total / dense_bytes(d1, sum(d2s))
             what = f"telling which weights stay takes {taken:.1%} of its bytes, and no weight fits beside that"
             instead = "Use a smaller one, or leave"
         raise UserError(
-            f"{members[0].name}: a projection of {d1} x {sum(d2s)} is too small for ratio {recipe.ratio:g}: {what}. "
+            f"{members[0].name}: a projection of {d1} x {sum(d2s)} is too small for {size}: {what}. "
             f"{instead} {'it' if len(kinds) == 1 else 'them'} dense with "
             + " ".join(f"--exclude '*.{kind}'" for kind in kinds)
         )

@@ -63,7 +63,7 @@ _MAGNITUDES = 128  # of `bits_table`
 
 _NO_LEVEL = "a level is none that its state's quantizer has"
 _DAMAGED = "the coded levels are damaged: a block does not end as it should"
-_REASONS = {1: _NO_LEVEL, 2: "there is not enough memory to code the levels", 3: _DAMAGED}
+_REASONS = {2: "there is not enough memory to code the levels", 3: _DAMAGED, 4: _NO_LEVEL}
 
 
 def symbols_of(levels: Tensor, block_rows: int) -> tuple[Tensor, Tensor]:

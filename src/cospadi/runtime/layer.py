@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cospadi import compat
-from cospadi.errors import UserError
+from cospadi.errors import CheckpointError, UserError
 from cospadi.format.form import Form
 from cospadi.runtime import op
 from cospadi.runtime.levels import Levels, read_levels
@@ -152,7 +153,7 @@ class CompressedLinear(nn.Module):
             self.register_buffer(self.names.values, buffer(values, form.codec.dtype))
         self.bias = parameter([out_features] if bias else None)
         self._offsets: tuple[Hashable, Tensor] | None = None
-        self._kept: tuple[tuple[Hashable, ...], Tensor | Levels] | None = None
+        self._kept: tuple[tuple[Any, ...], Tensor | Levels] | None = None
 
     support: Tensor | None
 
@@ -229,19 +230,20 @@ class CompressedLinear(nn.Module):
         these, unless too many of them are large or all is to be unpacked; else a dense matrix."""
         if self.form.codec.coded and self.runtime == "auto" and op.takes_levels(self.codes.new_empty(0, dtype=dtype)):
             levels = read_levels(self.codes)
-            if levels is not None:
-                return levels
+            return levels.to(dtype) if isinstance(levels, Tensor) else levels
         return self.coefficients(dtype)
 
     def prepare(self, dtype: torch.dtype) -> None:
-        """Make what the first call would, which a compiler that meets the layer before it could not keep.
+        """Make what the first call would, which a compiler that meets the layer before it could not keep. (Compiled, a
+        layer does not see what is then written to its tensors in place.)
 
         Args:
             dtype: of x.
         """
         self.column_offsets()
         if self.runtime == "auto" and self.form.codec.coded:
-            self._keep(self.codes.new_empty(0, dtype=dtype), self._unpacked)
+            with suppress(CheckpointError):  # of a tensor that is not filled yet: the first call tells
+                self._keep(self.codes.new_empty(0, dtype=dtype), self._unpacked)
 
     def kept_tensors(self) -> list[Tensor]:
         """What is in memory beside parameters and buffers."""
@@ -258,9 +260,11 @@ class CompressedLinear(nn.Module):
         if runtime != self.runtime:
             self.runtime, self._kept = runtime, None
         dtype = dtype if self.atoms is None else self.atoms.dtype
+        if dtype is not None and runtime == "auto":
+            self.prepare(dtype)
         if runtime in ("unpacked", "dense") and dtype is not None and not isinstance(self.codes, nn.Parameter):
             like = self.codes.new_empty(0, dtype=dtype)
-            self._keep(like, self._weight if runtime == "dense" else self._unpacked)
+            self._keep(like, self._weight if runtime == "dense" else self.coefficients)
 
     def column_offsets(self) -> Tensor | None:
         """Number of nonzeros before each column and in all, int32 (d2 + 1,), counted once.
@@ -335,11 +339,18 @@ class CompressedLinear(nn.Module):
             destination[prefix + self.names.values] = self.packed_values()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        dtype = self._dtype_of_levels()
         self._kept = self._offsets = None
         name = prefix + self.names.values
         if isinstance(self.codes, nn.Parameter) and not self.form.trainable and name in state_dict:
             state_dict = state_dict | {name: self._decoded(state_dict[name])}
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if dtype is not None:
+            self.prepare(dtype)
+
+    def _dtype_of_levels(self) -> torch.dtype | None:
+        """Of x, where levels are kept, which are to be made anew with the code."""
+        return self._kept[0][0] if self._kept is not None and isinstance(self._kept[1], Levels) else None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         stored, counted = self.codes, self._offsets is not None
@@ -348,15 +359,14 @@ class CompressedLinear(nn.Module):
         if not isinstance(stored, nn.Parameter) and self.codes.dtype != stored.dtype:
             # a change of dtype is not for what is stored
             setattr(self, self.names.values, stored.to(self.codes.device))
-        levels = False
+        dtype = self._dtype_of_levels()
         if self._kept is not None and self._kept[0][-1] != self._versions():
-            levels = isinstance(self._kept[1], Levels)
             self._kept = None  # of tensors that were replaced
         # A compiler that meets the layer next could not keep what it makes.
         if counted:
             self.column_offsets()
-        if levels:
-            self._keep(self.codes.new_empty(0, dtype=torch.float32), self._unpacked)
+        if dtype is not None:
+            self.prepare(dtype)
         return self
 
     def extra_repr(self) -> str:

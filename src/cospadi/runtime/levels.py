@@ -49,8 +49,8 @@ def padded(d1: int) -> int:
     return -(-d1 // GROUP) * GROUP
 
 
-def read_levels(stored: Tensor) -> Levels | None:
-    """What codec `ec` has stored; None where too many levels are too large for a byte.
+def read_levels(stored: Tensor) -> Levels | Tensor:
+    """What codec `ec` has stored; W, float32 (d2, d1), where too many levels are too large for a byte.
 
     Raises:
         CheckpointError: it is damaged.
@@ -60,7 +60,7 @@ def read_levels(stored: Tensor) -> Levels | None:
         counts = _count_large(numbers, bits)
         if int(counts.sum()) <= MOST_BESIDE * numbers.numel():
             return pack_levels(numbers, outputs, inputs, bits, counts)
-    return None
+    return numbers * inputs * outputs[:, None]
 
 
 def _count_large(numbers: Tensor, bits: int) -> Tensor:

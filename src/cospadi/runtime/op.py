@@ -120,6 +120,8 @@ def _multiply(
         raise ValueError(
             f"z is {list(z.shape)} and the support's tensor {shape}, which do not belong to {k} atoms and {d2} columns"
         )
+    if not z.is_floating_point():
+        raise ValueError(f"z is of {z.dtype}; a float dtype is needed")
     if dense is not None:
         return torch.nn.functional.linear(z, dense)
     if support is not None and has_kernel(z, support, values, kind, codec):

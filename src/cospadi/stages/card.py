@@ -39,7 +39,8 @@ numbers.
 # What this is
 
 A language model whose {len(errors)} projections are stored in fewer bytes by CoSpaDi: as sparse weights, as a
-dictionary times sparse coefficients (arXiv 2509.22075), as low-rank factors, or as levels in an entropy code.
+dictionary times sparse coefficients (arXiv 2509.22075), as low-rank factors, as levels in an entropy code, or as
+integers with scales and zeros.
 
 | | |
 |---|---|

@@ -12,8 +12,6 @@ Parallel openmp = nullptr;
 
 namespace {
 
-enum Status { OK = 0, STREAM_TOO_SHORT = 1, OUT_OF_MEMORY = 2 };
-
 const Kernels* const LEVELS[] = {
     &portable_kernels,
 #ifdef COSPADI_X86

@@ -129,9 +129,9 @@ EXPORT int cospadi_multiply_levels(const void* x, void* y, int64_t rows, int dty
   } else {
     multiply<float>(all, kernels.multiply_levels_float, beside, outputs, inputs, x, y, rows, d1, dtype, threads);
   }
-  return 0;
+  return OK;
 } catch (const std::bad_alloc&) {
-  return 2;
+  return OUT_OF_MEMORY;
 }
 
 // How many levels of each row (of d2, int16) are too large for so many bits.

@@ -12,6 +12,9 @@
 
 namespace cospadi {
 
+// What the C interface answers.
+enum Status { OK = 0, STREAM_TOO_SHORT = 1, OUT_OF_MEMORY = 2, DAMAGED = 3, NO_LEVEL = 4 };
+
 // GOMP_parallel of the OpenMP runtime that torch has loaded: its threads are ours, so there are never two pools.
 using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 extern Parallel openmp;

@@ -12,8 +12,6 @@ namespace cospadi {
 namespace {
 
 // Of two, the larger one is told.
-enum Status { OK = 0, NO_LEVEL = 1, OUT_OF_MEMORY = 2, DAMAGED = 3 };
-
 constexpr int TABLE = 128;  // entries that the encoder's tables have for a class and a quantizer
 
 // What is coded, or to be decoded: levels (d2, d1) in blocks of rows.

@@ -12,7 +12,6 @@
 namespace cospadi {
 namespace {
 
-constexpr int OK = 0, OUT_OF_MEMORY = 2;  // as api.cpp has them
 constexpr int STATES = 8;
 constexpr float NEVER = std::numeric_limits<float>::infinity();
 // State and parity of the symbol -> next state; the quantizer of a state is its lowest bit (src/cospadi/format/rans.py).
