@@ -453,7 +453,7 @@ def _draw(
         axis.set(yscale="log", **axes_are)
         axis.set_title(model, fontsize=9)
         axis.grid(alpha=0.3, which="both")
-    axes.flat[0].legend(fontsize=7)
+    axes.flat[-1].legend(*axes.flat[0].get_legend_handles_labels(), fontsize=7)
     drawing.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(path, metadata={"Date": None})

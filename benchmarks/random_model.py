@@ -103,7 +103,8 @@ def main(
         mark_compressed(model, entries)
         model.save_pretrained(output / name)
         del model
-        print(f"{output / name}: ratio {plan.ratio:.4f}", flush=True)
+        taken = sum(map(len, codes.values())) or plan.bytes  # random codes are not to the byte
+        print(f"{output / name}: ratio {1 - taken / plan.dense_bytes:.4f}", flush=True)
 
 
 def _empty(config: PretrainedConfig) -> Any:

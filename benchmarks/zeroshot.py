@@ -125,7 +125,7 @@ def summary_lines() -> list[str]:
     dense = next(row for row in rows if row["method"] == "dense")["perplexity"]
     found = {(row["ratio_asked"], row["method"]): math.log(row["perplexity"] / dense) for row in rows}
     lines = [f"| ratio | {' | '.join(SUMMARY)} |", f"|---|{'---|' * len(SUMMARY)}"]
-    for ratio in sorted({ratio for ratio, _ in found if ratio}):
+    for ratio in sorted({ratio for ratio, name in found if ratio and name in SUMMARY}):
         shown = [f"{found[ratio, name]:.4f}" if (ratio, name) in found else "-" for name in SUMMARY]
         lines.append(f"| {ratio:g} | {' | '.join(shown)} |")
     return lines
