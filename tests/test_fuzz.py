@@ -229,7 +229,7 @@ PLAUSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "ratio": st.floats(0.01, 0.9) | st.just("0.3"),
     "solver": st.sampled_from([*SOLVERS]),
     "accounting": st.sampled_from(["exact", "eq10", "eq11"]),
-    "value_bits": st.sampled_from([12, 14, 16, None]),
+    "value_bits": st.sampled_from([10, 12, 14, 16, None]),
     "rho": st.none() | st.floats(1, 1e9),
     "method": st.sampled_from([*METHODS]),
     "allocate": st.sampled_from(["pooled", "uniform", None]),

@@ -90,7 +90,7 @@ class Recipe(BaseModel):
     accounting: Literal["exact", "eq10", "eq11"] = Field(
         "exact", description="exact: real bytes; eq10, eq11: the paper's own k and s"
     )
-    value_bits: Literal[12, 14, 16] | None = Field(
+    value_bits: Literal[10, 12, 14, 16] | None = Field(
         None, description="bits a stored coefficient: 16 is bf16 (default: 14; 16 with eq10)"
     )
     rho: float = Field(2.0, ge=1, allow_inf_nan=False, description="k / s, where a dictionary is stored")

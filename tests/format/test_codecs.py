@@ -163,7 +163,7 @@ def test_f12_is_saved_again_as_it_was(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"values": "f13"}, "f13 is not known to this cospadi. It knows bf16, f14, f12"),
+        ({"values": "f13"}, "f13 is not known to this cospadi. It knows bf16, f14, f12, f10"),
         ({"support": "4:2"}, "4:2 is not known to this cospadi. It knows mask, full"),
         ({"dictionary": "none"}, "none is not known to this cospadi. It knows stored, identity"),
         ({"values": "f14"}, r"config\.json asks for U8"),

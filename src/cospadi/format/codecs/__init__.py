@@ -2,6 +2,7 @@
 
 from cospadi.format.codecs.bf16 import BF16
 from cospadi.format.codecs.ec import EC
+from cospadi.format.codecs.f10 import F10
 from cospadi.format.codecs.f12 import F12
 from cospadi.format.codecs.f14 import F14
 from cospadi.format.codecs.integers import INTEGERS
@@ -13,6 +14,7 @@ CODECS: dict[str, Codec] = {
         BF16,
         F14,
         F12,
+        F10,
         EC,
         *INTEGERS.values(),
     )
