@@ -123,7 +123,10 @@ def test_bits_a_weight_from_the_command_to_the_disk(
     [
         (["--bits", "3", "--ratio", "0.2"], "ratio 0.2 and bits 3.0 are two sizes. Give one of them"),
         (["--bits", "17"], "bits: Input should be less than 16"),
-        (["--bits", "1"], "bytes at least, with all that its levels need beside them. Use a smaller one, or leave"),
+        (
+            ["--bits", "1"],
+            "1.83 bits a weight, with all that levels need beside them. Use --bits 1.84 or more, or leave",
+        ),
         (["--bits", "3", "--refine", "4"], "refine is not possible: levels stay as they were solved"),
         (["--bits", "3", "--allocate", "pooled", "--metric", "output"], "allocate pooled is not possible"),
         (["--method", "coded", "--accounting", "eq10"], "accounting eq10 counts a dictionary, and solver trellis"),

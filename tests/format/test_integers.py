@@ -121,7 +121,8 @@ def test_a_size_below_the_smallest_is_a_sentence(
     answer = run("compress", dense_folder, "--bits", 1.5, "--method", "rtn", "-o", tmp_path / "out")
     least = INTEGERS["int2"].nbytes([48, 48])
     assert answer.code == 2
-    assert f"it takes {least} bytes at least, with all that its levels need beside them" in answer.err
+    assert f"it takes {least} bytes at least, 2.38 bits a weight, with all that levels need beside them" in answer.err
+    assert "Use --bits 2.38 or more, or leave it dense with --exclude" in answer.err
     assert not (tmp_path / "out").exists()
 
 

@@ -170,7 +170,8 @@ def _uniform_group(members: tuple[Projection, ...], recipe: Recipe) -> Group:
             least = min(level_bytes(members, form) for form in forms_of(recipe))
             bits = 8 * least / (d1 * sum(d2s))
             what = f"it takes {least:,} bytes at least, {bits:.2f} bits a weight, with all that levels need beside them"
-            size = f"{16 * (1 - recipe.ratio):g} bits a weight"
+            asked = 16 * (1 - recipe.ratio)
+            size = f"{asked:g} bit{'s' * (asked != 1)} a weight"
             instead = f"Use --bits {math.ceil(100 * bits) / 100:g} or more, or leave"
         elif k is not None:
             taken = form.nbytes(d1, d2s, k, []).total / dense_bytes(d1, sum(d2s))
