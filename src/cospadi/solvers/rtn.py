@@ -8,12 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cospadi.format.codecs.integers import INTEGERS
 from cospadi.solvers.flops import Flops
 from cospadi.solvers.problem import Coded, IntegerCoder, Member, MetricProblem, SolverOptions
 from cospadi.solvers.support import member_spans
 
-CODECS = tuple(sorted(INTEGERS, key=lambda name: INTEGERS[name].nbytes([4096, 4096])))
+CODECS = tuple(f"int{bits}{group}" for bits in (2, 3, 4, 5, 6, 8) for group in ("", "g128", "g64"))
 """How levels may be stored, by the names of the kinds in `format`, from the fewest bytes to the most."""
 
 
