@@ -36,7 +36,7 @@ def compressed_parts(result: Compressed, recipe: Recipe) -> list[Table | str]:
     bits = result.plan.bits
     if find_solver(recipe.solver).levels or recipe.bits is not None or bits < 2:
         return [compressed_table(result, recipe)]
-    instead = f"--bits {bits:.4g} takes as many bytes, keeps every weight, and loses less on every model measured."
+    instead = f"--bits {bits:.4g} takes no more bytes, keeps every weight, and loses less on every model measured."
     return [compressed_table(result, recipe), instead]
 
 

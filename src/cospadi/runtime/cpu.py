@@ -29,8 +29,8 @@ DENSE_ROWS = 8
 """Up to this many rows `dense_matmul` beats torch's product; with 16 the two are about even."""
 
 TILE_BYTES = 8 << 20
-"""Unpacked coefficients that a tile has at most. Few large products beat many small ones, but 32 MB are memory that the
-system makes anew for each product, which took as long as all the rest of one with 64 rows."""
+"""Unpacked coefficients that a tile has at most. Few large products beat many small ones, but as much as 32 MB the
+system makes anew for each product."""
 
 _REASONS = {1: "the stored values are fewer than the support mask has bits", 2: "there is not enough memory"}
 

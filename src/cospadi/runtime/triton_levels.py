@@ -18,6 +18,28 @@ BESIDE = tl.constexpr(16)
 
 
 @triton.jit
+def _lines(x, x_row, packed, row_bytes, row, output, count, d2):
+    """Which outputs there are (N,), pointers to their levels (N, 1); which rows of x, and pointers to them (M, 1)."""
+    rows = (packed + output.to(tl.int64) * row_bytes)[:, None]
+    return output < d2, rows, (row < count)[:, None], x + row.to(tl.int64)[:, None] * x_row
+
+
+@triton.jit
+def _stored(rows, inside, byte, row_bytes):
+    """Some bytes of the rows, int32 (N, T)."""
+    held = inside[:, None] & (byte < row_bytes)[None, :]
+    return tl.load(rows + byte[None, :], mask=held, other=0).to(tl.int32)
+
+
+@triton.jit
+def _store(y, sums, outputs, row, output, exist, inside, d2):
+    """Sums (M, N), times the steps of the outputs, to y (count, d2)."""
+    v = tl.load(outputs + output, mask=inside, other=0)
+    pointers = y + row.to(tl.int64)[:, None] * d2 + output[None, :]
+    tl.store(pointers, sums * v[None, :], mask=exist & inside[None, :])
+
+
+@triton.jit
 def _scaled(x_rows, x_column, inputs, exist, place, d1):
     """x u at some inputs, float32 (M, T). x_rows: pointers (M, 1), of which `exist`, (M, 1), says which there are."""
     inside = place < d1
@@ -77,16 +99,12 @@ def _few(
 ):
     """Few rows, without tensor cores. Grid (outputs / N). x (count, d1) with strides x_row, x_column; y (count, d2)."""
     output = tl.program_id(0) * N + tl.arange(0, N)
-    inside = output < d2
-    rows = (packed + output.to(tl.int64) * row_bytes)[:, None]
     row = tl.arange(0, M)
-    exist = (row < count)[:, None]
-    x_rows = x + row.to(tl.int64)[:, None] * x_row
+    inside, rows, exist, x_rows = _lines(x, x_row, packed, row_bytes, row, output, count, d2)
     sums = tl.zeros([M, N, T], tl.float32)
     for first in range(0, row_bytes, T):
         byte = first + tl.arange(0, T)
-        held = inside[:, None] & (byte < row_bytes)[None, :]
-        stored = tl.load(rows + byte[None, :], mask=held, other=0).to(tl.int32)
+        stored = _stored(rows, inside, byte, row_bytes)
         if BITS == 8:
             sums += _signed(stored, 8)[None, :, :] * _scaled(x_rows, x_column, inputs, exist, byte, d1)[:, None, :]
         else:
@@ -96,9 +114,7 @@ def _few(
             sums += _signed(stored & 15, 4)[None, :, :] * low[:, None, :]
             sums += _signed(stored >> 4, 4)[None, :, :] * high[:, None, :]
     beside = _beside(x_rows, x_column, inputs, exist, offsets, columns, rest, output, inside, d1, tl.float32)
-    v = tl.load(outputs + output, mask=inside, other=0)
-    pointers = y + row.to(tl.int64)[:, None] * d2 + output[None, :]
-    tl.store(pointers, (tl.sum(sums, 2) + beside) * v[None, :], mask=exist & inside[None, :])
+    _store(y, tl.sum(sums, 2) + beside, outputs, row, output, exist, inside, d2)
 
 
 def _many(
@@ -132,15 +148,11 @@ def _many(
     row_blocks = tl.cdiv(count, M)
     row = (tl.program_id(0) % row_blocks) * M + tl.arange(0, M)
     output = (tl.program_id(0) // row_blocks) * N + tl.arange(0, N)
-    inside = output < d2
-    rows = (packed + output.to(tl.int64) * row_bytes)[:, None]
-    exist = (row < count)[:, None]
-    x_rows = x + row.to(tl.int64)[:, None] * x_row
+    inside, rows, exist, x_rows = _lines(x, x_row, packed, row_bytes, row, output, count, d2)
     sums = tl.zeros([M, N], tl.float32)
     for first in range(0, row_bytes, T):
         byte = first + tl.arange(0, T)
-        held = inside[:, None] & (byte < row_bytes)[None, :]
-        stored = tl.load(rows + byte[None, :], mask=held, other=0).to(tl.int32)
+        stored = _stored(rows, inside, byte, row_bytes)
         if BITS == 8:
             left = _scaled(x_rows, x_column, inputs, exist, byte, d1).to(ROUND).to(OPERAND)
             right = _signed(stored, 8).to(OPERAND)
@@ -154,9 +166,7 @@ def _many(
             right = _signed(stored >> 4, 4).to(OPERAND)
             sums = tl.dot(left, tl.trans(right), sums, input_precision="ieee")
     sums += _beside(x_rows, x_column, inputs, exist, offsets, columns, rest, output, inside, d1, ROUND)
-    v = tl.load(outputs + output, mask=inside, other=0)
-    pointers = y + row.to(tl.int64)[:, None] * d2 + output[None, :]
-    tl.store(pointers, sums * v[None, :], mask=exist & inside[None, :])
+    _store(y, sums, outputs, row, output, exist, inside, d2)
 
 
 FEW_CONFIGS = [

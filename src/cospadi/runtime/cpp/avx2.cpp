@@ -1,11 +1,10 @@
 // AVX2, FMA and BMI2: a column's values are decoded to bf16, then placed eight atoms at a time by a table of the mask
 // byte's set bits. (There is no expanding load before AVX-512.)
-#include <immintrin.h>
-
 #include <array>
 #include <bit>
 #include <vector>
 
+#include "avx2.h"
 #include "kernels.h"
 #include "levels.h"
 
@@ -58,12 +57,6 @@ inline __m256 expand(uint8_t byte, const uint16_t*& values) {
   return _mm256_castsi256_ps(_mm256_and_si256(_mm256_permutevar8x32_epi32(wide, places), chosen));
 }
 
-inline float total(__m256 sum) {
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-
 template <int ROWS>
 void multiply_rows(const Columns& columns, const float* z, float* sums) {
   for (int c = 0; c < columns.count; ++c) {
@@ -82,12 +75,7 @@ void multiply_rows(const Columns& columns, const float* z, float* sums) {
 }
 
 void multiply(const Columns& columns, const float* z, int rows, float* sums) {
-  switch (rows) {
-    case 1: return multiply_rows<1>(columns, z, sums);
-    case 2: return multiply_rows<2>(columns, z, sums);
-    case 4: return multiply_rows<4>(columns, z, sums);
-    default: return multiply_rows<8>(columns, z, sums);
-  }
+  with_rows(rows, [&](auto count) { multiply_rows<count>(columns, z, sums); });
 }
 
 // Calls place(j, atoms, weights) for each mask byte's atoms j .. j + atoms - 1 of each column.

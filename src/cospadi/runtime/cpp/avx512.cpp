@@ -1,8 +1,7 @@
 // AVX-512 with VBMI, VBMI2 and BF16: 32 packed values are expanded under 32 mask bits and multiplied in pairs.
-#include <immintrin.h>
-
 #include <type_traits>
 
+#include "avx512.h"
 #include "kernels.h"
 #include "levels.h"
 
@@ -40,9 +39,6 @@ inline __m512i load(const uint8_t* values, uint64_t bit) {
     return _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, spread), top);
   }
 }
-
-// How far ahead of its use the stream is fetched; the processor's own guess falls behind.
-constexpr int AHEAD = 2048;
 
 // Calls take(atom, weights, half) for each 32 atoms of column c, their coefficients as bf16; `half` is 0 and 1 in turn.
 template <int BITS, class Take>
@@ -124,12 +120,7 @@ void multiply_rows(const Columns& columns, const Entry* z, float* sums) {
 
 template <int BITS, class Entry>
 void multiply_bits(const Columns& columns, const Entry* z, int rows, float* sums) {
-  switch (rows) {
-    case 1: return multiply_rows<BITS, 1>(columns, z, sums);
-    case 2: return multiply_rows<BITS, 2>(columns, z, sums);
-    case 4: return multiply_rows<BITS, 4>(columns, z, sums);
-    default: return multiply_rows<BITS, 8>(columns, z, sums);
-  }
+  with_rows(rows, [&](auto count) { multiply_rows<BITS, count>(columns, z, sums); });
 }
 
 template <class Entry>
@@ -141,8 +132,6 @@ void multiply(const Columns& columns, const Entry* z, int rows, float* sums) {
     default: return multiply_bits<16>(columns, z, rows, sums);
   }
 }
-
-inline uint32_t lanes_left(int atoms) { return atoms >= 32 ? 0xFFFFFFFFu : (1u << atoms) - 1; }
 
 template <int BITS>
 void unpack_bits(const Columns& columns, uint16_t* out) {
@@ -203,12 +192,7 @@ void multiply_dense_rows(const uint16_t* matrix, int count, int width, const uin
 }
 
 void multiply_dense(const uint16_t* matrix, int count, int width, const uint16_t* x, int rows, float* sums) {
-  switch (rows) {
-    case 1: return multiply_dense_rows<1>(matrix, count, width, x, sums);
-    case 2: return multiply_dense_rows<2>(matrix, count, width, x, sums);
-    case 4: return multiply_dense_rows<4>(matrix, count, width, x, sums);
-    default: return multiply_dense_rows<8>(matrix, count, width, x, sums);
-  }
+  with_rows(rows, [&](auto n) { multiply_dense_rows<n>(matrix, count, width, x, sums); });
 }
 
 bool supported() {

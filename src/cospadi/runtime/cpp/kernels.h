@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "rans.h"
 
@@ -83,6 +84,17 @@ extern const Kernels portable_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 #endif
+
+// Calls body(std::integral_constant<int, rows>) for the numbers of rows that there are.
+template <class Body>
+void with_rows(int rows, const Body& body) {
+  switch (rows) {
+    case 1: return body(std::integral_constant<int, 1>{});
+    case 2: return body(std::integral_constant<int, 2>{});
+    case 4: return body(std::integral_constant<int, 4>{});
+    default: return body(std::integral_constant<int, 8>{});
+  }
+}
 
 // Those of a level that was built.
 const Kernels& kernels_of(int level);

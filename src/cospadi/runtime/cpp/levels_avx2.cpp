@@ -1,6 +1,5 @@
 // Products with small integers, eight at a time.
-#include <immintrin.h>
-
+#include "avx2.h"
 #include "levels.h"
 
 namespace cospadi {
@@ -27,12 +26,6 @@ inline Thirty2 load(const uint8_t* row, int i) {
     const auto extended = [&](__m128i unsigned_) { return _mm_sub_epi8(_mm_xor_si128(unsigned_, sign), sign); };
     return floats(extended(_mm_and_si128(both, half)), extended(_mm_and_si128(_mm_srli_epi16(both, 4), half)));
   }
-}
-
-inline float total(__m256 sum) {
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
 // Chains of sums hide the latency of adding where rows are few.

@@ -1,13 +1,9 @@
 // Products with small integers, 32 at a time; those of bf16 in pairs.
-#include <immintrin.h>
-
+#include "avx512.h"
 #include "levels.h"
 
 namespace cospadi {
 namespace {
-
-// How far ahead of its use a row is fetched; the processor's own guess falls behind.
-constexpr int AHEAD = 2048;
 
 // 32 levels of a row as floats, or in pairs as bf16; all exact.
 template <int BITS>
@@ -92,8 +88,6 @@ void multiply(const LevelRows& levels, const Entry* x, int rows, float* sums) {
     return levels.bits == 4 ? multiply<4, count>(levels, x, sums) : multiply<8, count>(levels, x, sums);
   });
 }
-
-inline uint32_t lanes_left(int inputs) { return inputs >= ATOMS ? 0xFFFFFFFFu : (1u << inputs) - 1; }
 
 template <int BITS, class Entry>
 void unpack(const LevelRows& levels, int inputs, Entry* out) {

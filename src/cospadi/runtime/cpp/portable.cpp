@@ -37,12 +37,7 @@ void multiply_rows(const Columns& columns, const float* z, float* sums) {
 }
 
 void multiply(const Columns& columns, const float* z, int rows, float* sums) {
-  switch (rows) {
-    case 1: return multiply_rows<1>(columns, z, sums);
-    case 2: return multiply_rows<2>(columns, z, sums);
-    case 4: return multiply_rows<4>(columns, z, sums);
-    default: return multiply_rows<8>(columns, z, sums);
-  }
+  with_rows(rows, [&](auto count) { multiply_rows<count>(columns, z, sums); });
 }
 
 template <class Entry, class Convert>
