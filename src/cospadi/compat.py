@@ -9,11 +9,14 @@ import sys
 import types
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # torch
 
@@ -130,6 +133,38 @@ def ignore_when_loading(model: nn.Module, patterns: Iterable[str]) -> None:
     """
     ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     model._keys_to_ignore_on_load_unexpected = ignored | set(patterns)  # type: ignore[assignment]
+
+
+class Place(NamedTuple):
+    """Where a tensor of a checkpoint goes: names in the model, and whether its values stay as they are."""
+
+    names: list[str]
+    same: bool
+
+
+def places_in_model(model: nn.Module, names: Iterable[str]) -> dict[str, Place]:
+    """Where `from_pretrained` puts the tensors of a checkpoint, by their names there. What has a place that the model has
+    no tensor for is ignored.
+
+    Waits for a public way to ask which of a checkpoint's tensors a model takes.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    model = cast("PreTrainedModel", model)
+    transforms = get_model_conversion_mapping(model)
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    converters: Any = [one for one in transforms if not isinstance(one, WeightRenaming)]
+    own, prefix = model.state_dict(), model.base_model_prefix
+    targets = {source: one.target_patterns for one in converters for source in one.source_patterns}
+    found = {}
+    for name in names:
+        place, source = rename_source_key(name, renamings, converters, prefix, own)
+        if place not in own and name in own:
+            place, source = rename_source_key(name, [], [], prefix, own)
+        several = [place] if source is None else [place.replace(targets[source][0], one) for one in targets[source]]
+        found[name] = Place(several, source is None)
+    return found
 
 
 # accelerate

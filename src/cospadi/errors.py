@@ -9,6 +9,10 @@ class CheckpointError(UserError):
     """A checkpoint that is damaged or not what it says it is. The message names the file and the tensor."""
 
 
+class OutputError(RuntimeError):
+    """What a job has written is not what it should be, which is a fault of ours. The message names what differs."""
+
+
 class KernelError(RuntimeError):
     """A kernel that cannot be compiled or launched on this machine, where the reference has to do. It names why."""
 

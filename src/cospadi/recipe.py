@@ -157,6 +157,10 @@ class Recipe(BaseModel):
     )
     batch_size: int = Field(4, ge=1, le=MOST, description="calibration sequences in one forward pass")
 
+    text_only: bool = Field(
+        False, description="of a model that reads images or sound too, keep only what the text-only class knows"
+    )
+    merge_adapter: bool = Field(False, description="merge the PEFT adapter that lies in the model's folder")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model (default: main)")
 

@@ -481,7 +481,7 @@ def outlook(model: str | Path, recipe: Recipe, plan: Plan | None = None) -> Outl
         UserError: as `compress` would.
     """
     recipe = recipe.settled()
-    skeleton = load.load_skeleton(model, recipe.revision)
+    skeleton = load.load_skeleton(model, recipe.revision, recipe.text_only)
     if plan is None:
         selected = select(find_projections(skeleton.model), recipe.include, recipe.exclude, recipe.target)
         owner = owner_without_weights(skeleton.model, selected) if recipe.shares_input else {}

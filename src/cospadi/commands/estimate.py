@@ -70,7 +70,7 @@ def estimate(
     Raises:
         UserError: as `compress` would.
     """
-    recipe, skeleton = recipe.settled(), load.load_skeleton(model, recipe.revision)
+    recipe, skeleton = recipe.settled(), load.load_skeleton(model, recipe.revision, recipe.text_only)
     selected = {projection.name for projection in plan.projections}
     owner = owner_without_weights(skeleton.model, find_projections(skeleton.model))
     shape = shape_of(skeleton.model, owner, selected)
@@ -123,7 +123,7 @@ class Shape:
         attention: w, heads times their width.
         hidden, vocabulary: h and V.
         block_bytes: of the largest block's parameters.
-        edge_bytes: of the largest module outside the blocks.
+        outside_bytes: of all parameters outside the blocks.
         dtype: of the model.
         readers: distinct inputs of selected projections, in running order.
         projections: the selected ones.
@@ -134,7 +134,7 @@ class Shape:
     hidden: int
     vocabulary: int
     block_bytes: int
-    edge_bytes: int
+    outside_bytes: int
     dtype: torch.dtype
     readers: tuple[Reader, ...]
     projections: tuple[Projection, ...]
@@ -186,10 +186,8 @@ def shape_of(model: Any, owner: Mapping[str, str], selected: Set[str]) -> Shape:
         hidden=hidden,
         vocabulary=int(config.vocab_size),
         block_bytes=max(sum(parameter.nbytes for parameter in block.parameters()) for block in blocks),
-        edge_bytes=max(
-            sum(parameter.nbytes for parameter in module.parameters(recurse=False))
-            for name, module in model.named_modules()
-            if not name.startswith(f"{prefix}.")
+        outside_bytes=sum(
+            parameter.nbytes for name, parameter in model.named_parameters() if not name.startswith(f"{prefix}.")
         ),
         dtype=next(blocks.parameters()).dtype,
         readers=tuple(reader for first, reader in inputs.items() if first in read),
@@ -389,7 +387,8 @@ def tuned_tokens(recipe: Recipe, text: Text) -> tuple[int, int, int]:
 
 
 def memory_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text, cache_bytes: int) -> int:
-    """The largest of what the stages hold, in bytes: each one block, its text in the cache, and its own working set."""
+    """What is outside the blocks, and the largest of what the stages hold, in bytes: each one block, its text in the
+    cache, and its own working set."""
     batch, length, item = text.batch_tokens, text.length, shape.item
     flows = min(cache_bytes, flow_bytes(shape, recipe, text))
 
@@ -401,13 +400,13 @@ def memory_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text, cache_bytes:
     stages = [solving]  # without text the whole job
     if text.sequences:
         seen = 2 * len(shape.parameters) * batch * shape.hidden * item
-        stages.append(seen + shape.edge_bytes + batch * shape.vocabulary * item)
+        stages.append(seen + batch * shape.vocabulary * item)
         grams = max(sum(8 * r.d1**2 for r in shape.readers if r.block == index) for index in shape.blocks)
         paired = grams + 16 * shape.widest**2 + shape.block_bytes if recipe.compensate else grams
         stages.append(flows + shape.block_bytes + paired + max(activations(batch), solving))
     if text.checked:
         inputs = min(cache_bytes, (len(shape.parameters) + 2) * text.checked_tokens * shape.hidden * item)
-        tape = 2 * activations(length) + length * shape.vocabulary * (2 * item + 12) + shape.edge_bytes
+        tape = 2 * activations(length) + length * shape.vocabulary * (2 * item + 12)
         gammas = 5 * max(gamma_bytes(shape, recipe, index) for index in shape.blocks)
         if recipe.spreads_levels:  # Grams, and one of them in float64 with its factors
             gammas += max(sum(4 * r.d1**2 for r in shape.readers if r.block == index) for index in shape.blocks)
@@ -417,7 +416,7 @@ def memory_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text, cache_bytes:
         selected = max(sum(p.d1 * p.d2 for p in shape.projections if p.block == index) for index in shape.blocks)
         # W, S, its support, gradient, two moments, the best state and one before it; W again with its gradient
         stages.append(flows + shape.block_bytes + (36 + 2 * item) * selected + 6 * activations(batch))
-    return base_bytes() + max(stages)
+    return base_bytes() + shape.outside_bytes + max(stages)
 
 
 def flow_bytes(shape: Shape, recipe: Recipe, text: Text) -> int:

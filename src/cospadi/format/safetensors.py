@@ -53,19 +53,20 @@ def tensor_index(path: Path) -> dict[str, dict[str, Any]]:
 
 
 class StoredTensor(NamedTuple):
-    """What a safetensors header says of one tensor."""
+    """What a safetensors header says of one tensor, and which file it is."""
 
     shape: list[int]
     nbytes: int
+    dtype: str
+    path: Path
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Tensor name -> shape and bytes, of all safetensors files in a folder, by their headers."""
-    indices = (tensor_index(path) for path in weight_files(folder))
     return {
-        name: StoredTensor(entry["shape"], entry["data_offsets"][1] - entry["data_offsets"][0])
-        for index in indices
-        for name, entry in index.items()
+        name: StoredTensor(entry["shape"], entry["data_offsets"][1] - entry["data_offsets"][0], entry["dtype"], path)
+        for path in weight_files(folder)
+        for name, entry in tensor_index(path).items()
     }
 
 

@@ -32,13 +32,14 @@ class StoredWeight:
 class Blocks:
     """A causal language model, seen as a list of decoder blocks with something before and after them.
 
-    Calling `model` works at any time: what is away is loaded when it runs and leaves afterwards. `loaded` keeps one
-    block for as long as it is worked on.
+    Calling `model` works at any time: a block that is away is loaded when it runs and leaves afterwards. `loaded` keeps
+    one for as long as it is worked on.
 
     Attributes:
-        model: its parameters are on the meta device while they are away.
+        model: the parameters of its blocks are on the meta device while they are away.
         device: where it computes.
         stored: parameter name -> where it lies on disk; None for a model that is in memory whole.
+        unknown: tensors that the model has no place for -> their files.
         finite: names of modules whose weights must be finite; their files are checked when they are first read.
         seconds_reading: what reading weights has taken so far.
     """
@@ -46,6 +47,7 @@ class Blocks:
     model: nn.Module
     device: torch.device
     stored: Mapping[str, StoredWeight] | None = None
+    unknown: Mapping[str, Path] = field(default_factory=dict)
     finite: set[str] = field(default_factory=set)
     seconds_reading: float = 0.0
 
@@ -54,10 +56,10 @@ class Blocks:
         self.modules = list(modules)
         self._passed_by = False
         self._kept: set[str] = set()
-        self._away: dict[str, nn.Parameter] = {}
+        self._away: dict[str, Tensor] = {}
         if self.stored is not None:
-            for name, module in self._loadable().items():
-                self._load_when_called(name, module)
+            for index, module in enumerate(self.modules):
+                self._load_when_called(self.name_of(index), module)
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -118,28 +120,18 @@ class Blocks:
         assert isinstance(weight, Tensor)
         return weight.dtype
 
-    def _loadable(self) -> dict[str, nn.Module]:
-        """Blocks whole; outside of them, every module with parameters of its own."""
-        found = {self.name_of(index): block for index, block in enumerate(self.modules)}
-        inside = f"{self.prefix}."
-        for name, module in self.model.named_modules():
-            if not name.startswith(inside) and next(module.parameters(recurse=False), None) is not None:
-                found[name] = module
-        return found
-
-    def _parameters(self, name: str, module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-        """Full parameter name -> (the module that holds it, its name there)."""
-        inner = module.named_modules(prefix=name) if name.startswith(f"{self.prefix}.") else [(name, module)]
+    def _tensors(self, name: str, module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+        """Full name of a parameter or buffer that is away, or was -> (the module that holds it, its name there)."""
         return {
-            f"{path}.{leaf}" if path else leaf: (owner, leaf)
-            for path, owner in inner
-            for leaf, parameter in owner.named_parameters(recurse=False)
-            if parameter.is_meta or f"{path}.{leaf}" in self._away
+            f"{path}.{leaf}": (owner, leaf)
+            for path, owner in module.named_modules(prefix=name)
+            for leaf, tensor in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False))
+            if (tensor.is_meta and f"{path}.{leaf}" in (self.stored or {})) or f"{path}.{leaf}" in self._away
         }
 
     def _load_when_called(self, name: str, module: nn.Module) -> None:
         def skipped() -> bool:
-            return name in self._kept or (self._passed_by and name.startswith(f"{self.prefix}."))
+            return name in self._kept or self._passed_by
 
         def before(_module: nn.Module, _args: object) -> None:
             if not skipped():
@@ -153,17 +145,18 @@ class Blocks:
         module.register_forward_hook(after, always_call=True)
 
     def _load(self, name: str, module: nn.Module) -> None:
-        start, places = time.perf_counter(), self._parameters(name, module)
+        start, places = time.perf_counter(), self._tensors(name, module)
         for full, tensor in self._read(list(places)).items():
             owner, leaf = places[full]
-            self._away[full] = owner.get_parameter(leaf)
-            owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+            self._away[full] = getattr(owner, leaf)
+            held = isinstance(self._away[full], nn.Parameter)
+            setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if held else tensor)
         self.seconds_reading += time.perf_counter() - start
 
     def _release(self, name: str, module: nn.Module) -> None:
-        for full, (owner, leaf) in self._parameters(name, module).items():
+        for full, (owner, leaf) in self._tensors(name, module).items():
             if full in self._away:
-                owner.register_parameter(leaf, self._away.pop(full))
+                setattr(owner, leaf, self._away.pop(full))
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         assert self.stored is not None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from cospadi.format import safetensors
 from cospadi.format.safetensors import WrittenTensor
 from cospadi.model import companions
 from cospadi.model.blocks import Blocks, StoredWeight
+from cospadi.model.classes import auto_class
 from cospadi.model.projections import decoder_blocks
 
 log = logging.getLogger("cospadi")
@@ -40,10 +42,12 @@ class Skeleton:
     Attributes:
         model: on the meta device.
         sizes: tensor name -> bytes of all tensors in the checkpoint, by its headers; None if they are not to be had.
+        unknown: names of those that the model has no place for, each with its file; none without files.
     """
 
     model: nn.Module
     sizes: dict[str, int] | None
+    unknown: Mapping[str, Path] = field(default_factory=dict)
 
 
 def resolve(model: str | Path, revision: str | None = None, weights: bool = True) -> Path:
@@ -125,26 +129,67 @@ def check_blocks(config: Any, folder: Path, tensors: int) -> None:
         )
 
 
-def load_skeleton(model: str | Path, revision: str | None = None) -> Skeleton:
+def load_skeleton(model: str | Path, revision: str | None = None, text_only: bool = False) -> Skeleton:
     """Read config and safetensors headers only, and build the model on the meta device.
 
     Its experts multiply in the one way that runs there in every dtype.
-    """
-    from transformers import AutoModelForCausalLM
 
+    Args:
+        text_only: without what the text-only class does not know.
+
+    Raises:
+        UserError: nothing to load, or no class that builds it. CheckpointError: files that hold another model's tensors.
+    """
     folder = resolve(model, revision, weights=False)
     config = load_config(folder)
     sizes = _stored_sizes(model, folder, revision)
     if sizes is not None:
         check_blocks(config, folder, len(sizes))
+    skeleton, unknown = _build(config, folder, text_only), {}
+    if all(path.exists() for path in safetensors.weight_files(folder)):  # there may be none
+        unknown = unknown_tensors(skeleton, folder)
+    return Skeleton(skeleton, sizes, unknown)
+
+
+def _build(config: Any, folder: Path, text_only: bool) -> nn.Module:
+    """A model on the meta device."""
+    kind = auto_class(config, folder, text_only)
     try:
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(
+            model: nn.Module = kind.from_config(
                 config, dtype=config.dtype, trust_remote_code=False, experts_implementation="batched_mm"
-            ).eval()
+            )
     except Exception as error:  # a model class may raise anything on a config it cannot build
-        raise UserError(f"{model} does not build a causal language model: {first_line(error)}") from None
-    return Skeleton(skeleton, sizes)
+        raise UserError(f"{folder} does not build a causal language model: {first_line(error)}") from None
+    return model.eval()
+
+
+def unknown_tensors(model: nn.Module, folder: Path) -> dict[str, Path]:
+    """Names of a folder's tensors that a dense model has no place for, each with its file.
+
+    Raises:
+        CheckpointError: a tensor of the model's is in none of the files, or there in another shape or not as numbers
+            with fractions.
+    """
+    present = safetensors.stored_tensors(folder)
+    own, tied, may_miss = model.state_dict(), compat.tied_weights(model), compat.may_miss(model)
+    places = compat.places_in_model(model, present)
+    found = {name for place in places.values() for name in place.names}
+    heads = {source for target, source in tied.items() if target in found}
+    for name in own:
+        if not (name in found or name in tied or name in heads or any(re.search(p, name) for p in may_miss)):
+            raise CheckpointError(f"{folder}: tensor {name} is in none of the model's files")
+    for name, place in places.items():
+        tensor, asked = present[name], own.get(place.names[0])
+        if asked is None or not place.same:
+            continue
+        if tensor.shape != list(asked.shape):
+            raise CheckpointError(
+                f"{folder}: tensor {name} is {tensor.shape}; config.json asks for {list(asked.shape)}"
+            )
+        if asked.is_floating_point() and not tensor.dtype.startswith(("F", "BF")):
+            raise CheckpointError(f"{folder}: tensor {name} holds {tensor.dtype}, which are no weights")
+    return {name: present[name].path for name, place in places.items() if not own.keys() & set(place.names)}
 
 
 def _stored_sizes(model: str | Path, folder: Path, revision: str | None) -> dict[str, int] | None:
@@ -166,31 +211,34 @@ def _stored_sizes(model: str | Path, folder: Path, revision: str | None) -> dict
     }
 
 
-def load_model(folder: Path, device: torch.device) -> nn.Module:
+def load_model(folder: Path, device: torch.device, text_only: bool = False) -> nn.Module:
     """A model, dense or compressed, in the dtype it is stored in, for inference.
 
     Raises:
         UserError: no safetensors files, a model that is no causal LM. CheckpointError: damaged files.
     """
-    _check_files(folder)
-    return _from_pretrained(folder).to(device).eval()
+    config = _check_files(folder)
+    if getattr(config, "quantization_config", None) is None:  # else the quantizer knows what should be there
+        unknown_tensors(_build(config, folder, text_only), folder)
+    return _from_pretrained(folder, text_only).to(device).eval()
 
 
-def _check_files(folder: Path) -> None:
+def _check_files(folder: Path) -> Any:
+    """The configuration of a folder that may hold a model."""
     files = safetensors.weight_files(folder)
     if not files:
         raise UserError(
             f"{folder} has no safetensors files. Pickled weights are never loaded: "
             "convert them first (model.save_pretrained writes safetensors)"
         )
-    check_blocks(read_config(folder), folder, len(safetensors.tensor_sizes(folder)))
+    config = read_config(folder)
+    check_blocks(config, folder, len(safetensors.tensor_sizes(folder)))
+    return config
 
 
-def _from_pretrained(folder: Path, **options: Any) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
+def _from_pretrained(folder: Path, text_only: bool, **options: Any) -> nn.Module:
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        model: nn.Module = auto_class(read_config(folder), folder, text_only).from_pretrained(
             folder, dtype="auto", use_safetensors=True, trust_remote_code=False, **OUTPUTS, **options
         )
     except (UserError, MemoryError):
@@ -200,42 +248,47 @@ def _from_pretrained(folder: Path, **options: Any) -> nn.Module:
     return model
 
 
-def open_blocks(folder: Path, device: torch.device, converted: Path) -> Blocks:
-    """A dense model whose weights stay on disk until they are needed, one decoder block at a time.
+def open_blocks(folder: Path, device: torch.device, converted: Path, text_only: bool = False) -> Blocks:
+    """A dense model whose decoder blocks stay on disk until they are needed, one at a time; the rest is in memory.
 
     Args:
         converted: a folder for weights that transformers stores in another form than it computes with (experts).
+        text_only: without what the text-only class does not know.
 
     Raises:
         UserError: no safetensors files, a model that is no causal LM. CheckpointError: damaged files.
     """
     _check_files(folder)
-    skeleton = load_skeleton(folder).model
+    skeleton = load_skeleton(folder, text_only=text_only)
+    return replace(_on_disk(folder, skeleton.model, device, converted, text_only), unknown=skeleton.unknown)
+
+
+def open_compressed(folder: Path, device: torch.device, converted: Path) -> Blocks:
+    """`open_blocks` of a compressed model."""
+    return _on_disk(folder, _build(_check_files(folder), folder, False), device, converted, False)
+
+
+def _on_disk(folder: Path, skeleton: nn.Module, device: torch.device, converted: Path, text_only: bool) -> Blocks:
     prefix, _ = decoder_blocks(skeleton)
+    inside, here = f"{prefix}.", device.index or 0 if device.type == "cuda" else "cpu"
     places: dict[str, str | int] = {}
-    here = device.index or 0 if device.type == "cuda" else "cpu"
     for name, module in skeleton.named_modules():
-        if name == prefix or name.startswith(f"{prefix}."):
+        if name.startswith(inside):
             if name.count(".") == prefix.count(".") + 1:
                 places[name] = "disk"
         elif next(module.children(), None) is None:
-            places[name] = here if next(module.parameters(), None) is None else "disk"
-        else:  # a module with others in it: what it has of its own goes to the disk by itself
-            places |= {f"{name}.{leaf}" if name else leaf: "disk" for leaf, _ in module.named_parameters(recurse=False)}
-            places |= {f"{name}.{leaf}" if name else leaf: here for leaf, _ in module.named_buffers(recurse=False)}
-    if here not in places.values():
-        places[prefix] = here  # accelerate wants something that stays; the list itself has no weights
+            places[name] = here
+        elif name != prefix:  # a module with others in it: what it has of its own
+            own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+            places |= {f"{name}.{leaf}" if name else leaf: here for leaf, _ in own}
     with _quiet():
-        model = _from_pretrained(folder, device_map=places, offload_folder=converted)
+        model = _from_pretrained(folder, text_only, device_map=places, offload_folder=converted, offload_buffers=True)
     stored = {
         name: StoredWeight(
             Path(entry["safetensors_file"]), entry.get("weight_name", name), getattr(torch, entry["dtype"])
         )
         for name, entry in compat.take_from_accelerate(model).items()
     }
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta and name not in stored]
-    if missing:
-        raise CheckpointError(f"{folder}: tensor {missing[0]} is in none of the model's files")
     return Blocks(model, device, stored)
 
 
@@ -265,13 +318,14 @@ def write_config(model: Any, folder: Path, source: Path) -> None:
 
 
 def tensors_to_write(
-    model: Any, state: Mapping[str, torch.Tensor], blocks: Blocks, held: Mapping[str, Path]
+    model: Any, state: Mapping[str, torch.Tensor], blocks: Blocks, held: Mapping[str, Path], text_only: bool = False
 ) -> dict[str, WrittenTensor]:
     """Where every tensor of a compressed model's checkpoint comes from.
 
     Args:
         state: tensors to save, on the meta device but for buffers and sentinels.
         held: names of factors -> the safetensors files that hold them under these names.
+        text_only: without what the model has no place for.
     """
     tied, ignored = compat.tied_weights(model), compat.not_saved(model)
     indices: dict[Path, dict[str, dict[str, Any]]] = {}
@@ -299,7 +353,8 @@ def tensors_to_write(
                 tensors[name] = safetensors.tensor_in_memory(entry["shape"], stored.dtype, partial(blocks.read, name))
         else:
             raise CheckpointError(f"tensor {name} is in none of the model's files")
-    return tensors
+    carried = {} if text_only else blocks.unknown
+    return tensors | {name: safetensors.tensor_in_file(path, in_file(path, name)) for name, path in carried.items()}
 
 
 def load(model: str | Path, device: str = "auto", revision: str | None = None) -> nn.Module:

@@ -37,23 +37,27 @@ class Projection:
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of decoder blocks and its name in the model: the longest `nn.ModuleList` that holds linear layers.
+    """The list of decoder blocks and its name in the model: the longest `nn.ModuleList` of its text decoder that holds
+    linear layers.
 
     Raises:
         UserError: there is none.
     """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
+    inside = next((name for name, module in model.named_modules() if module is decoder), "")
     best: tuple[str, nn.ModuleList] | None = None
-    for name, module in model.named_modules():
-        if (
-            isinstance(module, nn.ModuleList)
-            and (best is None or len(module) > len(best[1]))
-            and any(isinstance(inner, nn.Linear) for inner in module.modules())
-            and not (best is not None and name.startswith(best[0] + "."))
-        ):
-            best = name, module
-    if best is None:
-        raise UserError(f"{type(model).__name__} has no list of decoder blocks with nn.Linear projections in it")
-    return best
+    for where in dict.fromkeys((inside, "")):  # some models' decoder is their head
+        for name, module in model.get_submodule(where).named_modules(prefix=where):
+            if (
+                isinstance(module, nn.ModuleList)
+                and (best is None or len(module) > len(best[1]))
+                and any(hasattr(inner, "in_features") for inner in module.modules())  # compressed ones too
+                and not (best is not None and name.startswith(best[0] + "."))
+            ):
+                best = name, module
+        if best is not None:
+            return best
+    raise UserError(f"{type(model).__name__} has no list of decoder blocks with nn.Linear projections in it")
 
 
 def find_projections(model: nn.Module) -> list[Projection]:
@@ -123,7 +127,8 @@ def dense_experts(model: nn.Module) -> list[str]:
     return [
         f"{prefix}.{name}"
         for name, module in blocks.named_modules()
-        if any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+        if "expert" in f"{name}.{type(module).__name__}".lower()
+        and any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
     ]
 
 

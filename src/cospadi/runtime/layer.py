@@ -152,10 +152,20 @@ class CompressedLinear(nn.Module):
         else:
             self.register_buffer(self.names.values, buffer(values, form.codec.dtype))
         self.bias = parameter([out_features] if bias else None)
+        self.register_buffer("_like", torch.empty(0, dtype=dtype, device=device), persistent=False)  # as x
         self._offsets: tuple[Hashable, Tensor] | None = None
         self._kept: tuple[tuple[Any, ...], Tensor | Levels] | None = None
 
     support: Tensor | None
+    _like: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """W as `nn.Linear` holds it, (d2, d1), made anew each time: for code that looks at it. Writing to it is in vain;
+        while the layer has no values (on the meta device) neither has it."""
+        if any(tensor.is_meta for tensor in self._factors()):
+            return self._like.new_empty(self.out_features, self.in_features, device="meta")
+        return self.dense_weight(self._like.dtype)
 
     @property
     def atoms(self) -> Tensor | None:

@@ -146,10 +146,10 @@ def opened(
                 folder = load.resolve(model, recipe.revision)
                 load.load_config(folder)  # refuses what cannot be compressed before any weight is read
                 if whole:
-                    blocks = Blocks(load.load_model(folder, device), device)
+                    blocks = Blocks(load.load_model(folder, device, recipe.text_only), device)
                 else:
                     converted = ledger.scratch or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                    blocks = load.open_blocks(folder, device, converted / "converted")
+                    blocks = load.open_blocks(folder, device, converted / "converted", recipe.text_only)
                 if not settled.data_free and tokenizer is None:
                     tokenizer = load.load_tokenizer(folder)
         blocks.model.eval()

@@ -73,8 +73,9 @@ def _run_whole(job: Job) -> None:
     notes += ["not refined"] if job.recipe.refine else []
     if job.blocks.stored is not None:
         assert job.folder is not None
-        finite = job.blocks.finite
-        job.blocks = Blocks(load.load_model(job.folder, job.blocks.device), job.blocks.device)
+        finite, unknown = job.blocks.finite, job.blocks.unknown
+        model = load.load_model(job.folder, job.blocks.device, job.recipe.text_only)
+        job.blocks = Blocks(model, job.blocks.device, unknown=unknown)
         for name in finite:
             job.blocks.weight(name)
         notes.insert(0, "loaded whole")

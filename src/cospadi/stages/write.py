@@ -27,6 +27,7 @@ from cospadi.recipe import Recipe
 from cospadi.runtime.swap import mark_compressed, quantizer_of, swap_in_layers
 from cospadi.stages.card import model_card
 from cospadi.stages.open import Job, was_written
+from cospadi.stages.prove import Expected, expect, prove
 from cospadi.stages.solve import Packed, entries_of, packed_of
 
 log = logging.getLogger("cospadi")
@@ -47,7 +48,10 @@ def finish(job: Job, plan: Plan, pieces: Sequence[Piece], output: Path | None) -
     if was_written(job.ledger, output):
         return files.read_json(output / MANIFEST)
     log.info("writing %s", output)
-    return write(job, output, manifest, plan, pieces)
+    with job.stages.stage("prove", 2) as progress:
+        expected = expect(job, pieces)
+        progress.advance(1)
+    return write(job, output, manifest, plan, pieces, expected)
 
 
 def describe(job: Job, plan: Plan, pieces: Sequence[Piece]) -> dict[str, Any]:
@@ -111,8 +115,9 @@ def write(
     manifest: dict[str, Any],
     plan: Plan,
     pieces: Sequence[Piece],
+    expected: Expected,
 ) -> dict[str, Any]:
-    """Write the checkpoint beside `output`, then rename; returns the manifest with the files' hashes.
+    """Write the checkpoint beside `output`, prove it, then rename; returns the manifest with the files' hashes.
 
     A model that was never in memory is written tensor by tensor: from the source's files and the ledger's.
     """
@@ -145,6 +150,10 @@ def write(
                 job.tokenizer.save_pretrained(staging)
             (staging / "README.md").write_text(model_card(plan, manifest), encoding="utf-8")
             manifest = write_manifest(staging, manifest)
+        with job.stages.stage("prove", 2) as progress:
+            progress.reach(1)
+            prove(job, staging, expected)
+        with job.stages.stage("write", 1):
             digest = hashlib.sha256((staging / MANIFEST).read_bytes()).hexdigest()
             ledger.put("written", {"manifest": digest})
     return manifest
@@ -167,7 +176,7 @@ def write_streamed(job: Job, staging: Path, pieces: Sequence[Piece]) -> None:
     mark_compressed(model, entries)
     load.write_config(model, staging, job.folder)
     state, _ = quantizer_of(model).get_state_dict_and_metadata(model)
-    tensors = load.tensors_to_write(model, state, blocks, held)
+    tensors = load.tensors_to_write(model, state, blocks, held, job.recipe.text_only)
     with job.stages.stage("write", sum(tensor.nbytes for tensor in tensors.values())) as progress:
         safetensors.write_weights(staging, tensors, progress.advance)
 

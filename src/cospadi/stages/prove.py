@@ -1,0 +1,148 @@
+"""The output is opened as a user would open it, before it is put in its place: it must hold everything that the source
+held, and compute what the job's own model computes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cospadi import compat
+from cospadi.errors import OutputError, first_line
+from cospadi.format import safetensors
+from cospadi.jobs.ledger import Piece
+from cospadi.model import load
+from cospadi.stages.open import Job
+from cospadi.stages.solve import dense_weights, entries_of, packed_of
+
+WITHOUT_TEXT = 32
+"""Tokens, the first of the vocabulary, that stand for a calibration sequence where there is none."""
+
+ROUNDING = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+"""By how much logits may differ, relative in norm, by the model's dtype."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What an output should hold and compute.
+
+    Attributes:
+        names: of tensors, those of the source as the model calls them.
+        tokens: int64 (1, tokens), the first calibration sequence.
+        logits: (1, tokens, vocabulary). means: name of a projection or block -> the mean of what it gives over tokens,
+            in running order.
+    """
+
+    names: frozenset[str]
+    tokens: Tensor
+    logits: Tensor
+    means: Mapping[str, Tensor]
+
+
+@torch.no_grad()
+def expect(job: Job, pieces: Sequence[Piece]) -> Expected:
+    """Run one sequence through the model that the job holds: in memory with its compressed layers, or the dense one block
+    by block, with what is stored in place of its weights."""
+    model, tokens = job.blocks.model, job.sequences
+    if tokens is None:
+        count = min(WITHOUT_TEXT, load.vocabulary(model), load.positions(model.config))
+        tokens = torch.arange(count)[None]
+    names: set[str] = set()
+    if job.folder is not None:
+        places = compat.places_in_model(model, safetensors.stored_tensors(job.folder))
+        names = {name for source, place in places.items() if source not in job.blocks.unknown for name in place.names}
+        names -= compat.tied_weights(model).keys() | compat.not_saved(model)
+        names |= set() if job.recipe.text_only else job.blocks.unknown.keys()
+    with _replaced(job, pieces):
+        return Expected(frozenset(names), tokens[:1], *_run(job, model, tokens[:1]))
+
+
+@torch.no_grad()
+def prove(job: Job, folder: Path, expected: Expected) -> None:
+    """Open a folder that was just written, one block in memory at a time, and compare.
+
+    Raises:
+        OutputError: it lacks a tensor, does not load, or computes what differs by more than rounding.
+    """
+    if lost := sorted(expected.names - safetensors.stored_tensors(folder).keys()):
+        raise OutputError(f"what was written lacks {lost[0]}, one of {len(lost)} tensors of the source that it lacks")
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            model = load.open_compressed(folder, job.blocks.device, Path(scratch)).model
+            logits, means = _run(job, model, expected.tokens)
+        except Exception as error:  # whatever it is, a user would meet it
+            raise OutputError(f"what was written does not load and run: {first_line(error)}") from error
+    limit = ROUNDING.get(model.dtype, ROUNDING[torch.bfloat16])
+    off = _difference(logits, expected.logits)
+    if not off <= limit:
+        each = ((name, _difference(means[name], mean)) for name, mean in expected.means.items() if name in means)
+        first = next((name for name, found in each if not found <= limit / 4), "the model's head")
+        raise OutputError(
+            f"what was written computes logits that differ by {off:.2g} from those of the model that it was written of; "
+            f"{first} is the first to differ"
+        )
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Relative in norm; not a number where either is not finite."""
+    found, expected = found.double(), expected.double()
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def _run(job: Job, model: Any, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits of one sequence, on the CPU, and the means over tokens of what projections and blocks give."""
+    means: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            output = output[0] if isinstance(output, tuple) else output
+            if isinstance(output, Tensor):
+                means[name] = output.float().flatten(0, -2).mean(0).cpu()
+
+        return hook
+
+    watched = [projection.name for projection in job.uniform.projections]
+    watched += map(job.blocks.name_of, range(len(job.blocks)))
+    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in watched]
+    try:
+        logits: Tensor = model(input_ids=tokens.to(job.blocks.device), use_cache=False).logits
+        return logits.cpu(), means
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _replaced(job: Job, pieces: Sequence[Piece]) -> Iterator[None]:
+    """Inside this block a model that is on the disk runs with what is stored in place of its projections' weights."""
+    if job.blocks.stored is None:
+        yield
+        return
+    by_block: dict[str, list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        for block in {projection.block for projection in job.uniform.projections if projection.name in entries_of(piece)}:
+            by_block[job.blocks.name_of(block)].append(piece)
+
+    def replace(name: str) -> Callable[..., None]:
+        def before(_module: nn.Module, _args: Any) -> None:  # after the block's own weights have come
+            for piece in by_block[name]:
+                for layer, weight in dense_weights(packed_of(piece)).items():
+                    if layer.startswith(f"{name}."):
+                        module = job.blocks.model.get_submodule(layer)
+                        module.weight.data = weight.to(module.weight)  # type: ignore[union-attr]
+
+        return before
+
+    handles = [job.blocks.model.get_submodule(name).register_forward_pre_hook(replace(name)) for name in by_block]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
