@@ -143,8 +143,8 @@ class Place(NamedTuple):
 
 
 def places_in_model(model: nn.Module, names: Iterable[str]) -> dict[str, Place]:
-    """Where `from_pretrained` puts the tensors of a checkpoint, by their names there. What has a place that the model has
-    no tensor for is ignored.
+    """Where `from_pretrained` puts the tensors of a checkpoint, by their names there; it ignores those whose place is
+    no tensor of the model's.
 
     Waits for a public way to ask which of a checkpoint's tensors a model takes.
     """

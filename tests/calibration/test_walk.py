@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def test_grams_are_those_of_the_whole_dense_and_the_whole_compressed_model() -> 
         if isinstance(module, nn.Linear) and name.startswith("model.layers")
     }
     blocks, spill = Blocks(model, torch.device("cpu")), Spill(0)  # nothing stays in memory
-    calls = sequence.learn_calls(blocks, [(tokens, 2)])  # batches of 2, 2 and 1
+    calls = sequence.learn_calls(blocks, [(tokens, 2)], spill)  # batches of 2, 2 and 1
     assert calls is not None
     flow = sequence.embed(blocks, tokens, 2, spill)
     second = flow.copy()
@@ -106,20 +107,21 @@ def test_model_whose_blocks_do_not_follow_each_other_is_told() -> None:
             super().__init__()
             self.embed, self.layers, self.twist = nn.Embedding(10, 8), nn.ModuleList([Block(), Block()]), twist
 
-        def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+        def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
             hidden = self.embed(input_ids)
             extra = self.embed(input_ids) if self.twist == "tokens" else torch.ones(8)
             first = self.layers[0](hidden_states=hidden, extra=extra)
             result: Tensor = self.layers[1](
                 hidden_states=first + hidden if self.twist == "skip" else first, extra=extra
             )
-            return result
+            # one that computes something else where the walk has taken its blocks' place
+            return SimpleNamespace(logits=result + (self.twist == "mood" and "forward" not in vars(self.layers[0])))
 
     tokens = torch.arange(10).view(2, 5)
-    for twist, follows in (("", True), ("skip", False), ("tokens", False)):
+    for twist, follows in (("", True), ("skip", False), ("tokens", False), ("mood", False)):
         model = Model(twist)
         blocks = Blocks(model, torch.device("cpu"))
-        assert (sequence.learn_calls(blocks, [(tokens, 1)]) is not None) == follows
+        assert (sequence.learn_calls(blocks, [(tokens, 1)], Spill(1000)) is not None) == follows
 
 
 def test_replaced_weights_come_back_after_an_error() -> None:

@@ -293,11 +293,11 @@ def test_products_of_a_whole_model(
     assert counter.count == 14
 
 
-def test_experts_that_did_not_run_and_inputs_that_changed_are_not_shared() -> None:
+def test_what_did_not_run_is_left_out_but_for_experts_and_inputs_that_changed_are_not_shared() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b, self.c, self.idle, self.idle2 = (nn.Linear(4, 4) for _ in range(5))
+            self.a, self.b, self.c, self.idle, self.expert = (nn.Linear(4, 4) for _ in range(5))
 
         def forward(self, x: Tensor) -> Tensor:
             first = self.a(x), self.b(input=x)
@@ -312,6 +312,8 @@ def test_experts_that_did_not_run_and_inputs_that_changed_are_not_shared() -> No
         def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
             return self.blocks[0](self.embed(input_ids))
 
-    kinds = ["a", "b", "c", "idle", "idle2"]
+    kinds = ["a", "b", "c", "idle", "expert"]
     owner = shared_inputs(Model(), [Projection(f"blocks.0.{kind}", 0, kind, 4, 4) for kind in kinds])
-    assert owner == {f"blocks.0.{kind}": f"blocks.0.{'a' if kind == 'b' else kind}" for kind in kinds}
+    assert owner == {
+        f"blocks.0.{kind}": f"blocks.0.{'a' if kind == 'b' else kind}" for kind in ("a", "b", "c", "expert")
+    }

@@ -20,7 +20,7 @@ from cospadi.files import check_name
 from cospadi.format.codecs import codec_of_bits
 from cospadi.format.form import DENSE_BITS, Form, Parts, dense_bytes, find_form
 from cospadi.model import load
-from cospadi.model.projections import Projection, dense_experts, find_projections, kinds_of, select, shared_inputs
+from cospadi.model.projections import Projection, find_projections, running, select, shared_inputs, what_stays_dense
 from cospadi.recipe import Recipe
 from cospadi.solvers import find_solver
 
@@ -462,13 +462,13 @@ class Outlook:
     Attributes:
         plan: groups, k, s and bytes.
         before, after: bytes of the whole checkpoint's tensors as stored; None where the headers do not tell.
-        experts: modules that stay dense because their experts are not nn.Linear, for reading; may be empty.
+        left: what stays dense whatever the recipe, in sentences without a stop.
     """
 
     plan: Plan
     before: int | None
     after: int | None
-    experts: str
+    left: list[str]
 
 
 def outlook(model: str | Path, recipe: Recipe, plan: Plan | None = None) -> Outlook:
@@ -481,10 +481,12 @@ def outlook(model: str | Path, recipe: Recipe, plan: Plan | None = None) -> Outl
         UserError: as `compress` would.
     """
     recipe = recipe.settled()
-    skeleton = load.load_skeleton(model, recipe.revision, recipe.text_only)
+    skeleton, idle = load.load_skeleton(model, recipe.revision, recipe.text_only), []
     if plan is None:
         selected = select(find_projections(skeleton.model), recipe.include, recipe.exclude, recipe.target)
-        owner = owner_without_weights(skeleton.model, selected) if recipe.shares_input else {}
+        idle, owner = selected, owner_without_weights(skeleton.model, selected)
+        selected = running(selected, owner)
+        idle = [projection for projection in idle if projection not in selected]
         plan = make_plan(selected, recipe, owner)
     before = after = None
     if skeleton.sizes is not None:
@@ -492,7 +494,7 @@ def outlook(model: str | Path, recipe: Recipe, plan: Plan | None = None) -> Outl
         removed = [skeleton.sizes.get(f"{member.name}.weight") for group in plan.compressed for member in group.members]
         if None not in removed:  # else the checkpoint uses other names than the model
             after = before - sum(size for size in removed if size) + sum(group.parts.total for group in plan.compressed)
-    return Outlook(plan, before, after, kinds_of(dense_experts(skeleton.model)))
+    return Outlook(plan, before, after, what_stays_dense(skeleton.model, idle))
 
 
 def owner_without_weights(skeleton: nn.Module, selected: Sequence[Projection]) -> dict[str, str]:

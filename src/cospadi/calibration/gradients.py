@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from cospadi.calibration.grams import gram_block
 from cospadi.calibration.spill import Spill
 from cospadi.calibration.walk import Calls, advance, call, embed, logits, replaced_forwards, walk
-from cospadi.errors import UserError
+from cospadi.errors import UserError, first_line
 from cospadi.model.blocks import Blocks
 from cospadi.model.projections import Projection, decoder_blocks, read_by_linear
 from cospadi.solvers.gram import damped_factor
@@ -85,7 +85,15 @@ def gradient_grams(
     ):
         for tokens in sequences:
             tokens = tokens[None].to(device)
-            summed_loss(model, model(input_ids=tokens, use_cache=False).logits, tokens).backward()  # type: ignore[no-untyped-call]
+            try:
+                summed_loss(model, model(input_ids=tokens, use_cache=False).logits, tokens).backward()  # type: ignore[no-untyped-call]
+            except (AssertionError, NotImplementedError, RuntimeError) as error:
+                if "memory" in str(error):
+                    raise
+                raise UserError(
+                    f"{type(model).__name__} gives no gradients: {first_line(error)}. "
+                    "Use --metric output, which needs none"
+                ) from error
             if on_sequence:
                 on_sequence(1)
     return sums.means(sequences.numel())
@@ -312,7 +320,8 @@ def conditioned(gamma: Tensor, noise: Tensor | None, d2: int, instead: float) ->
 def _gradients_to_activations_only(model: nn.Module) -> Iterator[None]:
     """Parameters need no gradient inside this block; what the embedding gives does, so that activations get theirs."""
     embedding = model.get_input_embeddings()  # type: ignore[operator]
-    handle = embedding.register_forward_hook(lambda _module, _args, output: output.requires_grad_())
+    # a copy, since some models write to what they are given
+    handle = embedding.register_forward_hook(lambda _module, _args, output: output.requires_grad_().clone())
     try:
         with no_parameter_gradients(model):
             yield

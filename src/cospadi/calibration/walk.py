@@ -35,6 +35,10 @@ DAMPING = 1e-2
 """Pull of W' towards W, in mean diagonals of G."""
 
 
+SAME = 1e-3
+"""By how much logits of a walk may differ from the model's own, relative in norm."""
+
+
 class _Reached(Exception):
     """Ends a forward pass where its result is known."""
 
@@ -122,14 +126,16 @@ def walk(blocks: Blocks, calls: Calls, indices: Iterable[int]) -> Iterator[tuple
 
 
 @torch.no_grad()
-def learn_calls(blocks: Blocks, texts: Sequence[tuple[Tensor, int]]) -> Calls | None:
-    """Run the first two batches of each size through the whole model and look at how the blocks are called.
+def learn_calls(blocks: Blocks, texts: Sequence[tuple[Tensor, int]], spill: Spill) -> Calls | None:
+    """Run the first two batches of each size through the whole model and look at how the blocks are called; then carry
+    one batch through the blocks one by one, which must give the same logits.
 
     Args:
         texts: token sequences, int64 (sequences, tokens), all of one length, each with the batch size it is run in.
 
     Returns:
-        None where a block is given more than what the block before it gives and what is the same for every text.
+        None where a block is given more than what the block before it gives and what is the same for every text, or
+        where logits differ.
     """
     given: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
     rest: list[tuple[Any, ...] | None] = []
@@ -145,8 +151,6 @@ def learn_calls(blocks: Blocks, texts: Sequence[tuple[Tensor, int]]) -> Calls | 
             follow = zip(outputs, seen[1:], strict=False)
             if not all(torch.equal(_first(output), right[0]) for output, right in follow):
                 return None
-            if any(isinstance(value, Tensor) for output in outputs for value in _rest(output) or ()):
-                return None
             rest = [_rest(output) for output in outputs]
             arguments = [(args, kwargs) for _, args, kwargs in seen]
             if count not in given:
@@ -155,7 +159,19 @@ def learn_calls(blocks: Blocks, texts: Sequence[tuple[Tensor, int]]) -> Calls | 
                 compared.add(count)
             else:  # the blocks are told something about the tokens
                 return None
-    return Calls(given, rest)
+    calls = Calls(given, rest)
+    return calls if _walks_as_it_runs(blocks, calls, texts[0][0][: texts[0][1]], spill) else None
+
+
+def _walks_as_it_runs(blocks: Blocks, calls: Calls, batch: Tensor, spill: Spill) -> bool:
+    """Whether one batch gives the same logits block by block as in the model's own forward pass, to rounding."""
+    flow = embed(blocks, batch, len(batch), spill)
+    for index, block in walk(blocks, calls, range(len(blocks))):
+        advance(block, index, calls, flow, {})
+    found = logits(blocks, calls, flow[0], batch)
+    flow.close()
+    expected = blocks.model(input_ids=batch.to(blocks.device), use_cache=False).logits
+    return bool((found - expected).float().norm() <= SAME * expected.float().norm())
 
 
 @torch.no_grad()
@@ -401,7 +417,10 @@ def _first(output: Any) -> Tensor:
 
 
 def _rest(output: Any) -> tuple[Any, ...] | None:
-    return output[1:] if isinstance(output, tuple) else None
+    """What a block gives beside hidden states, without tensors (attention weights, which nobody may read)."""
+    if not isinstance(output, tuple):
+        return None
+    return tuple(None if isinstance(value, Tensor) else value for value in output[1:])
 
 
 def in_block(name: str, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

@@ -76,8 +76,7 @@ def plan(
     found = outlook(model, recipe, measured)
     costs = estimate(model, recipe, found.plan, cache_bytes=cache_bytes, timing=timing)
     notes = [f"Whole checkpoint: {tables.megabytes(found.before)} before, {tables.megabytes(found.after)} after."]
-    if found.experts:
-        notes.append(f"Left dense, experts that are not nn.Linear: {found.experts}")
+    notes += [f"{left[0].upper()}{left[1:]}." for left in found.left]
     if measure:
         notes.append(f"Saved to {measure}: cospadi compress {model} --plan {measure} --output DIR")
     allocate = recipe.settled().allocate

@@ -40,7 +40,6 @@ class Blocks:
         device: where it computes.
         stored: parameter name -> where it lies on disk; None for a model that is in memory whole.
         unknown: tensors that the model has no place for -> their files.
-        finite: names of modules whose weights must be finite; their files are checked when they are first read.
         seconds_reading: what reading weights has taken so far.
     """
 
@@ -48,10 +47,17 @@ class Blocks:
     device: torch.device
     stored: Mapping[str, StoredWeight] | None = None
     unknown: Mapping[str, Path] = field(default_factory=dict)
-    finite: set[str] = field(default_factory=set)
     seconds_reading: float = 0.0
 
     def __post_init__(self) -> None:
+        """
+        Raises:
+            UserError: a parameter that is in memory is not finite. The others are checked when they are first read.
+        """
+        self._finite: set[str] = set()
+        for name, parameter in self.model.named_parameters():
+            if not parameter.is_meta:
+                check_finite(name, parameter)
         self.prefix, modules = decoder_blocks(self.model)
         self.modules = list(modules)
         self._passed_by = False
@@ -173,19 +179,17 @@ class Blocks:
                     tensor = file.get_tensor(stored.name)
                     # A copy, so that nothing keeps the file mapped.
                     tensors[name] = tensor.to(self.device, stored.dtype, copy=True)
-        for name in names:
-            module = name.rpartition(".")[0]
-            if module in self.finite and name.endswith(".weight"):
-                check_finite(module, tensors[name])
-                self.finite.discard(module)
+        for name in set(names) - self._finite:
+            check_finite(name, tensors[name])
+            self._finite.add(name)
         return tensors
 
 
-def check_finite(name: str, weight: Tensor) -> None:
-    """Refuse a weight that cannot be approximated.
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse what would make all that follows not a number.
 
     Raises:
         UserError: it is not finite.
     """
-    if not torch.isfinite(weight).all():
-        raise UserError(f"the weight of {name} is not finite")
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise UserError(f"tensor {name} holds NaN or infinity. Mend the model, or download it again")

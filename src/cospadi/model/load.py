@@ -138,7 +138,7 @@ def load_skeleton(model: str | Path, revision: str | None = None, text_only: boo
         text_only: without what the text-only class does not know.
 
     Raises:
-        UserError: nothing to load, or no class that builds it. CheckpointError: files that hold another model's tensors.
+        UserError: nothing to load, or no class that builds it. CheckpointError: files with another model's tensors.
     """
     folder = resolve(model, revision, weights=False)
     config = load_config(folder)
@@ -391,8 +391,8 @@ def vocabulary(model: Any) -> int:
 
 def positions(config: Any) -> int:
     """Tokens a model can attend to, by its configuration."""
-    text = config.get_text_config(decoder=True)
-    return int(getattr(text, "max_position_embeddings", None) or DEFAULT_POSITIONS)
+    found = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else DEFAULT_POSITIONS
 
 
 def pick_device(name: str) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -16,6 +16,12 @@ from cospadi.errors import UserError
 
 ROUTERS = {"gate", "router", "shared_expert_gate"}
 """Names of the small projections that choose experts: never compressed (an MLP's own gate is `gate_proj`)."""
+
+OTHER_SENSES = ("vision", "visual", "image", "audio")
+"""Words in the names of blocks that do not read text."""
+
+LINEAR = {"FalconLinear"}
+"""Subclasses of `nn.Linear` whose forward pass is that of `nn.Linear` in other words."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
                 and (best is None or len(module) > len(best[1]))
                 and any(hasattr(inner, "in_features") for inner in module.modules())  # compressed ones too
                 and not (best is not None and name.startswith(best[0] + "."))
+                and not any(word in name for word in OTHER_SENSES)
             ):
                 best = name, module
         if best is not None:
@@ -61,22 +68,45 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def find_projections(model: nn.Module) -> list[Projection]:
-    """Every plain `nn.Linear` of the decoder blocks, routers of experts left out, in the order of definition.
+    """Every plain `nn.Linear` of the decoder blocks with weights of its own, in the order of definition, but for
+    routers of experts.
 
     Raises:
         UserError: one has no features at all.
     """
     prefix, blocks = decoder_blocks(model)
+    shared = set(shared_weights(model))
     found = [
         Projection(f"{prefix}.{block}.{kind}", block, kind, module.in_features, module.out_features)
         for block, layer in enumerate(blocks)
         for kind, module in layer.named_modules()
-        if type(module) is nn.Linear and kind.rpartition(".")[2] not in ROUTERS
+        if _is_plain(module)
+        and kind.rpartition(".")[2] not in ROUTERS
+        and "router" not in kind.split(".")
+        and f"{prefix}.{block}.{kind}" not in shared
     ]
     for projection in found:
         if min(projection.d1, projection.d2) < 1:
             raise UserError(f"{projection.name}, a projection of {projection.d1} x {projection.d2}, has no weights")
     return found
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module multiplies with its weight, and does nothing else but add its bias."""
+    kind = type(module)
+    return isinstance(module, nn.Linear) and (kind.forward is nn.Linear.forward or kind.__name__ in LINEAR)
+
+
+def shared_weights(model: nn.Module) -> list[str]:
+    """Names of linear layers in the decoder blocks whose weight is that of another module too."""
+    prefix, blocks = decoder_blocks(model)
+    tied = compat.tied_weights(model)
+    named = tied.keys() | set(tied.values())
+    return [
+        f"{prefix}.{name}"
+        for name, module in blocks.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Linear) and f"{prefix}.{name}.weight" in named
+    ]
 
 
 def select(
@@ -100,7 +130,10 @@ def select(
         return leaf == word or leaf.startswith(word + "_")
 
     if not projections:
-        raise UserError("the decoder blocks have no plain nn.Linear projections; subclasses of it are not compressed")
+        raise UserError(
+            "the decoder blocks have no plain nn.Linear projections with weights of their own; other layers are not "
+            "compressed"
+        )
     kinds = ", ".join(dict.fromkeys(projection.kind for projection in projections))
     for option, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
@@ -119,6 +152,28 @@ def select(
     if not selected:
         raise UserError(f"the selection leaves nothing to compress; there are {kinds} in each block")
     return selected
+
+
+def running(projections: Sequence[Projection], owner: Mapping[str, str]) -> list[Projection]:
+    """Those that run, by what `shared_inputs` found.
+
+    Raises:
+        UserError: none does.
+    """
+    found = [projection for projection in projections if projection.name in owner]
+    if not found:
+        raise UserError(f"none of {kinds_of([p.name for p in projections])} runs on text alone")
+    return found
+
+
+def what_stays_dense(model: nn.Module, idle: Sequence[Projection]) -> list[str]:
+    """What no recipe compresses, in sentences without a stop; `idle` does not run on text."""
+    parts = {
+        "experts that are not nn.Linear": dense_experts(model),
+        "projections whose weights are used in several places": shared_weights(model),
+        "projections that do not run on text alone": [projection.name for projection in idle],
+    }
+    return [f"{what} stay dense: {kinds_of(names)}" for what, names in parts.items() if names]
 
 
 def dense_experts(model: nn.Module) -> list[str]:
@@ -146,14 +201,14 @@ def read_by_linear(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tenso
 def shared_inputs(
     model: nn.Module, projections: Sequence[Projection], device: torch.device | None = None
 ) -> dict[str, str]:
-    """Which projections read the same tensor, found by running the model once on four tokens.
+    """Which projections run, and which of them read the same tensor, found by running the model once on four tokens.
 
     Args:
         device: where the model computes; None is where its parameters are.
 
     Returns:
-        For each projection that ran, in running order: name -> name of the first projection that read its input.
-        A projection that did not run (an expert that got no token) comes last and reads its own.
+        For each projection that ran, in running order: name -> name of the first projection that read its input. Those
+        of an expert that got no token come last, each reading its own.
     """
     owner_of: dict[str, str] = {}
     first_reader: dict[tuple[int, int | None], str] = {}
@@ -177,4 +232,4 @@ def shared_inputs(
     finally:
         for handle in handles:
             handle.remove()
-    return owner_of | {p.name: p.name for p in projections if p.name not in owner_of}
+    return owner_of | {p.name: p.name for p in projections if p.name not in owner_of and "expert" in p.name}

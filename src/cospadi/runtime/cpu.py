@@ -65,9 +65,7 @@ def sparse_matmul(
     if rows == 0 or d2 == 0 or k == 0:
         return z.new_zeros((*z.shape[:-1], d2))
     if rows > DECODE_ROWS:
-        return _through_tiles(z.reshape(rows, k), support, values, offsets, k, value_bits, level).view(
-            *z.shape[:-1], d2
-        )
+        return _through_tiles(z, support, values, offsets, k, value_bits, level)
     z = z.contiguous()
     y = z.new_empty((*z.shape[:-1], d2))
     stored = _stored(support, values, offsets, k, value_bits, level)
@@ -125,19 +123,18 @@ def unpack(
 def _through_tiles(
     z: Tensor, support: Tensor, values: Tensor, offsets: Tensor, k: int, value_bits: int, level: int | None
 ) -> Tensor:
-    rows, d2, dtype = z.shape[0], support.shape[0], z.dtype
-    stored = _stored(support, values, offsets, k, value_bits, level)
-    through = _unpacked_dtype(z.dtype)
-    z = z.to(through)  # a half would not hold every stored value
+    d2, through = support.shape[0], _unpacked_dtype(z.dtype)
+    result = z.new_empty((*z.shape[:-1], d2))  # no view: callers may write to it
+    y, stored = result.view(-1, d2), _stored(support, values, offsets, k, value_bits, level)
+    z = z.reshape(-1, k).to(through)  # a half would not hold every stored value
     tiles = -(-d2 * k * through.itemsize // TILE_BYTES)
     columns = -(-d2 // tiles)
     room = torch.empty(columns, k, dtype=through)  # one for all tiles: memory that was written before is faster
-    y = torch.empty(rows, d2, dtype=dtype)
     for begin in range(0, d2, columns):
         tile = room[: min(columns, d2 - begin)]
         _unpack_to(tile, begin, stored)
         y[:, begin : begin + columns] = torch.nn.functional.linear(z, tile)
-    return y
+    return result
 
 
 def can_multiply_levels(x: Tensor, packed: Tensor, _bits: int) -> bool:
@@ -151,7 +148,7 @@ def level_matmul(x: Tensor, levels: Levels, level: int | None = None) -> Tensor:
     rows = math.prod(shape)
     level = best_level() if level is None else level
     if rows > LEVEL_ROWS:
-        return _levels_through_tiles(x.reshape(rows, d1), levels, level).view(*shape, d2)
+        return _levels_through_tiles(x, levels, level)
     x, y = x.contiguous(), x.new_empty((*shape, d2))
     steps = levels.outputs.data_ptr(), levels.inputs.data_ptr()
     given = x.data_ptr(), y.data_ptr(), rows, DTYPES[x.dtype]
@@ -163,15 +160,16 @@ def level_matmul(x: Tensor, levels: Levels, level: int | None = None) -> Tensor:
 def _levels_through_tiles(x: Tensor, levels: Levels, level: int) -> Tensor:
     d2, d1 = len(levels.outputs), len(levels.inputs)
     through = _unpacked_dtype(x.dtype)
+    result = x.new_empty((*x.shape[:-1], d2))  # no view: callers may write to it
+    x, y = x.reshape(-1, d1), result.view(-1, d2)
     scaled = torch.mul(x, levels.inputs, out=torch.empty(x.shape, dtype=through))
     outputs = -(-d2 // -(-d2 * d1 * through.itemsize // TILE_BYTES))
     room = torch.empty(outputs, d1, dtype=through)
-    y = torch.empty(len(x), d2, dtype=x.dtype)
     for begin in range(0, d2, outputs):
         end = min(begin + outputs, d2)
         tile = unpack_levels(levels, begin, end, room[: end - begin], level)
         torch.mul(torch.nn.functional.linear(scaled, tile), levels.outputs[begin:end], out=y[:, begin:end])
-    return y
+    return result
 
 
 def unpack_levels(levels: Levels, begin: int, end: int, out: Tensor, level: int | None = None) -> Tensor:

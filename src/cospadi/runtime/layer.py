@@ -161,8 +161,8 @@ class CompressedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W as `nn.Linear` holds it, (d2, d1), made anew each time: for code that looks at it. Writing to it is in vain;
-        while the layer has no values (on the meta device) neither has it."""
+        """W as `nn.Linear` holds it, (d2, d1), made anew each time for code that looks at it; writing to it is in vain.
+        On the meta device while the layer's values are."""
         if any(tensor.is_meta for tensor in self._factors()):
             return self._like.new_empty(self.out_features, self.in_features, device="meta")
         return self.dense_weight(self._like.dtype)

@@ -31,8 +31,8 @@ from cospadi.jobs.ledger import REPLACED, JobDirectory, Ledger
 from cospadi.jobs.pool import Engine, Pool, Task, device_model
 from cospadi.jobs.progress import Stages
 from cospadi.model import load
-from cospadi.model.blocks import Blocks, check_finite
-from cospadi.model.projections import dense_experts, find_projections, kinds_of, select, shared_inputs
+from cospadi.model.blocks import Blocks
+from cospadi.model.projections import find_projections, running, select, shared_inputs, what_stays_dense
 from cospadi.recipe import Recipe
 from cospadi.stages.solve import GroupProblem, memory_of
 
@@ -154,13 +154,12 @@ def opened(
                     tokenizer = load.load_tokenizer(folder)
         blocks.model.eval()
         selected = select(find_projections(blocks.model), recipe.include, recipe.exclude, recipe.target)
-        if experts := dense_experts(blocks.model):
-            log.warning("experts that are not nn.Linear stay dense: %s", kinds_of(experts))
-        if blocks.stored is None:
-            for projection in selected:
-                check_finite(projection.name, blocks.weight(projection.name))
-        blocks.finite = {projection.name for projection in selected}
         owner = shared_inputs(blocks.model, selected, blocks.device)
+        for left in what_stays_dense(
+            blocks.model, [projection for projection in selected if projection.name not in owner]
+        ):
+            log.warning("%s", left)
+        selected = running(selected, owner)
         uniform = make_plan(selected, settled, owner)
         spill = Spill(cache_bytes, ledger.scratch and ledger.scratch / "hidden")
         stack.callback(spill.close)

@@ -48,8 +48,8 @@ class Expected:
 
 @torch.no_grad()
 def expect(job: Job, pieces: Sequence[Piece]) -> Expected:
-    """Run one sequence through the model that the job holds: in memory with its compressed layers, or the dense one block
-    by block, with what is stored in place of its weights."""
+    """Run one sequence through the model that the job holds: in memory with its compressed layers, or the dense one,
+    block by block, with what is stored in place of its weights."""
     model, tokens = job.blocks.model, job.sequences
     if tokens is None:
         count = min(WITHOUT_TEXT, load.vocabulary(model), load.positions(model.config))
@@ -75,7 +75,7 @@ def prove(job: Job, folder: Path, expected: Expected) -> None:
         raise OutputError(f"what was written lacks {lost[0]}, one of {len(lost)} tensors of the source that it lacks")
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            model = load.open_compressed(folder, job.blocks.device, Path(scratch)).model
+            model: Any = load.open_compressed(folder, job.blocks.device, Path(scratch)).model
             logits, means = _run(job, model, expected.tokens)
         except Exception as error:  # whatever it is, a user would meet it
             raise OutputError(f"what was written does not load and run: {first_line(error)}") from error
@@ -85,8 +85,8 @@ def prove(job: Job, folder: Path, expected: Expected) -> None:
         each = ((name, _difference(means[name], mean)) for name, mean in expected.means.items() if name in means)
         first = next((name for name, found in each if not found <= limit / 4), "the model's head")
         raise OutputError(
-            f"what was written computes logits that differ by {off:.2g} from those of the model that it was written of; "
-            f"{first} is the first to differ"
+            f"what was written computes logits that differ by {off:.2g} from those of the job's own model; {first} is "
+            "the first to differ"
         )
 
 
@@ -126,17 +126,18 @@ def _replaced(job: Job, pieces: Sequence[Piece]) -> Iterator[None]:
         yield
         return
     by_block: dict[str, list[Piece]] = defaultdict(list)
+    block_of = {projection.name: job.blocks.name_of(projection.block) for projection in job.uniform.projections}
     for piece in pieces:
-        for block in {projection.block for projection in job.uniform.projections if projection.name in entries_of(piece)}:
-            by_block[job.blocks.name_of(block)].append(piece)
+        for block in {block_of[name] for name in entries_of(piece)}:
+            by_block[block].append(piece)
 
     def replace(name: str) -> Callable[..., None]:
         def before(_module: nn.Module, _args: Any) -> None:  # after the block's own weights have come
             for piece in by_block[name]:
                 for layer, weight in dense_weights(packed_of(piece)).items():
                     if layer.startswith(f"{name}."):
-                        module = job.blocks.model.get_submodule(layer)
-                        module.weight.data = weight.to(module.weight)  # type: ignore[union-attr]
+                        parameter = job.blocks.model.get_parameter(f"{layer}.weight")
+                        parameter.data = weight.to(parameter)
 
         return before
 

@@ -57,7 +57,7 @@ def read_text(job: Job) -> None:
         texts.append((check_text(job), 1))
     with job.stages.stage("text", 1):
         try:
-            job.calls = learn_calls(job.blocks, texts)
+            job.calls = learn_calls(job.blocks, texts, job.spill)
         except (RuntimeError, NotImplementedError) as error:  # a model that uses weights outside of their modules
             if job.blocks.stored is None:
                 raise
@@ -73,11 +73,9 @@ def _run_whole(job: Job) -> None:
     notes += ["not refined"] if job.recipe.refine else []
     if job.blocks.stored is not None:
         assert job.folder is not None
-        finite, unknown = job.blocks.finite, job.blocks.unknown
+        unknown = job.blocks.unknown
         model = load.load_model(job.folder, job.blocks.device, job.recipe.text_only)
         job.blocks = Blocks(model, job.blocks.device, unknown=unknown)
-        for name in finite:
-            job.blocks.weight(name)
         notes.insert(0, "loaded whole")
     if notes:
         log.warning("blocks of this model read more than the block before them gives: %s", " and ".join(notes))
