@@ -74,7 +74,10 @@ def compress(
         job = stack.enter_context(
             opened(model, recipe, tokenizer, stages, engine, ledger, cache_bytes, whole=target is None)
         )
-        before = safetensors.tensor_bytes(job.folder) if job.folder else None
+        parameters = sum(parameter.numel() for parameter in job.blocks.model.parameters())
+        sizes = safetensors.tensor_sizes(job.folder) if job.folder else {}
+        left_out = {name: sizes[name] for name in job.blocks.unknown} if job.recipe.text_only else {}
+        before = sum(sizes.values()) - sum(left_out.values()) if sizes else None
         if isinstance(plan, (str, Path)):
             plan = read_plan(Path(plan), job.uniform.projections, recipe)
         if plan is not None:
@@ -121,7 +124,21 @@ def compress(
             ledger.remove()
         in_memory = job.blocks.model if target is None or loaded else None
         seconds, device = stages.seconds, job.blocks.device
-        return Compressed(plan, manifest, errors, before, after, seconds, job.pass_seconds, target, device, in_memory)
+        covered = sum(projection.d1 * projection.d2 for projection in plan.projections) / parameters
+        return Compressed(
+            plan,
+            manifest,
+            errors,
+            covered,
+            left_out,
+            before,
+            after,
+            seconds,
+            job.pass_seconds,
+            target,
+            device,
+            in_memory,
+        )
 
 
 def measure_plan(
@@ -167,7 +184,10 @@ class Compressed:
         plan: groups, k, s and bytes.
         manifest: what `cospadi.json` holds (hashes of files only if it was written).
         errors: projection -> relative error in the whitened metric, of the stored factors.
-        bytes_before, bytes_after: of the whole checkpoint's tensors as stored; None where nothing was read or written.
+        covered: what part of the model's parameters lies in projections that the ratio counts.
+        left_out: tensors of the source that the text-only class does not know, where that was asked for -> bytes.
+        bytes_before, bytes_after: of the whole checkpoint's tensors as stored, but for those left out; None where
+            nothing was read or written.
         seconds: stage -> seconds.
         pass_seconds: of one plain forward pass of the calibration text through the dense model; None without text.
         folder: where it was written; None for a result in memory.
@@ -178,6 +198,8 @@ class Compressed:
     plan: Plan
     manifest: dict[str, Any]
     errors: dict[str, float]
+    covered: float
+    left_out: dict[str, int]
     bytes_before: int | None
     bytes_after: int | None
     seconds: dict[str, float]

@@ -462,12 +462,14 @@ class Outlook:
     Attributes:
         plan: groups, k, s and bytes.
         before, after: bytes of the whole checkpoint's tensors as stored; None where the headers do not tell.
+        covered: what part of the model's parameters lies in projections that the ratio counts.
         left: what stays dense whatever the recipe, in sentences without a stop.
     """
 
     plan: Plan
     before: int | None
     after: int | None
+    covered: float
     left: list[str]
 
 
@@ -494,7 +496,9 @@ def outlook(model: str | Path, recipe: Recipe, plan: Plan | None = None) -> Outl
         removed = [skeleton.sizes.get(f"{member.name}.weight") for group in plan.compressed for member in group.members]
         if None not in removed:  # else the checkpoint uses other names than the model
             after = before - sum(size for size in removed if size) + sum(group.parts.total for group in plan.compressed)
-    return Outlook(plan, before, after, what_stays_dense(skeleton.model, idle))
+    parameters = sum(parameter.numel() for parameter in skeleton.model.parameters())
+    covered = sum(projection.d1 * projection.d2 for projection in plan.projections) / parameters
+    return Outlook(plan, before, after, covered, what_stays_dense(skeleton.model, idle))
 
 
 def owner_without_weights(skeleton: nn.Module, selected: Sequence[Projection]) -> dict[str, str]:

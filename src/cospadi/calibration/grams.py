@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from cospadi.errors import UserError
 from cospadi.model.projections import read_by_linear
 from cospadi.solvers.products import float32_products, self_product
+
+LAST_NUMBER = re.compile(r"\d+(?=\D*$)")
 
 
 class _LastBlockDone(Exception):
@@ -66,17 +69,20 @@ def accumulate_grams(
 
 @contextmanager
 def adding_grams(readers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """G = X^T X of the inputs of some linear layers, over all that runs through them inside this block.
+    """G = X^T X of the inputs of some linear layers, over all that runs through them inside this block; at its end what
+    experts have seen too little of is filled up (`fill_up`).
 
     Yields:
         name -> float64 (d1, d1), all zeros as long as the layer has not run.
     """
     grams = {name: zero_gram(module) for name, module in readers.items()}
+    tokens = dict.fromkeys(readers, 0)
 
     def add_input(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             x = read_by_linear(args, kwargs).detach()
             grams[name] += gram_block(x, x, name)
+            tokens[name] += x.numel() // x.shape[-1]
 
         return hook
 
@@ -86,6 +92,26 @@ def adding_grams(readers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]
     finally:
         for handle in handles:
             handle.remove()
+    fill_up(grams, tokens)
+
+
+def fill_up(grams: Mapping[str, Tensor], tokens: Mapping[str, int]) -> None:
+    """Add to the Gram of every expert that has seen fewer tokens than it has inputs as many as it lacks, of the mean
+    token that the experts beside it have seen: what the text does not tell of it, it has in common with them.
+
+    Args:
+        grams: name of a layer -> G, written to. tokens: name -> how many are in it.
+    """
+    beside: dict[str, list[str]] = {}
+    for name in grams:
+        if "expert" in name:
+            beside.setdefault(LAST_NUMBER.sub("*", name), []).append(name)
+    for names in beside.values():
+        seen = sum(tokens[name] for name in names)
+        if len(names) > 1 and seen:
+            mean = sum((grams[name] for name in names[1:]), start=grams[names[0]]) / seen
+            for name in names:
+                grams[name].add_(mean, alpha=max(0, len(mean) - tokens[name]))
 
 
 def zero_gram(module: nn.Module) -> Tensor:

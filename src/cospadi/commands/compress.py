@@ -16,6 +16,7 @@ def compressed_json(result: Compressed, recipe: Recipe) -> dict[str, Any]:
     """The closing report for machines."""
     errors = list(result.errors.values())
     return {
+        "covered": result.covered,
         "ratio_asked": recipe.ratio,
         "ratio_reached": result.plan.ratio,
         "bits": result.plan.bits,
@@ -25,6 +26,7 @@ def compressed_json(result: Compressed, recipe: Recipe) -> dict[str, Any]:
         "checkpoint_bytes_after": result.bytes_after,
         "mean_relative_error": sum(errors) / len(errors),
         "relative_errors": result.errors,
+        "left_out": result.left_out,
         "left_dense": [projection.name for projection in result.plan.left_dense],
         "seconds": {stage: round(seconds, 3) for stage, seconds in result.seconds.items()},
         "pass_seconds": result.pass_seconds and round(result.pass_seconds, 3),
@@ -44,6 +46,10 @@ def compressed_table(result: Compressed, recipe: Recipe) -> Table:
     """The closing table of `compress`. A pass is a plain forward pass of the calibration text in the dense model."""
     report = compressed_json(result, recipe)
     table = tables.new_table("", "value", *(["passes"] if result.pass_seconds else []))
+    table.add_row("parameters in selected projections", f"{result.covered:.1%}")
+    if left := result.left_out:
+        parts = dict.fromkeys(".".join(name.split(".")[:2]) for name in left)
+        table.add_row(f"left out of {', '.join(parts)}", f"{len(left)} tensors, {tables.megabytes(sum(left.values()))}")
     table.add_row("selected projections, dense", tables.megabytes(report["dense_bytes"]))
     table.add_row("selected projections, compressed", tables.megabytes(report["compressed_bytes"]))
     if report["left_dense"]:

@@ -75,7 +75,8 @@ def plan(
         write_plan(measured, recipe, measure)
     found = outlook(model, recipe, measured)
     costs = estimate(model, recipe, found.plan, cache_bytes=cache_bytes, timing=timing)
-    notes = [f"Whole checkpoint: {tables.megabytes(found.before)} before, {tables.megabytes(found.after)} after."]
+    notes = [f"{found.covered:.1%} of the model's parameters are in selected projections."]
+    notes += [f"Whole checkpoint: {tables.megabytes(found.before)} before, {tables.megabytes(found.after)} after."]
     notes += [f"{left[0].upper()}{left[1:]}." for left in found.left]
     if measure:
         notes.append(f"Saved to {measure}: cospadi compress {model} --plan {measure} --output DIR")

@@ -14,7 +14,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cospadi import compat
 from cospadi.errors import CheckpointError, UserError
-from cospadi.format import manifest, schema, verify
+from cospadi.experts import unstack
+from cospadi.format import manifest, safetensors, schema, verify
 from cospadi.format.schema import SENTINEL, StoredProjection
 from cospadi.runtime.layer import CompressedLinear
 from cospadi.runtime.swap import quantizer_of, swap_in_layers
@@ -63,9 +64,11 @@ class CospadiQuantizer(HfQuantizer):
         self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: Any = None, **_: Any
     ) -> Any:
         projections = self.quantization_config.parsed()
+        files = [Path(file) for file in checkpoint_files or ()]
+        unstack(model, [*projections, *(name for file in files for name in safetensors.tensor_index(file))])
         swap_in_layers(model, projections, dtype, "meta")
-        if checkpoint_files:
-            self.manifest = self._check([Path(file) for file in checkpoint_files], model, projections)
+        if files:
+            self.manifest = self._check(files, model, projections)
         return model
 
     def _check(self, files: list[Path], model: Any, projections: dict[str, StoredProjection]) -> dict[str, Any] | None:

@@ -6,13 +6,14 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from cospadi.errors import CheckpointError, UserError
+from cospadi.experts import Slice, unstack
 from cospadi.format import safetensors
 from cospadi.model.projections import decoder_blocks
 
@@ -21,11 +22,12 @@ log = logging.getLogger("cospadi")
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """Where a parameter lies: under `name` in a safetensors file, to be cast to `dtype`."""
+    """Where a parameter lies: under `name` in a safetensors file, or in a slice of what lies there, to be cast."""
 
     path: Path
     name: str
     dtype: torch.dtype
+    slice: Slice | None = None
 
 
 @dataclass
@@ -66,6 +68,16 @@ class Blocks:
         if self.stored is not None:
             for index, module in enumerate(self.modules):
                 self._load_when_called(self.name_of(index), module)
+
+    def unstack_experts(self) -> None:
+        """Give experts that are stacked in one parameter layers of their own (`cospadi.experts`)."""
+        slices = unstack(self.model)
+        if self.stored is not None:
+            whole = dict(self.stored)
+            for name, part in slices.items():
+                if part.parameter in whole:
+                    whole[name] = replace(whole[part.parameter], slice=part)
+            self.stored = whole
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -176,7 +188,8 @@ class Blocks:
             with safetensors.open_file(path) as file:
                 for name in inside:
                     stored = self.stored[name]
-                    tensor = file.get_tensor(stored.name)
+                    part = stored.slice
+                    tensor = file.get_tensor(stored.name) if part is None else part.of(file.get_slice(stored.name))
                     # A copy, so that nothing keeps the file mapped.
                     tensors[name] = tensor.to(self.device, stored.dtype, copy=True)
         for name in set(names) - self._finite:

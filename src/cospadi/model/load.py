@@ -347,10 +347,10 @@ def tensors_to_write(
         elif name in blocks.stored:
             stored = blocks.stored[name]
             entry = in_file(stored.path, stored.name)
-            if safetensors.SAFETENSORS_TYPES.get(entry["dtype"]) == stored.dtype:
+            if safetensors.SAFETENSORS_TYPES.get(entry["dtype"]) == stored.dtype and stored.slice is None:
                 tensors[name] = safetensors.tensor_in_file(stored.path, entry)
             else:
-                tensors[name] = safetensors.tensor_in_memory(entry["shape"], stored.dtype, partial(blocks.read, name))
+                tensors[name] = safetensors.tensor_in_memory(tensor.shape, stored.dtype, partial(blocks.read, name))
         else:
             raise CheckpointError(f"tensor {name} is in none of the model's files")
     carried = {} if text_only else blocks.unknown

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cospadi import compat
 from cospadi.errors import UserError
+from cospadi.experts import stacked
 
 ROUTERS = {"gate", "router", "shared_expert_gate"}
 """Names of the small projections that choose experts: never compressed (an MLP's own gate is `gate_proj`)."""
@@ -69,26 +70,33 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def find_projections(model: nn.Module) -> list[Projection]:
     """Every plain `nn.Linear` of the decoder blocks with weights of its own, in the order of definition, but for
-    routers of experts.
+    routers of experts; and each expert's part of stacked weights, as if it had been unstacked (`cospadi.experts`).
 
     Raises:
         UserError: one has no features at all.
     """
     prefix, blocks = decoder_blocks(model)
     shared = set(shared_weights(model))
-    found = [
-        Projection(f"{prefix}.{block}.{kind}", block, kind, module.in_features, module.out_features)
-        for block, layer in enumerate(blocks)
-        for kind, module in layer.named_modules()
-        if _is_plain(module)
-        and kind.rpartition(".")[2] not in ROUTERS
-        and "router" not in kind.split(".")
-        and f"{prefix}.{block}.{kind}" not in shared
-    ]
+    found = []
+    for block, layer in enumerate(blocks):
+        for kind, module in layer.named_modules():
+            name = f"{prefix}.{block}.{kind}"
+            if _is_plain(module) and not _is_router(kind) and name not in shared:
+                found.append(Projection(name, block, kind, module.in_features, module.out_features))
+            for leaf, (count, d1, d2) in stacked(module).items():
+                for expert in range(count):
+                    part = f"{leaf}.{expert}"
+                    found.append(Projection(f"{name}.{part}", block, f"{kind}.{part}", d1, d2))
     for projection in found:
         if min(projection.d1, projection.d2) < 1:
             raise UserError(f"{projection.name}, a projection of {projection.d1} x {projection.d2}, has no weights")
     return found
+
+
+def _is_router(kind: str) -> bool:
+    """Whether a projection of that kind chooses experts."""
+    parts = kind.split(".")
+    return parts[-1] in ROUTERS or "router" in parts
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -169,7 +177,7 @@ def running(projections: Sequence[Projection], owner: Mapping[str, str]) -> list
 def what_stays_dense(model: nn.Module, idle: Sequence[Projection]) -> list[str]:
     """What no recipe compresses, in sentences without a stop; `idle` does not run on text."""
     parts = {
-        "experts that are not nn.Linear": dense_experts(model),
+        "experts in a form of their own": dense_experts(model),
         "projections whose weights are used in several places": shared_weights(model),
         "projections that do not run on text alone": [projection.name for projection in idle],
     }
@@ -177,19 +185,19 @@ def what_stays_dense(model: nn.Module, idle: Sequence[Projection]) -> list[str]:
 
 
 def dense_experts(model: nn.Module) -> list[str]:
-    """Names of modules in the decoder blocks that hold experts as stacked parameters, which stay dense."""
+    """Names of modules in the decoder blocks that hold experts in a form of their own, which stay dense."""
     prefix, blocks = decoder_blocks(model)
     return [
         f"{prefix}.{name}"
         for name, module in blocks.named_modules()
         if "expert" in f"{name}.{type(module).__name__}".lower()
-        and any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+        and any(leaf not in stacked(module) and p.ndim == 3 for leaf, p in module.named_parameters(recurse=False))
     ]
 
 
 def kinds_of(names: Sequence[str]) -> str:
-    """Module names with their block index replaced by a star, each once: for messages."""
-    return ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name, count=1) for name in names))
+    """Module names with their numbers replaced by stars, each once: for messages."""
+    return ", ".join(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
 
 
 def read_by_linear(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
@@ -223,8 +231,11 @@ def shared_inputs(
 
         return before
 
+    modules = dict(model.named_modules())  # without experts that are stacked
     handles = [
-        model.get_submodule(p.name).register_forward_pre_hook(hook(p.name), with_kwargs=True) for p in projections
+        modules[p.name].register_forward_pre_hook(hook(p.name), with_kwargs=True)
+        for p in projections
+        if p.name in modules
     ]
     try:
         device = device or next(model.parameters()).device

@@ -20,7 +20,7 @@ from cospadi.calibration.gradients import (
 )
 from cospadi.errors import UserError
 from cospadi.jobs.ledger import Ledger
-from cospadi.model.projections import Projection
+from cospadi.model.projections import Projection, kinds_of
 from cospadi.stages.open import Job
 from cospadi.stages.text import check_text
 
@@ -30,7 +30,8 @@ class Costs:
     """Gamma of every selected projection, a piece of the ledger for each block.
 
     Attributes:
-        of_kind: kind -> the mean over its projections of the mean diagonal, of those that tokens reached.
+        of_kind: kind, experts taken together -> the mean over its projections of the mean diagonal, of those that
+            tokens reached.
     """
 
     ledger: Ledger
@@ -68,7 +69,8 @@ class Costs:
 
     def _instead(self, member: Projection) -> float:
         """The mean diagonal that stands for that of a projection that no token has reached."""
-        return self.of_kind.get(member.kind, 1.0)
+        means = self.of_kind.values()
+        return self.of_kind.get(kinds_of([member.kind]), sum(means) / len(means) if means else 1.0)
 
 
 def estimate_costs(job: Job) -> Costs:
@@ -98,7 +100,7 @@ def estimate_costs(job: Job) -> Costs:
                             "Load the model in bf16 or float32, or use --metric output, which needs none"
                         )
                     if mean:
-                        means.setdefault(p.kind, []).append(mean)
+                        means.setdefault(kinds_of([p.kind]), []).append(mean)
                 job.ledger.put(_key(index), {}, {name: gamma.cpu() for name, gamma in gammas.items()})
         kinds = job.ledger.put("gradients", {kind: sum(some) / len(some) for kind, some in means.items()})
     return Costs(job.ledger, kinds.record)

@@ -38,6 +38,9 @@ from cospadi.stages.solve import GroupProblem, memory_of
 
 log = logging.getLogger("cospadi")
 
+EXPERTS_DIFFER = 0.05
+"""By how much logits may differ, relative in norm, when experts run one by one: bf16 sums in another order."""
+
 
 @dataclass
 class Job:
@@ -153,7 +156,10 @@ def opened(
                 if not settled.data_free and tokenizer is None:
                     tokenizer = load.load_tokenizer(folder)
         blocks.model.eval()
+        modules = dict(blocks.model.named_modules())
         selected = select(find_projections(blocks.model), recipe.include, recipe.exclude, recipe.target)
+        if any(projection.name not in modules for projection in selected):
+            _unstack(blocks)
         owner = shared_inputs(blocks.model, selected, blocks.device)
         for left in what_stays_dense(
             blocks.model, [projection for projection in selected if projection.name not in owner]
@@ -168,6 +174,24 @@ def opened(
             recipe, settled, blocks, folder, hub_name, tokenizer, owner, uniform, stages, ledger, spill, pool,
             cache_bytes,
         )  # fmt: skip
+
+
+@torch.no_grad()
+def _unstack(blocks: Blocks) -> None:
+    """Give experts layers of their own.
+
+    Raises:
+        UserError: the model computes something else with them.
+    """
+    tokens = torch.arange(4, device=blocks.device)[None]
+    before = blocks.model(input_ids=tokens, use_cache=False).logits.float()
+    blocks.unstack_experts()
+    after = blocks.model(input_ids=tokens, use_cache=False).logits.float()
+    if not (after - before).norm() <= EXPERTS_DIFFER * before.norm():
+        raise UserError(
+            f"{type(blocks.model).__name__} uses its experts in a way of its own. Leave them dense with "
+            "--exclude '*expert*'"
+        )
 
 
 def _given(model: nn.Module) -> Blocks:

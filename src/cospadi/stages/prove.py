@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cospadi import compat
 from cospadi.errors import OutputError, first_line
+from cospadi.experts import STEM
 from cospadi.format import safetensors
 from cospadi.jobs.ledger import Piece
 from cospadi.model import load
@@ -57,7 +58,12 @@ def expect(job: Job, pieces: Sequence[Piece]) -> Expected:
     names: set[str] = set()
     if job.folder is not None:
         places = compat.places_in_model(model, safetensors.stored_tensors(job.folder))
-        names = {name for source, place in places.items() if source not in job.blocks.unknown for name in place.names}
+        own = model.state_dict().keys()
+        parts = defaultdict(set)  # of what was stacked
+        for name in own:
+            parts[STEM.sub("", name)].add(name)
+        places = [place for source, place in places.items() if source not in job.blocks.unknown]
+        names = {part for place in places for name in place.names for part in ({name} if name in own else parts[name])}
         names -= compat.tied_weights(model).keys() | compat.not_saved(model)
         names |= set() if job.recipe.text_only else job.blocks.unknown.keys()
     with _replaced(job, pieces):

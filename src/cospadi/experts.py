@@ -1,0 +1,119 @@
+"""Mixtures of experts, whose weights transformers stacks in one parameter: each expert gets linear layers of its own.
+
+A module of experts has parameters (experts, out, in), or (experts, in, out) where `is_transposed`. Here each becomes a
+`Stack` under the same name, layer e of which holds weight e, so that experts are projections like any other: found,
+calibrated with the tokens that they see, solved, stored and loaded by the name `...experts.down_proj.3`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+IMPLEMENTATION = "cospadi"
+"""The name of `forward` among transformers' implementations of experts."""
+
+
+STEM = re.compile(r"\.\d+(\.[a-z]+)?$")
+"""What follows the name of a stacked parameter in the name of a layer, or of one of its tensors."""
+
+
+class Slice(NamedTuple):
+    """Where in a stacked parameter of the model a layer's weight lies."""
+
+    parameter: str
+    expert: int
+    transposed: bool
+
+    def of(self, weights: Any) -> Tensor:
+        """The weight (out, in) of stacked weights, a tensor or what reads from one."""
+        weight: Tensor = weights[self.expert]
+        return weight.T if self.transposed else weight
+
+
+class Stack(nn.Module):
+    """The linear layers of a projection of all experts, children "0", "1", ..."""
+
+    def __getitem__(self, expert: int) -> nn.Module:
+        return self.get_submodule(str(expert))
+
+
+def stacked(module: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """Of a module of experts as transformers makes them: name of a stacked parameter -> experts, d1, d2; of any other
+    module nothing."""
+    if not (hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")):
+        return {}
+    found = {}
+    for name in _names(module):
+        parameter = getattr(module, name, None)
+        if isinstance(parameter, Tensor) and parameter.ndim == 3:
+            count, *sizes = parameter.shape
+            d1, d2 = sizes if module.is_transposed else reversed(sizes)
+            found[name] = count, d1, d2
+    return found
+
+
+def unstack(model: nn.Module, named: Iterable[str] | None = None) -> dict[str, Slice]:
+    """Give experts layers of their own, and have them run through these.
+
+    Args:
+        named: names of tensors or layers; only modules of experts that have some of these are changed. None: all.
+
+    Returns:
+        Name of a layer's weight -> where it lay.
+    """
+    stems = None if named is None else {STEM.sub("", name) for name in named}
+    slices: dict[str, Slice] = {}
+    for path, module in list(model.named_modules()):
+        parts = stacked(module)
+        if stems is not None and stems.isdisjoint(f"{path}.{leaf}" for leaf in parts):
+            continue
+        for leaf, (count, d1, d2) in parts.items():
+            weights, stack = getattr(module, leaf), Stack()
+            for expert in range(count):
+                where = Slice(f"{path}.{leaf}", expert, bool(module.is_transposed))
+                layer = nn.Linear(d1, d2, bias=False, device="meta")
+                with torch.no_grad():  # a copy, so that nothing keeps the stack
+                    weight = where.of(weights).clone(memory_format=torch.contiguous_format)
+                layer.weight = nn.Parameter(weight, weights.requires_grad)
+                stack.add_module(str(expert), layer)
+                slices[f"{path}.{leaf}.{expert}.weight"] = where
+            delattr(module, leaf)
+            module.add_module(leaf, stack.train(module.training))
+            _dispatch(module)
+    return slices
+
+
+def _names(module: Any) -> tuple[str, str]:
+    """The names of the first and the second projection of experts."""
+    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
+
+
+def _dispatch(module: Any) -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, forward)
+    module.config._experts_implementation = IMPLEMENTATION
+
+
+def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What a module of experts computes: hidden states (tokens, width), each through the experts (tokens, chosen) that
+    the router chose, times their weights (tokens, chosen), added up."""
+    first, second = _names(self)
+    result = torch.zeros_like(hidden_states)
+    for expert in top_k_index.unique().tolist():
+        if expert >= self.num_experts:  # stands for none
+            continue
+        tokens, places = torch.where(top_k_index == expert)
+        inner = getattr(self, first)[expert](hidden_states[tokens])
+        inner = inner + getattr(self, f"{first}_bias")[expert] if self.has_bias else inner
+        inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+        outer = getattr(self, second)[expert](inner)
+        outer = outer + getattr(self, f"{second}_bias")[expert] if self.has_bias else outer
+        outer = outer * top_k_weights[tokens, places, None]
+        result.index_add_(0, tokens, outer.to(result.dtype))  # no token twice: the same sums in the same order
+    return result
