@@ -66,7 +66,7 @@ def unstack(model: nn.Module, named: Iterable[str] | None = None) -> dict[str, S
     Returns:
         Name of a layer's weight -> where it lay.
     """
-    stems = None if named is None else {STEM.sub("", name) for name in named}
+    stems = None if named is None else {name[: found.start()] for name in named if (found := STEM.search(name))}
     slices: dict[str, Slice] = {}
     for path, module in list(model.named_modules()):
         parts = stacked(module)
@@ -105,7 +105,7 @@ def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
     the router chose, times their weights (tokens, chosen), added up."""
     first, second = _names(self)
     result = torch.zeros_like(hidden_states)
-    for expert in top_k_index.unique().tolist():
+    for expert in torch.unique(top_k_index).tolist():
         if expert >= self.num_experts:  # stands for none
             continue
         tokens, places = torch.where(top_k_index == expert)

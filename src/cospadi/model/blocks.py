@@ -42,6 +42,7 @@ class Blocks:
         device: where it computes.
         stored: parameter name -> where it lies on disk; None for a model that is in memory whole.
         unknown: tensors that the model has no place for -> their files.
+        unstacked: whether experts have layers of their own.
         seconds_reading: what reading weights has taken so far.
     """
 
@@ -49,6 +50,7 @@ class Blocks:
     device: torch.device
     stored: Mapping[str, StoredWeight] | None = None
     unknown: Mapping[str, Path] = field(default_factory=dict)
+    unstacked: bool = False
     seconds_reading: float = 0.0
 
     def __post_init__(self) -> None:
@@ -71,7 +73,7 @@ class Blocks:
 
     def unstack_experts(self) -> None:
         """Give experts that are stacked in one parameter layers of their own (`cospadi.experts`)."""
-        slices = unstack(self.model)
+        slices, self.unstacked = unstack(self.model), True
         if self.stored is not None:
             whole = dict(self.stored)
             for name, part in slices.items():

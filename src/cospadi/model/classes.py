@@ -24,8 +24,10 @@ def auto_class(config: Any, folder: Path, text_only: bool = False) -> Any:
     kind, named = config.model_type, set(getattr(config, "architectures", None) or ())
     causal = _names(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, kind)
     several = _names(modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, kind)
-    if text_only and several and not causal:
-        raise UserError(f"{folder}: transformers has no text-only class for {kind} models. Leave out --text-only")
+    if text_only and several:
+        text = config.get_text_config(decoder=True).model_type
+        if not causal or text not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise UserError(f"{folder}: transformers loads no text-only {kind} models. Leave out --text-only")
     if several and not text_only and not named & causal:
         return transformers.AutoModelForMultimodalLM
     if causal:

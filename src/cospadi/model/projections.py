@@ -65,7 +65,11 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
                 best = name, module
         if best is not None:
             return best
-    raise UserError(f"{type(model).__name__} has no list of decoder blocks with nn.Linear projections in it")
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    longest: nn.Module = max(lists, key=len, default=nn.ModuleList())
+    kinds = {type(one).__name__ for one in longest.modules() if getattr(one, "weight", torch.empty(0)).ndim == 2}
+    instead = f"; its longest list holds {', '.join(sorted(kinds))}" if kinds else ""
+    raise UserError(f"{type(model).__name__} has no list of decoder blocks with nn.Linear projections in it{instead}")
 
 
 def find_projections(model: nn.Module) -> list[Projection]:

@@ -55,19 +55,27 @@ def expect(job: Job, pieces: Sequence[Piece]) -> Expected:
     if tokens is None:
         count = min(WITHOUT_TEXT, load.vocabulary(model), load.positions(model.config))
         tokens = torch.arange(count)[None]
-    names: set[str] = set()
-    if job.folder is not None:
-        places = compat.places_in_model(model, safetensors.stored_tensors(job.folder))
-        own = model.state_dict().keys()
-        parts = defaultdict(set)  # of what was stacked
-        for name in own:
-            parts[STEM.sub("", name)].add(name)
-        places = [place for source, place in places.items() if source not in job.blocks.unknown]
-        names = {part for place in places for name in place.names for part in ({name} if name in own else parts[name])}
-        names -= compat.tied_weights(model).keys() | compat.not_saved(model)
-        names |= set() if job.recipe.text_only else job.blocks.unknown.keys()
     with _replaced(job, pieces):
-        return Expected(frozenset(names), tokens[:1], *_run(job, model, tokens[:1]))
+        return Expected(_names(job), tokens[:1], *_run(job, model, tokens[:1]))
+
+
+def _names(job: Job) -> frozenset[str]:
+    """Of the tensors that the output should hold: those of the source, as the job's model calls them."""
+    if job.folder is None:
+        return frozenset()
+    model = job.blocks.model
+    own = model.state_dict().keys()
+    parts = defaultdict(set)  # of experts that were stacked
+    for name in own:
+        if found := STEM.search(name):
+            parts[name[: found.start()]].add(name)
+    names: set[str] = set()
+    for source, place in compat.places_in_model(model, safetensors.stored_tensors(job.folder)).items():
+        if source not in job.blocks.unknown:
+            names.update(*({name} if name in own else parts[name] for name in place.names))
+        elif not job.recipe.text_only:
+            names.add(source)
+    return frozenset(names - compat.tied_weights(model).keys() - compat.not_saved(model))
 
 
 @torch.no_grad()

@@ -75,7 +75,10 @@ def _run_whole(job: Job) -> None:
         assert job.folder is not None
         unknown = job.blocks.unknown
         model = load.load_model(job.folder, job.blocks.device, job.recipe.text_only)
+        unstacked = job.blocks.unstacked
         job.blocks = Blocks(model, job.blocks.device, unknown=unknown)
+        if unstacked:
+            job.blocks.unstack_experts()
         notes.insert(0, "loaded whole")
     if notes:
         log.warning("blocks of this model read more than the block before them gives: %s", " and ".join(notes))
