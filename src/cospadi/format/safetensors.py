@@ -62,12 +62,19 @@ class StoredTensor(NamedTuple):
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Tensor name -> shape and bytes, of all safetensors files in a folder, by their headers."""
-    return {
-        name: StoredTensor(entry["shape"], entry["data_offsets"][1] - entry["data_offsets"][0], entry["dtype"], path)
-        for path in weight_files(folder)
-        for name, entry in tensor_index(path).items()
-    }
+    """Tensor name -> what its header says, of all safetensors files in a folder.
+
+    Raises:
+        CheckpointError: a malformed file, or a tensor in two of them.
+    """
+    found: dict[str, StoredTensor] = {}
+    for path in weight_files(folder):
+        for name, entry in tensor_index(path).items():
+            if name in found:
+                raise CheckpointError(f"{folder}: tensor {name} is in {found[name].path.name} and in {path.name}")
+            begin, end = entry["data_offsets"]
+            found[name] = StoredTensor(entry["shape"], end - begin, entry["dtype"], path)
+    return found
 
 
 def tensor_sizes(folder: Path) -> dict[str, int]:
