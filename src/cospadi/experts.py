@@ -8,7 +8,7 @@ calibrated with the tokens that they see, solved, stored and loaded by the name 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 IMPLEMENTATION = "cospadi"
 """The name of `forward` among transformers' implementations of experts."""
 
+
+BATCHED = {"Llama4TextExperts"}
+"""Classes of experts that multiply with `torch.bmm`, all tokens with all experts, stacked (experts, d1, d2)."""
 
 STEM = re.compile(r"\.\d+(\.[a-z]+)?$")
 """What follows the name of a stacked parameter in the name of a layer, or of one of its tensors."""
@@ -36,23 +39,39 @@ class Slice(NamedTuple):
 
 
 class Stack(nn.Module):
-    """The linear layers of a projection of all experts, children "0", "1", ..."""
+    """The linear layers of a projection of all experts, children "0", "1", ...
+
+    Attributes:
+        shape: of the parameter (experts, d1, d2) that it stands for in `torch.bmm`.
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
 
     def __getitem__(self, expert: int) -> nn.Module:
         return self.get_submodule(str(expert))
+
+    @classmethod
+    def __torch_function__(cls, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Tensor:
+        """`torch.bmm` of inputs (experts, tokens, d1) with a stack, as Llama 4 calls it."""
+        if function is not torch.bmm or kwargs or isinstance(args[0], cls):
+            raise TypeError(f"layers of experts do not stand for a parameter in {function.__name__}")
+        inputs, stack = args
+        return torch.stack([stack[expert](each) for expert, each in enumerate(inputs)])
 
 
 def stacked(module: nn.Module) -> dict[str, tuple[int, int, int]]:
     """Of a module of experts as transformers makes them: name of a stacked parameter -> experts, d1, d2; of any other
     module nothing."""
-    if not (hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")):
+    if not (_is_dispatched(module) or type(module).__name__ in BATCHED):
         return {}
     found = {}
     for name in _names(module):
         parameter = getattr(module, name, None)
         if isinstance(parameter, Tensor) and parameter.ndim == 3:
             count, *sizes = parameter.shape
-            d1, d2 = sizes if module.is_transposed else reversed(sizes)
+            d1, d2 = sizes if _is_transposed(module) else reversed(sizes)
             found[name] = count, d1, d2
     return found
 
@@ -73,9 +92,9 @@ def unstack(model: nn.Module, named: Iterable[str] | None = None) -> dict[str, S
         if stems is not None and stems.isdisjoint(f"{path}.{leaf}" for leaf in parts):
             continue
         for leaf, (count, d1, d2) in parts.items():
-            weights, stack = getattr(module, leaf), Stack()
+            weights, stack = getattr(module, leaf), Stack((count, d1, d2))
             for expert in range(count):
-                where = Slice(f"{path}.{leaf}", expert, bool(module.is_transposed))
+                where = Slice(f"{path}.{leaf}", expert, _is_transposed(module))
                 layer = nn.Linear(d1, d2, bias=False, device="meta")
                 with torch.no_grad():  # a copy, so that nothing keeps the stack
                     weight = where.of(weights).clone(memory_format=torch.contiguous_format)
@@ -84,13 +103,23 @@ def unstack(model: nn.Module, named: Iterable[str] | None = None) -> dict[str, S
                 slices[f"{path}.{leaf}.{expert}.weight"] = where
             delattr(module, leaf)
             module.add_module(leaf, stack.train(module.training))
+        if parts and _is_dispatched(module):
             _dispatch(module)
     return slices
 
 
+def _is_dispatched(module: Any) -> bool:
+    """Whether transformers lets somebody else compute what a module of experts does (`use_experts_implementation`)."""
+    return hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")
+
+
+def _is_transposed(module: Any) -> bool:
+    return bool(getattr(module, "is_transposed", True))
+
+
 def _names(module: Any) -> tuple[str, str]:
     """The names of the first and the second projection of experts."""
-    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
+    return ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"), "down_proj"
 
 
 def _dispatch(module: Any) -> None:

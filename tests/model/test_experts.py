@@ -33,7 +33,9 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=TOKENS, use_cache=False).logits
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "nemotron_h", "qwen3_5_moe"])
+@pytest.mark.parametrize(
+    "family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "nemotron_h", "qwen3_5_moe", "llama4_text"]
+)
 def test_layers_of_their_own_compute_what_the_stack_does(family: str) -> None:
     model = tiny_model(family)
     randomise(model)
