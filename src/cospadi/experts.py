@@ -1,8 +1,10 @@
 """Mixtures of experts, whose weights transformers stacks in one parameter: each expert gets linear layers of its own.
 
 A module of experts has parameters (experts, out, in), or (experts, in, out) where `is_transposed`. Here each becomes a
-`Stack` under the same name, layer e of which holds weight e, so that experts are projections like any other: found,
-calibrated with the tokens that they see, solved, stored and loaded by the name `...experts.down_proj.3`.
+`Stack` in the module `separate`, layer e of which holds weight e, so that experts are projections like any other:
+found, calibrated with the tokens that they see, solved, stored and loaded by the name
+`...experts.separate.down_proj.3`. (Names that begin as those of the parameters would be taken for them where
+transformers converts older checkpoints.)
 """
 
 from __future__ import annotations
@@ -21,8 +23,11 @@ IMPLEMENTATION = "cospadi"
 BATCHED = {"Llama4TextExperts"}
 """Classes of experts that multiply with `torch.bmm`, all tokens with all experts, stacked (experts, d1, d2)."""
 
-STEM = re.compile(r"\.\d+(\.[a-z]+)?$")
-"""What follows the name of a stacked parameter in the name of a layer, or of one of its tensors."""
+SEPARATE = "separate"
+"""The module that holds the stacks of a module of experts."""
+
+LAYER = re.compile(rf"(.+)\.{SEPARATE}\.(\w+)\.\d+(\.\w+)?")
+"""The name of an expert's layer, or of one of its tensors."""
 
 
 class Slice(NamedTuple):
@@ -85,12 +90,13 @@ def unstack(model: nn.Module, named: Iterable[str] | None = None) -> dict[str, S
     Returns:
         Name of a layer's weight -> where it lay.
     """
-    stems = None if named is None else {name[: found.start()] for name in named if (found := STEM.search(name))}
+    wanted = None if named is None else set(map(parameter_of, named))
     slices: dict[str, Slice] = {}
     for path, module in list(model.named_modules()):
         parts = stacked(module)
-        if stems is not None and stems.isdisjoint(f"{path}.{leaf}" for leaf in parts):
+        if not parts or (wanted is not None and wanted.isdisjoint(f"{path}.{leaf}" for leaf in parts)):
             continue
+        separate = nn.Module()
         for leaf, (count, d1, d2) in parts.items():
             weights, stack = getattr(module, leaf), Stack((count, d1, d2))
             for expert in range(count):
@@ -100,12 +106,26 @@ def unstack(model: nn.Module, named: Iterable[str] | None = None) -> dict[str, S
                     weight = where.of(weights).clone(memory_format=torch.contiguous_format)
                 layer.weight = nn.Parameter(weight, weights.requires_grad)
                 stack.add_module(str(expert), layer)
-                slices[f"{path}.{leaf}.{expert}.weight"] = where
+                slices[f"{path}.{layer_name(leaf, expert)}.weight"] = where
             delattr(module, leaf)
-            module.add_module(leaf, stack.train(module.training))
-        if parts and _is_dispatched(module):
+            separate.add_module(leaf, stack)
+            vars(module)[leaf] = stack  # by the name that the module's own code knows
+        module.add_module(SEPARATE, separate.train(module.training))
+        if _is_dispatched(module):
             _dispatch(module)
     return slices
+
+
+def layer_name(parameter: str, expert: int) -> str:
+    """The name in a module of experts of the layer that holds an expert's part of a stacked parameter."""
+    return f"{SEPARATE}.{parameter}.{expert}"
+
+
+def parameter_of(name: str) -> str | None:
+    """The stacked parameter of which an expert's layer holds a part, by the name of the layer or of one of its tensors;
+    None for any other name."""
+    found = LAYER.fullmatch(name)
+    return found and f"{found[1]}.{found[2]}"
 
 
 def _is_dispatched(module: Any) -> bool:

@@ -53,14 +53,15 @@ def test_projections_are_the_same_before_and_after() -> None:
     before = find_projections(model)
     unstack(model)
     assert find_projections(model) == before
-    assert any(projection.name.endswith("experts.down_proj.3") for projection in before)
+    assert any(projection.name.endswith("experts.separate.down_proj.3") for projection in before)
 
 
 def test_only_named_experts_are_changed() -> None:
     model = tiny_model("mixtral")
     assert not unstack(model, ["model.layers.0.self_attn.q_proj.values"])
     assert {
-        where.parameter.split(".")[2] for where in unstack(model, ["model.layers.1.mlp.experts.down_proj.0"]).values()
+        where.parameter.split(".")[2]
+        for where in unstack(model, ["model.layers.1.mlp.experts.separate.down_proj.0"]).values()
     } == {"1"}
 
 
@@ -128,7 +129,7 @@ def test_every_expert_is_compressed_and_loads(
     kept = {projection.name for projection in result.plan.left_dense}
     for part in ("gate_up_proj", "down_proj"):
         for index in range(4):
-            name = f"model.layers.1.mlp.experts.{part}.{index}"
+            name = f"model.layers.1.mlp.experts.separate.{part}.{index}"
             assert isinstance(getattr(experts, part)[index], CompressedLinear) == (name not in kept)
     assert torch.equal(logits(loaded), logits(result.model))
     loaded.save_pretrained(tmp_path / "again")
@@ -141,7 +142,9 @@ def test_experts_that_are_left_out_stay_stacked(
 ) -> None:
     dense = make_model(MixtralConfig(**MIXTRAL))
     cospadi.compress(dense, quick | {"exclude": ["*.experts.*"]}, tmp_path / "all")
-    cospadi.compress(dense, quick | {"include": ["*.self_attn.*", "*.0.mlp.experts.down_proj.2"]}, tmp_path / "one")
+    cospadi.compress(
+        dense, quick | {"include": ["*.self_attn.*", "*.0.mlp.experts.separate.down_proj.2"]}, tmp_path / "one"
+    )
     names = {name for name in load_file(tmp_path / "all" / "model.safetensors") if ".experts." in name}
     assert names == {f"model.layers.{b}.mlp.experts.{part}" for b in (0, 1) for part in ("gate_up_proj", "down_proj")}
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "one")

@@ -113,6 +113,16 @@ def test_a_tower_is_kept_and_the_class_of_the_source_loads_all(tmp_path: Path) -
     assert all(torch.equal(before[name], after[name]) for name in tower)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     assert type(loaded) is type(model)
+    # Its text alone, as one loads that of the source.
+    text, plain = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("out", "in"))
+    assert type(text) is type(plain)
+    tokens = torch.arange(1, 13)[None]
+    with torch.no_grad():
+        assert torch.equal(text(tokens).logits, loaded(input_ids=tokens).logits)
+    text.save_pretrained(tmp_path / "text")
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "text")
+        assert torch.equal(again(tokens).logits, text(tokens).logits)
     assert result.covered < 0.5
     assert result.bytes_before == sum(tensor.nbytes for tensor in before.values())
 

@@ -56,6 +56,7 @@ class CospadiQuantizer(HfQuantizer):
     is_trainable = True
     is_compileable = True
     manifest: dict[str, Any] | None = None
+    quantization_config: CospadiConfig
 
     def is_serializable(self) -> bool:
         return True
@@ -63,12 +64,23 @@ class CospadiQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: Any = None, **_: Any
     ) -> Any:
-        projections = self.quantization_config.parsed()
+        stored = self.quantization_config.parsed()
         files = [Path(file) for file in checkpoint_files or ()]
-        unstack(model, [*projections, *(name for file in files for name in safetensors.tensor_index(file))])
-        swap_in_layers(model, projections, dtype, "meta")
-        if files:
-            self.manifest = self._check(files, model, projections)
+        present = [*(f"{name}.weight" for name in stored)]
+        present += [name for file in files for name in safetensors.tensor_index(file)]
+        unstack(model, (name for place in compat.places_in_model(model, present).values() for name in place.names))
+        # The model may be the text part of the one that was written, where names differ.
+        places = compat.places_in_model(model, [f"{name}.weight" for name in stored])
+        names = {name: places[f"{name}.weight"].names[0].removesuffix(".weight") for name in stored}
+        called = {names[name]: entry.model_copy(update={"owner": names[entry.owner]}) for name, entry in stored.items()}
+        version, projections = schema.spell(called)
+        self.quantization_config = CospadiConfig(projections, version)
+        swap_in_layers(model, called, dtype, "meta")
+        if files and (recorded := self._check(files, model, stored)):
+            for part in ("projections", "dense"):
+                if part in recorded:
+                    recorded[part] = {names.get(name, name): what for name, what in recorded[part].items()}
+            self.manifest = recorded
         return model
 
     def _check(self, files: list[Path], model: Any, projections: dict[str, StoredProjection]) -> dict[str, Any] | None:
@@ -78,12 +90,13 @@ class CospadiQuantizer(HfQuantizer):
             if file.parent != folder or (root.is_dir() and root not in file.parents):
                 raise CheckpointError(f"the checkpoint's index names {file}, a path that leaves its folder")
         recorded = manifest.read_manifest(folder, projections)
-        present = verify.check_files(files, projections)
+        present = compat.places_in_model(model, verify.check_files(files, projections))
+        found = {name for place in present.values() for name in place.names}
         tied, may_miss = compat.tied_weights(model), compat.may_miss(model)
         missing = [
             name
             for name in model.state_dict()
-            if name not in present and name not in tied and not any(re.search(p, name) for p in may_miss)
+            if name not in found and name not in tied and not any(re.search(p, name) for p in may_miss)
         ]
         if missing:
             raise CheckpointError(f"{folder}: tensor {missing[0]} is in none of the checkpoint's files")

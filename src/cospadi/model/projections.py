@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cospadi import compat
 from cospadi.errors import UserError
-from cospadi.experts import stacked
+from cospadi.experts import layer_name, stacked
 
 ROUTERS = {"gate", "router", "shared_expert_gate"}
 """Names of the small projections that choose experts: never compressed (an MLP's own gate is `gate_proj`)."""
@@ -89,7 +89,7 @@ def find_projections(model: nn.Module) -> list[Projection]:
                 found.append(Projection(name, block, kind, module.in_features, module.out_features))
             for leaf, (count, d1, d2) in stacked(module).items():
                 for expert in range(count):
-                    part = f"{leaf}.{expert}"
+                    part = layer_name(leaf, expert)
                     found.append(Projection(f"{name}.{part}", block, f"{kind}.{part}", d1, d2))
     for projection in found:
         if min(projection.d1, projection.d2) < 1:

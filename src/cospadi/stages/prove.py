@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cospadi import compat
 from cospadi.errors import OutputError, first_line
-from cospadi.experts import STEM
+from cospadi.experts import parameter_of
 from cospadi.format import safetensors
 from cospadi.jobs.ledger import Piece
 from cospadi.model import load
@@ -67,8 +67,7 @@ def _names(job: Job) -> frozenset[str]:
     own = model.state_dict().keys()
     parts = defaultdict(set)  # of experts that were stacked
     for name in own:
-        if found := STEM.search(name):
-            parts[name[: found.start()]].add(name)
+        parts[parameter_of(name)].add(name)
     names: set[str] = set()
     for source, place in compat.places_in_model(model, safetensors.stored_tensors(job.folder)).items():
         if source not in job.blocks.unknown:
