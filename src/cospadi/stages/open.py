@@ -32,7 +32,7 @@ from cospadi.jobs.pool import Engine, Pool, Task, device_model
 from cospadi.jobs.progress import Stages
 from cospadi.model import load
 from cospadi.model.blocks import Blocks
-from cospadi.model.projections import find_projections, running, select, shared_inputs, what_stays_dense
+from cospadi.model.projections import find_projections, kinds_of, running, select, shared_inputs, what_stays_dense
 from cospadi.recipe import Recipe
 from cospadi.stages.solve import GroupProblem, memory_of
 
@@ -165,6 +165,11 @@ def opened(
             blocks.model, [projection for projection in selected if projection.name not in owner]
         ):
             log.warning("%s", left)
+        if unknown := list(blocks.unknown):
+            what = "left out" if recipe.text_only else "kept as they are"
+            log.warning(
+                "tensors that %s does not know are %s: %s", type(blocks.model).__name__, what, kinds_of(unknown)
+            )
         selected = running(selected, owner)
         uniform = make_plan(selected, settled, owner)
         spill = Spill(cache_bytes, ledger.scratch and ledger.scratch / "hidden")
