@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,3 +156,27 @@ def test_text_only_names_what_it_leaves_out(run: Callable[..., Answer], tmp_path
     answer = run("compress", tmp_path / "other", "-o", tmp_path / "none", "--metric", "weights", "--text-only")
     assert answer.code == 2, answer.err
     assert "text-only" in answer.err
+
+
+def test_a_head_of_its_own_stays_though_the_config_says_that_it_is_tied(
+    make_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    dense = make_llama(tie_word_embeddings=False)
+    source = Path(shutil.copytree(dense, tmp_path / "in"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    cospadi.compress(source, QUICK, tmp_path / "out")
+    before, after = (load_file(folder / "model.safetensors") for folder in (dense, tmp_path / "out"))
+    assert torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.lm_head.weight, before["lm_head.weight"])
+    assert torch.equal(loaded.model.embed_tokens.weight, before["model.embed_tokens.weight"])
+
+
+def test_a_tensor_in_two_files_is_refused(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    source = Path(shutil.copytree(make_model(max_shard_size="30KB"), tmp_path / "in"))
+    one, other, *_ = sorted(source.glob("*.safetensors"))
+    name, tensor = next(iter(load_file(one).items()))
+    save_file(load_file(other) | {name: tensor + 1}, other, {"format": "pt"})
+    with pytest.raises(cospadi.UserError, match=rf"tensor {name} is in {one.name} and in {other.name}"):
+        cospadi.compress(source, QUICK, tmp_path / "out")
