@@ -201,7 +201,7 @@ def test_tables_are_for_reading(
     done = run("compress", dense_folder, "-o", tmp_path / "out", "--calibration", text_file, "--iterations", "2", *TEXT)
     assert done.code == 0
     assert re.search(r"ratio reached +0\.[12]\d{3}", done.out)
-    stages = ["load", "text", "gradients", "budgets", "calibrate", "solve", "refine", "write", "all"]
+    stages = ["load", "text", "gradients", "budgets", "calibrate", "solve", "refine", "prove", "write", "all"]
     assert sorted(re.findall(r"time, (\w+) +[\d.]+ s", done.out)) == sorted(stages)
     assert "model.layers.1.mlp.up_proj: k " in done.err
 

@@ -128,7 +128,7 @@ def walk(blocks: Blocks, calls: Calls, indices: Iterable[int]) -> Iterator[tuple
 @torch.no_grad()
 def learn_calls(blocks: Blocks, texts: Sequence[tuple[Tensor, int]], spill: Spill) -> Calls | None:
     """Run the first two batches of each size through the whole model and look at how the blocks are called; then carry
-    one batch through the blocks one by one, which must give the same logits.
+    one batch of the last size through the blocks one by one, which must give the same logits.
 
     Args:
         texts: token sequences, int64 (sequences, tokens), all of one length, each with the batch size it is run in.
@@ -160,7 +160,7 @@ def learn_calls(blocks: Blocks, texts: Sequence[tuple[Tensor, int]], spill: Spil
             else:  # the blocks are told something about the tokens
                 return None
     calls = Calls(given, rest)
-    return calls if _walks_as_it_runs(blocks, calls, texts[0][0][: texts[0][1]], spill) else None
+    return calls if _walks_as_it_runs(blocks, calls, texts[-1][0][: texts[-1][1]], spill) else None
 
 
 def _walks_as_it_runs(blocks: Blocks, calls: Calls, batch: Tensor, spill: Spill) -> bool:

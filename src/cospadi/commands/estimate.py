@@ -33,9 +33,10 @@ from cospadi.solvers.flops import Flops, cholesky, triangular
 from cospadi.solvers.htp import COLUMNS
 from cospadi.solvers.products import self_product_flops
 from cospadi.stages.measure import PAIRED_TOKENS
+from cospadi.stages.prove import WITHOUT_TEXT
 from cospadi.stages.refine import CHECKS, HELD_OUT, STEP_TOKENS
 
-STAGES = ("load", "text", "gradients", "calibrate", "solve", "refine", "write")
+STAGES = ("load", "text", "gradients", "calibrate", "solve", "refine", "prove", "write")
 
 
 @dataclass(frozen=True)
@@ -200,14 +201,12 @@ class Text:
     """Text that a job runs: `sequences` of `length` tokens in batches, `checked` of them for gradients.
 
     Attributes:
-        alone: whether blocks run single sequences too.
     """
 
     sequences: int
     length: int
     batch: int
     checked: int
-    alone: bool
 
     @property
     def tokens(self) -> int:
@@ -229,17 +228,17 @@ class Text:
     @property
     def learned(self) -> int:
         """Tokens that the whole model runs: two batches and two sequences to learn how blocks are called, and two
-        batches to time a pass."""
-        return (2 * min(2 * self.batch, self.sequences) + 2 * self.alone) * self.length
+        batches to time a pass; one more sequence twice, block by block and as the model does it."""
+        return (2 * min(2 * self.batch, self.sequences) + min(2, self.sequences) + 2) * self.length
 
 
 def text_of(recipe: Recipe, positions: int) -> Text:
     """The text that a settled recipe asks for; none for a recipe without calibration."""
     if recipe.data_free:
-        return Text(0, 1, recipe.batch_size, 0, False)
+        return Text(0, 1, recipe.batch_size, 0)
     checked = min(recipe.gradient_sequences, recipe.sequences) if recipe.wants_gradients else 0
     length, batch = sequence_length(recipe.length, positions), min(recipe.batch_size, recipe.sequences)
-    return Text(recipe.sequences, length, batch, checked, bool(checked or recipe.refine))
+    return Text(recipe.sequences, length, batch, checked)
 
 
 # FLOPs and time
@@ -283,7 +282,7 @@ def costs_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text, stored: int, 
     Args:
         stored, output: bytes of the checkpoint's tensors before and after.
     """
-    reads = 4 + 2 * (text.checked > 0) + 3 * (text.sequences > 0)  # each weight by whatever loads its block
+    reads = 5 + 2 * (text.checked > 0) + 5 * (text.sequences > 0)  # each weight by whatever loads its block
     yield Cost("load", "disk", nbytes=reads * stored)
     if text.sequences:
         tokens = text.learned
@@ -294,7 +293,9 @@ def costs_of(shape: Shape, recipe: Recipe, plan: Plan, text: Text, stored: int, 
         yield from solve_of(recipe, group)
     if recipe.refine:
         yield from refinement_of(shape, recipe, plan, text)
-    yield Cost("write", "disk", nbytes=5 * output)
+    tokens = 2 * (text.length if text.sequences else WITHOUT_TEXT)  # of the job's model and of the output
+    yield Cost("prove", "forward", Flops(forward_flops(shape, tokens, tokens // 2) + head_flops(shape, tokens)))
+    yield Cost("write", "disk", nbytes=6 * output)
 
 
 def forward_flops(shape: Shape, tokens: float, length: int, blocks: range | list[int] | None = None) -> float:

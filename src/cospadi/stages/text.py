@@ -52,9 +52,7 @@ def read_text(job: Job) -> None:
                     f"{job.ledger.folder} has read. Bring it back, or pass --no-resume to restart"
                 )
             job.sequences = piece.tensors()["tokens"]
-    texts = [(job.sequences, recipe.batch_size)]
-    if recipe.wants_gradients or recipe.refine:
-        texts.append((check_text(job), 1))
+    texts = [(job.sequences, recipe.batch_size), (check_text(job), 1)]
     with job.stages.stage("text", 1):
         try:
             job.calls = learn_calls(job.blocks, texts, job.spill)
