@@ -449,7 +449,11 @@ def bad_files(tmp_path: Path) -> Path:
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "wrong.jsonl").write_text('{"body": "some words", "id": 1}\n' * 3)
     (tmp_path / "number.jsonl").write_text('{"text": 5}\n' * 3)
-    (tmp_path / "broken.jsonl").write_text('{"text": "some words"\n')
+    lines = [json.dumps({"text": f"{n} more words"}) for n in range(60)]
+    (tmp_path / "broken.jsonl").write_text("\n".join([*lines[:50], '{"text": "cut off', *lines[51:]]))
+    (tmp_path / "broken.json").write_text("[" + ",\n".join(lines[:2]) + ",\n]")
+    (tmp_path / "object.json").write_text('{\n "text": "some words"\n}')
+    (tmp_path / "latin1.jsonl").write_bytes(b'{"text": "words"}\n{"text": "caf\xe9"}\n')
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
     (tmp_path / "words.csv").write_text("text\nsome words\n")
     return tmp_path
@@ -466,11 +470,14 @@ def bad_files(tmp_path: Path) -> Path:
         ("short.txt", ["short.txt has 5 tokens", "one sequence of 32"]),
         ("latin1.txt", ["latin1.txt is not UTF-8 text"]),
         ("empty.jsonl", ["empty.jsonl is empty"]),
-        ("wrong.jsonl", ["no field 'text' or 'content'", "body, id", "--calibration-field"]),
-        ("number.jsonl", ["field 'text'", "int"]),
-        ("broken.jsonl", ["broken.jsonl cannot be read"]),
+        ("wrong.jsonl", ["wrong.jsonl, line ", "has no field 'text'", "body, id", "--calibration-field"]),
+        ("number.jsonl", [", field 'text', holds int, no text and no list"]),
+        ("broken.jsonl", ["broken.jsonl, line 51, is not valid JSON: Unterminated string starting at column 10"]),
+        ("broken.json", ["broken.json, line 3, is not valid JSON", "column 1"]),
+        ("object.json", ["object.json, line 1, is not valid JSON", "one object a line, or one list"]),
+        ("latin1.jsonl", ["latin1.jsonl, line 2, is not UTF-8 text"]),
         ("broken.parquet", ["broken.parquet cannot be read"]),
-        ("words.csv", ["words.csv is not a .txt, .jsonl or .parquet file"]),
+        ("words.csv", ["words.csv is not a .txt, .jsonl, .json or .parquet file"]),
     ],
 )
 def test_calibration_text_that_cannot_be_used(
@@ -597,12 +604,70 @@ def test_output_that_is_not_empty_needs_overwrite(
         ("latin1.txt", ["latin1.txt is not UTF-8"]),
         ("short.txt", ["5 tokens", "less than one window of 64"]),
         (".", ["is a folder"]),
+        ("missing.jsonl", ["missing.jsonl does not exist"]),
+        ("empty.jsonl", ["empty.jsonl is empty"]),
+        ("wrong.jsonl", ["wrong.jsonl, line 1, has no field 'text'", "body, id", "--text-field"]),
+        ("broken.jsonl", ["broken.jsonl, line 51, is not valid JSON", "column 10"]),
+        ("broken.json", ["broken.json, line 3, is not valid JSON"]),
+        ("broken.parquet", ["broken.parquet cannot be read as parquet: Parquet"]),
     ],
 )
 def test_eval_text_that_cannot_be_used(
     file: str, mentioned: list[str], bad_files: Path, dense_folder: Path, run: Callable[..., Answer]
 ) -> None:
     check_mistake(run("eval", dense_folder, "--text", bad_files / file), *mentioned)
+
+
+def test_eval_reads_rows_as_calibration_does(
+    dense_folder: Path, run: Callable[..., Answer], bad_files: Path, tmp_path: Path
+) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"body": f"{n} times {n} is {n * n}. ", "id": n} for n in range(40)]
+    whole = "".join(str(row["body"]) for row in rows)  # this tokenizer puts nothing before a text
+    (tmp_path / "rows.txt").write_text(whole)
+    (tmp_path / "rows.jsonl").write_text("\ufeff" + "\r\n\r\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "rows.json").write_text("\n " + json.dumps(rows, indent=1))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    found = []
+    for suffix in ("txt", "jsonl", "json", "parquet"):
+        field = [] if suffix == "txt" else ["--text-field", "body"]
+        answer = run("eval", dense_folder, "--text", tmp_path / f"rows.{suffix}", *field, "--length", "32", "--json")
+        assert answer.code == 0, answer.err
+        found.append(json.loads(answer.out))
+    assert found == [found[0]] * 4
+    assert found[0]["models"][0]["windows"] == len(whole) // 32
+    answer = run("eval", dense_folder, "--text", tmp_path / "rows.txt", "--text-field", "body")
+    check_mistake(answer, "--text-field body is of rows", "rows.txt")
+    check_mistake(run("eval", dense_folder, "--tasks", "x", "--text-field", "body"), "--text-field is of --text")
+
+
+CHATS = [
+    {"messages": [{"role": "user", "content": f"{n} squared?"}, {"role": "assistant", "content": f"It is {n * n}."}]}
+    for n in range(40)
+]
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+def test_chats_go_through_the_models_template(
+    make_llama: Callable[..., Path], text_file: Path, run: Callable[..., Answer], tmp_path: Path
+) -> None:
+    folder = make_llama()
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, CHATS)))
+    flags = ["-o", tmp_path / "out", "--calibration", tmp_path / "chats.jsonl", "--target", "up", *QUICK]
+    check_mistake(run("compress", folder, *flags), "is a chat, and the model's tokenizer has no chat template")
+    words = ["eval", folder, "--text", tmp_path / "chats.jsonl", "--length", "32", "--json"]
+    check_mistake(run(*words), "chats.jsonl, line 1, is a chat", "has no chat template", "chat_template.jinja")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    answer = run(*words)
+    assert answer.code == 0, answer.err
+    tokens = sum(len(f"[user] {n} squared?[assistant] It is {n * n}.") + 3 for n in range(40))  # <s> once, </s> twice
+    assert json.loads(answer.out)["models"][0]["windows"] == tokens // 32
+    answer = run("compress", folder, *flags)
+    assert answer.code == 0, answer.err
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+    check_mistake(run(*words), "line 1, does not fit the model's chat template: roles must alternate")
 
 
 def test_eval_window_longer_than_the_positions(dense_folder: Path, text_file: Path, run: Callable[..., Answer]) -> None:

@@ -226,7 +226,12 @@ def plan(
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="DIR", help="compressed or dense model")],
-    text: Annotated[Path | None, typer.Option(metavar="FILE", help="UTF-8 text to measure perplexity on")] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="text, or rows (.jsonl, .json, .parquet), for perplexity")
+    ] = None,
+    text_field: Annotated[
+        str | None, typer.Option(metavar="NAME", help="the rows' text field  [default: text, content, messages]")
+    ] = None,
     tasks: Annotated[
         str | None, typer.Option(metavar="NAMES", help="lm-eval's tasks, with commas between; 'paper': the paper's")
     ] = None,
@@ -246,6 +251,8 @@ def evaluate(
         raise UserError("there is nothing to measure. Give --text FILE, --tasks NAMES or both")
     if tasks is None and (include_path is not None or limit is not None):
         raise UserError("--include-path and --limit are of --tasks, which is not given")
+    if text is None and text_field is not None:
+        raise UserError("--text-field is of --text, which is not given")
     if kl and (text is None or against is None):
         raise UserError("--kl compares with a second model on a text. Give --text FILE and --against MODEL")
     stages, chosen = _talk(progress), _runtime(runtime)
@@ -260,11 +267,11 @@ def evaluate(
         if text is not None:
             from cospadi.commands.evaluate import compare_models, evaluate_models, perplexity_json, perplexity_lines
 
-            divergence = None
+            divergence, how = None, (length, batch_size, device, stages, chosen, text_field)
             if kl and against is not None:
-                results, divergence = compare_models(model, against, text, length, batch_size, device, stages, chosen)
+                results, divergence = compare_models(model, against, text, *how)
             else:
-                results = evaluate_models(models, text, length, batch_size, device, stages, chosen)
+                results = evaluate_models(models, text, *how)
             data |= perplexity_json(results, divergence)
             parts += perplexity_lines(results, divergence)
         if tasks is not None:

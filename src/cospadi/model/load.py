@@ -22,6 +22,7 @@ from cospadi.format.safetensors import WrittenTensor
 from cospadi.model import companions
 from cospadi.model.blocks import Blocks, StoredWeight
 from cospadi.model.classes import auto_class
+from cospadi.model.hub import cache_trouble
 from cospadi.model.projections import decoder_blocks
 
 log = logging.getLogger("cospadi")
@@ -80,6 +81,8 @@ def resolve(model: str | Path, revision: str | None = None, weights: bool = True
             huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted)
         )
     except Exception as error:  # many kinds: no network, no such repository, no access, a bad name
+        if trouble := cache_trouble(error):
+            raise UserError(f"model {name} cannot be fetched: {trouble}") from None
         raise UserError(
             f"model {name} is neither a local folder nor to be had from the hub: {first_line(error)}"
         ) from None
