@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -753,7 +754,12 @@ def test_a_temperature_that_is_no_number_is_refused(
         ("file/below/out", "file is a file"),
         ("x" * 300, "File name too long"),
         ("\udcff", "only paths that are UTF-8"),
-        ("..", "or one around it"),
+        ("..", "the current folder, which cannot be replaced whole"),
+        (".", "output . is the current folder"),
+        ("", "output . is the current folder"),
+        ("/", "the root of all folders"),
+        ("/proc", "output /proc is a mount point"),
+        ("../..", "around "),
     ],
     ids=lambda value: ascii(value[:10]),
 )
@@ -766,6 +772,92 @@ def test_output_that_cannot_be_written_is_refused_before_any_work(
     monkeypatch.chdir(here)
     check_mistake(run("compress", "no-such-model", "-o", output, "--overwrite", *FREE), mentioned)
     assert [path.name for path in tmp_path.rglob("*")] == ["around", "here", "file"]
+
+
+def test_a_home_folder_is_not_replaced(
+    run: Callable[..., Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "all" / "home"
+    home.mkdir(parents=True)
+    (home / "diary.txt").write_text("dear diary")
+    (tmp_path / "link").symlink_to(home)
+    monkeypatch.setenv("HOME", str(home))
+    outputs = {home: "is a home folder", home.parent: f"is around {home}, a home folder", tmp_path / "link": "is a"}
+    for output, told in outputs.items():
+        check_mistake(run("compress", "no-such-model", "-o", output, "--overwrite", *FREE), f"output {output} {told}")
+    assert (home / "diary.txt").exists()
+
+
+@pytest.fixture
+def source(make_model: Callable[..., Path], text_file: Path, tmp_path: Path) -> Path:
+    """A model and its neighbours, with links to them: all/model, all/text.txt, all/sharded, link -> all/model."""
+    (tmp_path / "all").mkdir()
+    shutil.copytree(make_model(), tmp_path / "all" / "model")
+    shutil.copy(text_file, tmp_path / "all" / "text.txt")
+    (tmp_path / "link").symlink_to(tmp_path / "all" / "model")
+    weights = tmp_path / "all" / "weights"
+    weights.mkdir()
+    shutil.copytree(tmp_path / "all" / "model", tmp_path / "linked")
+    (tmp_path / "linked" / "model.safetensors").rename(weights / "blob")
+    (tmp_path / "linked" / "model.safetensors").symlink_to(weights / "blob")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("model", "output", "told"),
+    [
+        ("all/model", "all/model", "is the model"),
+        ("all/model", "link", "is the model"),
+        ("link", "all/model", "is the model"),
+        ("all/model", "all", "holds the model"),
+        ("link", "all", "holds the model"),
+        ("all/model", "all/model/small", "lies in the model"),
+        ("all/model", "link/small/er", "lies in the model"),
+        ("linked", "all/weights", "holds the model"),
+        ("demo", "all", "holds the calibration"),
+        ("all/out.work/replaced", "all/out", "job directory"),
+        ("hub/model", "cache", "holds the model"),
+        ("hub/model", "cache/models--hub--model/out", "lies in the model"),
+    ],
+)
+def test_an_output_never_takes_what_the_job_reads(
+    model: str, output: str, told: str, source: Path, run: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(source / "cache"))
+    if "work" in model:
+        shutil.copytree(source / "all" / "model", source / model)
+    before = sorted(source.rglob("*"))
+    name = source / model if ("/" in model and "hub" not in model) or model.startswith("link") else model
+    flags = ["--calibration", source / "all" / "text.txt", "--overwrite", *QUICK]
+    answer = run("compress", name, "-o", source / output, *flags)
+    check_mistake(answer, told, "which the job reads", "Name another place")
+    if not output.startswith("cache"):
+        check_mistake(run("plan", name, "--measure", source / output, *flags[:2], *QUICK))
+    assert sorted(source.rglob("*")) == before
+
+
+def test_a_loaded_model_does_not_replace_its_own_folder(source: Path) -> None:
+    model = load.load_model(source / "all" / "model", torch.device("cpu"))
+    with pytest.raises(UserError, match="is the model"):
+        cospadi.compress(model, {"metric": "weights"}, source / "all" / "model", overwrite=True)
+
+
+def test_a_measured_plan_replaces_nothing_but_a_plan(source: Path, run: Callable[..., Answer]) -> None:
+    text = source / "all" / "text.txt"
+    flags = ["--calibration", text, *QUICK]
+    for file, told in (
+        (text, "plan {} is the calibration"),
+        (source / "all" / "model" / "plan.json", "plan {} lies in the model"),
+        (source / "all" / "weights" / "blob", "plan {} is there already and is no plan. Name another file"),
+        ("/dev/null", "plan {} is no regular file"),
+    ):
+        check_mistake(run("plan", source / "all" / "model", "--measure", file, *flags), told.format(file))
+    for _ in range(2):  # its own it does replace
+        assert run("plan", source / "all" / "model", "--measure", source / "plan.json", *flags).code == 0
+    output = ["-o", source / "all", "--overwrite", "--calibration", "builtin"]
+    (source / "plan.json").rename(source / "all" / "weights" / "plan.json")
+    answer = run("compress", "demo", "--plan", source / "all" / "weights" / "plan.json", *output)
+    check_mistake(answer, "holds the plan")
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "~nobody/model", "a\0b", "\ud800"], ids=lambda name: ascii(name[:10]))

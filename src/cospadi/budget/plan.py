@@ -305,6 +305,13 @@ def check_plan_file(path: Path) -> None:
     check_name(_staging(path) if path.name else path, "plan")
     if path.is_dir():
         raise UserError(f"plan {path} is a folder. Name a file")
+    if path.exists() and not path.is_file():
+        raise UserError(f"plan {path} is no regular file. Name another")
+    if path.exists() and path.stat().st_size:
+        try:
+            _read_json(path)
+        except UserError:
+            raise UserError(f"plan {path} is there already and is no plan. Name another file") from None
     if not path.parent.is_dir():
         raise UserError(f"plan {path} cannot be written: the folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK):

@@ -22,7 +22,7 @@ from cospadi.format.safetensors import WrittenTensor
 from cospadi.model import companions
 from cospadi.model.blocks import Blocks, StoredWeight
 from cospadi.model.classes import auto_class
-from cospadi.model.hub import cache_trouble
+from cospadi.model.hub import cache_trouble, model_cache
 from cospadi.model.projections import decoder_blocks
 
 log = logging.getLogger("cospadi")
@@ -86,6 +86,17 @@ def resolve(model: str | Path, revision: str | None = None, weights: bool = True
         raise UserError(
             f"model {name} is neither a local folder nor to be had from the hub: {first_line(error)}"
         ) from None
+
+
+def source_folder(name: str) -> Path | None:
+    """Where on this machine a model is read from, there yet or not; None for a name that no file can have."""
+    try:
+        path = files.local_path(name, "model")
+    except UserError:
+        return None
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return path
+    return resolve(DEMO) if name == DEMO else model_cache(name)
 
 
 def read_config(folder: Path) -> Any:

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -225,21 +225,51 @@ def job_directory(output: Path) -> Path:
     name = output.name
     if len(os.fsencode(name)) > 200:  # a name may be as long as the system allows, and this one is longer
         name = f"{name[:40]}.{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
-    return output.with_name(f"{name}.work")
+    return output.parent / f"{name}.work"
 
 
-def open_ledger(output: Path | None, from_disk: bool, overwrite: bool, resume: bool | None) -> Ledger:
+def inputs_of(model: str | Path | nn.Module, **named: str | Path | None) -> dict[Path, str]:
+    """What a job reads from this machine's disk -> what it is: the model's folder, or its place in the hub's cache, and
+    files by their names.
+    """
+    source = getattr(model, "name_or_path", "") if isinstance(model, nn.Module) else model
+    found = {load.source_folder(str(source)): "the model"} if source else {}
+    for name, file in named.items():
+        with suppress(UserError):  # a name that no file can have is told where it is read
+            path = files.local_path(file, name) if file is not None else None
+            found |= {path: f"the {name}"} if path is not None and path.exists() else {}
+    return {path: what for path, what in found.items() if path is not None}
+
+
+def check_place(output: Path, inputs: Mapping[Path, str], what: str = "output") -> None:
+    """Refuse an output, or a job directory beside it, that is, holds or lies in what the job reads.
+
+    Raises:
+        UserError: it does, or it has no name beside which a job directory could lie.
+    """
+    files.check_name(output, what)
+    if not Path(os.path.realpath(output)).name:
+        raise UserError(f"{what} {output} is the root of all folders, which cannot be replaced. Name one inside it")
+    files.check_apart(output, inputs, what)
+    files.check_apart(job_directory(output), inputs, "job directory")
+
+
+def open_ledger(
+    output: Path | None, from_disk: bool, overwrite: bool, resume: bool | None, inputs: Mapping[Path, str] | None = None
+) -> Ledger:
     """The finished pieces of the job that writes to an output.
 
     Args:
         output: None for a job that writes nothing.
         from_disk: whether its model is; a model that came loaded has no name by which a job could be resumed.
+        inputs: what the job reads, as of `inputs_of`.
 
     Raises:
         UserError: an output that may not be replaced, or cannot be written; a job directory that cannot be used.
     """
     if output is None:
         return Ledger()
+    check_place(output, inputs or {})
     directory = job_directory(output)
     if not directory.exists():
         files.check_output(output, overwrite)
