@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import re
@@ -21,10 +22,13 @@ import torch
 import typer
 from conftest import VOCABULARY, Answer
 from pydantic import Field
+from rich.console import Console
+from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 import cospadi
 from cospadi import Recipe, UserError, cli
+from cospadi.commands import tables
 from cospadi.errors import KernelError
 from cospadi.format import schema
 from cospadi.model import load
@@ -202,7 +206,7 @@ def test_tables_are_for_reading(
     done = run("compress", dense_folder, "-o", tmp_path / "out", "--calibration", text_file, "--iterations", "2", *TEXT)
     assert done.code == 0
     assert re.search(r"ratio reached +0\.[12]\d{3}", done.out)
-    stages = ["load", "text", "gradients", "budgets", "calibrate", "solve", "refine", "write", "all"]
+    stages = ["load", "text", "gradients", "budgets", "calibrate", "solve", "refine", "prove", "write", "all"]
     assert sorted(re.findall(r"time, (\w+) +[\d.]+ s", done.out)) == sorted(stages)
     assert "model.layers.1.mlp.up_proj: k " in done.err
 
@@ -336,6 +340,93 @@ def test_jsonl_and_parquet_calibrate_by_the_named_field(
         assert manifest["recipe"]["calibration"] == name
         digests.append(manifest["calibration"]["tokens_sha256"])
     assert digests[0] == digests[1]
+
+
+# Output
+
+
+def test_tables_of_a_narrow_terminal_cut_nothing(
+    compressed: tuple[Path, Any], dense_folder: Path, run: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    for columns in ("80", "50", "200"):
+        monkeypatch.setenv("COLUMNS", columns)
+        for words in (["plan", dense_folder, "--share", "none"], ["inspect", compressed[0]], ["methods"]):
+            lines = re.sub(r"\x1b\[[\d;]*m", "", run(*words).out).splitlines()
+            assert max(len(line.rstrip()) for line in lines) <= int(columns)
+            assert not any("…" in line for line in lines)
+            if words != ["methods"]:
+                (at,) = (n for n, line in enumerate(lines) if "model.layers.1.mlp.down_proj" in line)
+                told = " ".join(lines[at : at + 4])
+                assert all(figure in told for figure in ("identity", "f14", "80 x 48", "7,680"))
+
+
+def test_what_is_no_terminal_gets_a_whole_table(
+    make_llama: Callable[..., Path], run: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tables.new_table("projection", "bytes")
+    table.add_row("p" * 300, "5")
+    (shown,) = tables.fitted(table, Console(width=160, force_terminal=False))
+    assert isinstance(shown, Table)
+    assert shown.width is not None
+    assert shown.width > 300
+
+
+class _Leaving:
+    """A standard output whose reader has left."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    def flush(self) -> None: ...
+
+    def isatty(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("kind", ["closed", "full", "left"])
+def test_a_report_that_nobody_can_read_does_not_undo_the_work(
+    kind: str, compressed: tuple[Path, Any], dense_folder: Path, text_file: Path, run: Callable[..., Answer],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    made = {"closed": lambda: None, "full": lambda: open("/dev/full", "w"), "left": _Leaving}  # noqa: SIM115, PTH123
+    why = {"closed": "it is closed", "full": "No space left on device"}.get(kind)
+    for words, done in (
+        (["compress", dense_folder, "-o", tmp_path / "out", *FREE], f"{tmp_path / 'out'} is written."),
+        (["compress", dense_folder, "-o", tmp_path / "json", *FREE, "--json"], f"{tmp_path / 'json'} is written."),
+        (["plan", dense_folder, "--measure", tmp_path / "plan.json", *FREE], f"saved to {tmp_path / 'plan.json'}."),
+        (["plan", dense_folder], None),
+        (["inspect", compressed[0]], None),
+        (["eval", compressed[0], "--text", text_file, "--length", "32"], None),
+        (["generate", compressed[0], "12", "--tokens", "1"], None),
+        (["compress", "--help"], None),
+    ):
+        monkeypatch.setattr(sys, "stdout", made[kind]())
+        answer = run(*words)
+        assert answer.code == (0 if done or (kind == "closed" and "--help" in words) else 1), (words, answer.err)
+        last = (answer.err.strip().splitlines() or [""])[-1]
+        assert "Traceback" not in answer.err
+        assert "fault" not in answer.err
+        if kind == "left":
+            assert "standard output" not in answer.err
+        elif "--help" not in words or kind == "full":
+            assert f"standard output cannot be written: {why}" in last
+            assert (done or "The result is lost") in last
+    assert (tmp_path / "out" / "cospadi.json").exists()
+    assert (tmp_path / "plan.json").exists()
+
+
+def test_a_job_whose_standard_output_is_closed_or_full_ends_well(dense_folder: Path, tmp_path: Path) -> None:
+    """As a shell starts it: no file gets the number of the closed stream, nothing fails when the process ends."""
+    command = f'"{sys.executable}" -c "from cospadi_cli import main; main()" compress {dense_folder} {" ".join(FREE)}'
+    script = f"{command} -o a >&-; echo $?; {command} -o b >/dev/full; echo $?; {command} -o c >&- 2>&-; echo $?"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.split() == ["0", "0", "0"], done.stderr
+    assert "a is written" in done.stderr
+    assert "b is written" in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c"}
 
 
 # Flags
