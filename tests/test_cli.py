@@ -194,6 +194,23 @@ def test_weights_that_transformers_does_not_load_are_not_counted(
     assert report["checkpoint_bytes_after"] == plan["checkpoint_bytes_after"]
 
 
+@pytest.mark.parametrize("names", ["without the prefix", "tied twice"])
+def test_plan_foretells_the_bytes_of_a_checkpoint_with_other_names_than_the_models(
+    names: str, make_llama: Callable[..., Path], run: Callable[..., Answer], tmp_path: Path
+) -> None:
+    folder = make_llama(tie_word_embeddings=names == "tied twice")
+    tensors = load_file(folder / "model.safetensors")
+    if names == "tied twice":  # older files hold the head beside the embedding
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    else:  # as the model without its head is saved
+        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    plan = json.loads(run("plan", folder, "--json").out)
+    report = json.loads(run("compress", folder, "-o", tmp_path / "out", *FREE, "--json").out)
+    assert plan["checkpoint_bytes_before"] == report["checkpoint_bytes_before"]
+    assert plan["checkpoint_bytes_after"] == report["checkpoint_bytes_after"]
+
+
 def test_tables_are_for_reading(
     compressed: tuple[Path, Any], dense_folder: Path, text_file: Path, run: Callable[..., Answer], tmp_path: Path
 ) -> None:

@@ -498,10 +498,33 @@ def outlook(model: str | Path, recipe: Recipe, plan: Plan | None = None) -> Outl
     before = after = None
     if skeleton.sizes is not None:
         before = sum(skeleton.sizes.values())
-        removed = [skeleton.sizes.get(f"{member.name}.weight") for group in plan.compressed for member in group.members]
-        if None not in removed:  # else the checkpoint uses other names than the model
-            after = before - sum(size for size in removed if size) + sum(group.parts.total for group in plan.compressed)
+        after = _bytes_after(skeleton.model, skeleton.sizes, plan, recipe.text_only)
     return Outlook(plan, before, after, what_stays_dense(skeleton.model, idle))
+
+
+def _bytes_after(model: nn.Module, sizes: Mapping[str, int], plan: Plan, text_only: bool) -> int | None:
+    """Bytes of a checkpoint's tensors once a plan is carried out; None where not all that it compresses is there.
+
+    Args:
+        sizes: tensor name -> bytes, by the checkpoint's names, which need not be the model's.
+        text_only: what the model has no place for goes.
+    """
+    places, own = compat.places_in_model(model, sizes), model.state_dict()
+    found = {name for place in places.values() for name in place.names}
+    tied, ignored = compat.tied_weights(model), compat.not_saved(model)
+    gone = {f"{member.name}.weight" for group in plan.compressed for member in group.members}
+    if not gone <= found:
+        return None
+    gone |= {name for name in found if name in ignored or tied.get(name) in found}
+    after = sum(group.parts.total for group in plan.compressed)
+    for name, size in sizes.items():
+        numbers = {one: own[one].numel() for one in places[name].names if one in own}
+        left = sum(count for one, count in numbers.items() if one not in gone)
+        if numbers:
+            after += size * left // sum(numbers.values())
+        elif not text_only:
+            after += size
+    return after
 
 
 def owner_without_weights(skeleton: nn.Module, selected: Sequence[Projection]) -> dict[str, str]:
