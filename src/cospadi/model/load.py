@@ -251,14 +251,16 @@ def _check_files(folder: Path) -> Any:
 
 
 def _from_pretrained(folder: Path, text_only: bool, **options: Any) -> nn.Module:
-    try:
-        model: nn.Module = auto_class(read_config(folder), folder, text_only).from_pretrained(
-            folder, dtype="auto", use_safetensors=True, trust_remote_code=False, **OUTPUTS, **options
-        )
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # a model class may raise anything on a config or an index that is damaged
-        raise UserError(f"{folder} cannot be loaded: {first_line(error)}") from None
+    with compat.misfits() as misfits:
+        try:
+            model: nn.Module = auto_class(read_config(folder), folder, text_only).from_pretrained(
+                folder, dtype="auto", use_safetensors=True, trust_remote_code=False, **OUTPUTS, **options
+            )
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # a model class may raise anything on a config or an index that is damaged
+            reason = misfits[0] if misfits else first_line(error)
+            raise UserError(f"{folder} cannot be loaded: {reason}") from None
     return model
 
 
