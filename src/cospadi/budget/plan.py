@@ -488,7 +488,7 @@ def outlook(model: str | Path, recipe: Recipe, plan: Plan | None = None) -> Outl
         UserError: as `compress` would.
     """
     recipe = recipe.settled()
-    skeleton, idle = load.load_skeleton(model, recipe.revision, recipe.text_only), []
+    skeleton, idle = load.load_skeleton(model, recipe.revision, recipe.text_only, recipe.merge_adapter), []
     if plan is None:
         selected = select(find_projections(skeleton.model), recipe.include, recipe.exclude, recipe.target)
         idle, owner = selected, owner_without_weights(skeleton.model, selected)

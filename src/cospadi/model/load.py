@@ -19,7 +19,7 @@ from cospadi import compat, files
 from cospadi.errors import CheckpointError, UserError, first_line
 from cospadi.format import safetensors
 from cospadi.format.safetensors import WrittenTensor
-from cospadi.model import companions
+from cospadi.model import adapters, companions
 from cospadi.model.blocks import Blocks, StoredWeight
 from cospadi.model.classes import auto_class
 from cospadi.model.hub import cache_trouble, model_cache
@@ -51,17 +51,39 @@ class Skeleton:
     unknown: Mapping[str, Path] = field(default_factory=dict)
 
 
-def resolve(model: str | Path, revision: str | None = None, weights: bool = True) -> Path:
+def resolve(model: str | Path, revision: str | None = None, weights: bool = True, merge_adapter: bool = False) -> Path:
     """The local folder of a model; a hub model is downloaded (its weights only if asked).
 
+    Args:
+        merge_adapter: the folder is to hold a PEFT adapter, alone or beside a model.
+
     Raises:
-        UserError: no such folder and no such hub model, or no network.
+        UserError: no such folder and no such hub model, no network, or an adapter where none is to be merged.
     """
+    folder = _found(model, revision, weights, merge_adapter)
+    adapters.check(folder, merge_adapter)
+    return folder
+
+
+def resolve_base(folder: Path, weights: bool = True) -> Path:
+    """The folder of what an adapter is merged into: the same, where a whole model lies beside it."""
+    base, revision = adapters.base_of(folder)
+    if base == folder:
+        return folder
+    try:
+        return resolve(base, revision, weights)
+    except UserError as error:
+        raise UserError(f"the base of the adapter in {folder}: {error}") from None
+
+
+def _found(model: str | Path, revision: str | None, weights: bool, merge_adapter: bool) -> Path:
     path = files.local_path(model, "model")
     if str(model) == DEMO and not path.exists():
         from cospadi.demo import model_path
 
         return model_path()
+    if path.is_dir() and (merge_adapter or adapters.has_adapter(path)):
+        return path
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"{path} is not a model folder: it has no config.json")
@@ -143,18 +165,23 @@ def check_blocks(config: Any, folder: Path, tensors: int) -> None:
         )
 
 
-def load_skeleton(model: str | Path, revision: str | None = None, text_only: bool = False) -> Skeleton:
+def load_skeleton(
+    model: str | Path, revision: str | None = None, text_only: bool = False, merge_adapter: bool = False
+) -> Skeleton:
     """Read config and safetensors headers only, and build the model on the meta device.
 
     Its experts multiply in the one way that runs there in every dtype.
 
     Args:
         text_only: without what the text-only class does not know.
+        merge_adapter: of the base that the model's adapter is merged into, which has the same architecture.
 
     Raises:
         UserError: nothing to load, or no class that builds it. CheckpointError: files with another model's tensors.
     """
-    folder = resolve(model, revision, weights=False)
+    folder = resolve(model, revision, weights=False, merge_adapter=merge_adapter)
+    if merge_adapter:
+        (model, revision), folder = adapters.base_of(folder), resolve_base(folder, weights=False)
     config = load_config(folder)
     sizes = _stored_sizes(model, folder, revision)
     if sizes is not None:

@@ -30,8 +30,9 @@ from cospadi.format.manifest import MANIFEST, weights_digest
 from cospadi.jobs.ledger import REPLACED, JobDirectory, Ledger
 from cospadi.jobs.pool import Engine, Pool, Task, device_model
 from cospadi.jobs.progress import Stages
-from cospadi.model import load
+from cospadi.model import adapters, load
 from cospadi.model.blocks import Blocks
+from cospadi.model.merge import merge_adapter
 from cospadi.model.projections import find_projections, running, select, shared_inputs, what_stays_dense
 from cospadi.recipe import Recipe
 from cospadi.stages.solve import GroupProblem, memory_of
@@ -138,17 +139,21 @@ def opened(
     with ExitStack() as stack:
         folder, hub_name = None, None
         if isinstance(model, nn.Module):
+            if recipe.merge_adapter:
+                raise UserError("merge_adapter is for a model on the disk. Merge a loaded one with merge_and_unload()")
             blocks = _given(model)
         else:
             device = load.pick_device(recipe.device)
             hub_name = None if Path(model).exists() else str(model)
             with stages.stage("load", 1):
-                folder = load.resolve(model, recipe.revision)
+                folder = load.resolve(model, recipe.revision, merge_adapter=recipe.merge_adapter)
+                converted = ledger.scratch or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                if recipe.merge_adapter:
+                    folder = merge_adapter(folder, converted, recipe.text_only)
                 load.load_config(folder)  # refuses what cannot be compressed before any weight is read
                 if whole:
                     blocks = Blocks(load.load_model(folder, device, recipe.text_only), device)
                 else:
-                    converted = ledger.scratch or Path(stack.enter_context(tempfile.TemporaryDirectory()))
                     blocks = load.open_blocks(folder, device, converted / "converted", recipe.text_only)
                 if not settled.data_free and tokenizer is None:
                     tokenizer = load.load_tokenizer(folder)
@@ -234,6 +239,9 @@ def inputs_of(model: str | Path | nn.Module, **named: str | Path | None) -> dict
     """
     source = getattr(model, "name_or_path", "") if isinstance(model, nn.Module) else model
     found = {load.source_folder(str(source)): "the model"} if source else {}
+    for folder in [folder for folder in found if folder is not None and adapters.has_adapter(folder)]:
+        with suppress(UserError):
+            found.setdefault(load.source_folder(str(adapters.base_of(folder)[0])), "the adapter's base")
     for name, file in named.items():
         with suppress(UserError):  # a name that no file can have is told where it is read
             path = files.local_path(file, name) if file is not None else None
@@ -313,7 +321,10 @@ def check_space(job: Job, plan: Plan, output: Path) -> None:
         if job.recipe.wants_gradients:
             full = job.recipe.metric == "two-sided"
             needed += sum(4 * math.prod(gamma_shape(member.d2, full)) for member in plan.projections)
-        needed -= sum(path.stat().st_size for path in job.ledger.folder.rglob("*") if path.is_file())
+        kept = (
+            path for path in job.ledger.folder.rglob("*") if path.is_file() and job.ledger.scratch not in path.parents
+        )
+        needed -= sum(path.stat().st_size for path in kept)
     free = shutil.disk_usage(files.nearest_folder(output)).free
     if needed > free:
         raise UserError(
