@@ -1,6 +1,7 @@
 """Gram matrices against numpy, whitening against the objective it stands for, text sources."""
 
 import copy
+import importlib
 import json
 import logging
 import subprocess
@@ -278,6 +279,7 @@ def test_a_cache_that_cannot_be_written_is_named_with_its_variable(
     def load(*_: object, **__: object) -> None:
         raise FileNotFoundError(2, "No such file or directory", "/proc/nowhere/datasets")
 
+    importlib.import_module("datasets")  # which keeps for the whole process what these say when it is imported
     monkeypatch.setenv(variable, "/proc/nowhere")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", "/proc/nowhere")
