@@ -74,7 +74,7 @@ def test_a_folder_with_an_adapter_is_refused(
     (adapter / "config.json").write_bytes((dense_folder / "config.json").read_bytes())
     check_mistake(told(adapter), f"{adapter} is a PEFT adapter of {dense_folder}, and no whole model")
     (adapter / "adapter_config.json").write_text("{}")
-    check_mistake(told(adapter), "of a base that its adapter_config.json does not name")
+    check_mistake(told(adapter), f"{adapter} is a PEFT adapter and no whole model", "names no base model")
     both = beside(adapter, dense_folder, tmp_path)
     check_mistake(told(both), f"{both} holds a PEFT adapter", "beside a whole model", "--merge-adapter", "elsewhere")
     (both / "adapter_config.json").unlink()

@@ -42,11 +42,11 @@ def check(folder: Path, merge: bool) -> None:
             f"plan --merge-adapter for both, {first}, or move the adapter's files elsewhere"
         )
     try:
-        base = f"of {base_of(folder)[0]}"
-    except UserError:
-        base = f"of a base that its {CONFIG} does not name"
+        base = base_of(folder)[0]
+    except UserError as error:
+        raise UserError(f"{folder} is a PEFT adapter and no whole model, and {error}. Name it there, {first}") from None
     raise UserError(
-        f"{folder} is a PEFT adapter {base}, and no whole model. Compress both merged with --merge-adapter, {first}"
+        f"{folder} is a PEFT adapter of {base}, and no whole model. Compress both merged with --merge-adapter, {first}"
     )
 
 
