@@ -21,7 +21,7 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig
 
-from cospadi.calibration.text import read_text
+from cospadi.calibration.documents import file_documents
 from cospadi.commands.evaluate import perplexity, text_windows
 from cospadi.model import load
 
@@ -47,7 +47,9 @@ def main(
         sys.exit(f"{folder} has {found:,} parameters, head {'tied' if tied else 'not tied'}: that is another model")
     print(f"{folder}: {found:,} parameters in {model.dtype}")
     if text is not None:
-        windows = text_windows(load.load_tokenizer(folder), read_text(text), LENGTH, load.vocabulary(model))[:WINDOWS]
+        windows = text_windows(load.load_tokenizer(folder), file_documents(text), LENGTH, load.vocabulary(model))[
+            :WINDOWS
+        ]
         print(f"perplexity {perplexity(model, windows).value:.2f} on {len(windows)} x {LENGTH} tokens of {text}")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,10 +22,13 @@ import torch
 import typer
 from conftest import VOCABULARY, Answer
 from pydantic import Field
+from rich.console import Console
+from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 import cospadi
 from cospadi import Recipe, UserError, cli
+from cospadi.commands import tables
 from cospadi.errors import KernelError
 from cospadi.format import schema
 from cospadi.model import load
@@ -189,6 +194,23 @@ def test_weights_that_transformers_does_not_load_are_not_counted(
     assert report["checkpoint_bytes_after"] == plan["checkpoint_bytes_after"]
 
 
+@pytest.mark.parametrize("names", ["without the prefix", "tied twice"])
+def test_plan_foretells_the_bytes_of_a_checkpoint_with_other_names_than_the_models(
+    names: str, make_llama: Callable[..., Path], run: Callable[..., Answer], tmp_path: Path
+) -> None:
+    folder = make_llama(tie_word_embeddings=names == "tied twice")
+    tensors = load_file(folder / "model.safetensors")
+    if names == "tied twice":  # older files hold the head beside the embedding
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    else:  # as the model without its head is saved
+        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    plan = json.loads(run("plan", folder, "--json").out)
+    report = json.loads(run("compress", folder, "-o", tmp_path / "out", *FREE, "--json").out)
+    assert plan["checkpoint_bytes_before"] == report["checkpoint_bytes_before"]
+    assert plan["checkpoint_bytes_after"] == report["checkpoint_bytes_after"]
+
+
 def test_tables_are_for_reading(
     compressed: tuple[Path, Any], dense_folder: Path, text_file: Path, run: Callable[..., Answer], tmp_path: Path
 ) -> None:
@@ -337,6 +359,93 @@ def test_jsonl_and_parquet_calibrate_by_the_named_field(
     assert digests[0] == digests[1]
 
 
+# Output
+
+
+def test_tables_of_a_narrow_terminal_cut_nothing(
+    compressed: tuple[Path, Any], dense_folder: Path, run: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    for columns in ("80", "50", "200"):
+        monkeypatch.setenv("COLUMNS", columns)
+        for words in (["plan", dense_folder, "--share", "none"], ["inspect", compressed[0]], ["methods"]):
+            lines = re.sub(r"\x1b\[[\d;]*m", "", run(*words).out).splitlines()
+            assert max(len(line.rstrip()) for line in lines) <= int(columns)
+            assert not any("…" in line for line in lines)
+            if words != ["methods"]:
+                (at,) = (n for n, line in enumerate(lines) if "model.layers.1.mlp.down_proj" in line)
+                told = " ".join(lines[at : at + 4])
+                assert all(figure in told for figure in ("identity", "f14", "80 x 48", "7,680"))
+
+
+def test_what_is_no_terminal_gets_a_whole_table(
+    make_llama: Callable[..., Path], run: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tables.new_table("projection", "bytes")
+    table.add_row("p" * 300, "5")
+    (shown,) = tables.fitted(table, Console(width=160, force_terminal=False))
+    assert isinstance(shown, Table)
+    assert shown.width is not None
+    assert shown.width > 300
+
+
+class _Leaving:
+    """A standard output whose reader has left."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    def flush(self) -> None: ...
+
+    def isatty(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("kind", ["closed", "full", "left"])
+def test_a_report_that_nobody_can_read_does_not_undo_the_work(
+    kind: str, compressed: tuple[Path, Any], dense_folder: Path, text_file: Path, run: Callable[..., Answer],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    made = {"closed": lambda: None, "full": lambda: open("/dev/full", "w"), "left": _Leaving}  # noqa: SIM115, PTH123
+    why = {"closed": "it is closed", "full": "No space left on device"}.get(kind)
+    for words, done in (
+        (["compress", dense_folder, "-o", tmp_path / "out", *FREE], f"{tmp_path / 'out'} is written."),
+        (["compress", dense_folder, "-o", tmp_path / "json", *FREE, "--json"], f"{tmp_path / 'json'} is written."),
+        (["plan", dense_folder, "--measure", tmp_path / "plan.json", *FREE], f"saved to {tmp_path / 'plan.json'}."),
+        (["plan", dense_folder], None),
+        (["inspect", compressed[0]], None),
+        (["eval", compressed[0], "--text", text_file, "--length", "32"], None),
+        (["generate", compressed[0], "12", "--tokens", "1"], None),
+        (["compress", "--help"], None),
+    ):
+        monkeypatch.setattr(sys, "stdout", made[kind]())
+        answer = run(*words)
+        assert answer.code == (0 if done or (kind == "closed" and "--help" in words) else 1), (words, answer.err)
+        last = (answer.err.strip().splitlines() or [""])[-1]
+        assert "Traceback" not in answer.err
+        assert "fault" not in answer.err
+        if kind == "left":
+            assert "standard output" not in answer.err
+        elif "--help" not in words or kind == "full":
+            assert f"standard output cannot be written: {why}" in last
+            assert (done or "The result is lost") in last
+    assert (tmp_path / "out" / "cospadi.json").exists()
+    assert (tmp_path / "plan.json").exists()
+
+
+def test_a_job_whose_standard_output_is_closed_or_full_ends_well(dense_folder: Path, tmp_path: Path) -> None:
+    """As a shell starts it: no file gets the number of the closed stream, nothing fails when the process ends."""
+    command = f'"{sys.executable}" -c "from cospadi_cli import main; main()" compress {dense_folder} {" ".join(FREE)}'
+    script = f"{command} -o a >&-; echo $?; {command} -o b >/dev/full; echo $?; {command} -o c >&- 2>&-; echo $?"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.split() == ["0", "0", "0"], done.stderr
+    assert "a is written" in done.stderr
+    assert "b is written" in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c"}
+
+
 # Flags
 
 
@@ -449,7 +558,11 @@ def bad_files(tmp_path: Path) -> Path:
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "wrong.jsonl").write_text('{"body": "some words", "id": 1}\n' * 3)
     (tmp_path / "number.jsonl").write_text('{"text": 5}\n' * 3)
-    (tmp_path / "broken.jsonl").write_text('{"text": "some words"\n')
+    lines = [json.dumps({"text": f"{n} more words"}) for n in range(60)]
+    (tmp_path / "broken.jsonl").write_text("\n".join([*lines[:50], '{"text": "cut off', *lines[51:]]))
+    (tmp_path / "broken.json").write_text("[" + ",\n".join(lines[:2]) + ",\n]")
+    (tmp_path / "object.json").write_text('{\n "text": "some words"\n}')
+    (tmp_path / "latin1.jsonl").write_bytes(b'{"text": "words"}\n{"text": "caf\xe9"}\n')
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
     (tmp_path / "words.csv").write_text("text\nsome words\n")
     return tmp_path
@@ -466,11 +579,14 @@ def bad_files(tmp_path: Path) -> Path:
         ("short.txt", ["short.txt has 5 tokens", "one sequence of 32"]),
         ("latin1.txt", ["latin1.txt is not UTF-8 text"]),
         ("empty.jsonl", ["empty.jsonl is empty"]),
-        ("wrong.jsonl", ["no field 'text' or 'content'", "body, id", "--calibration-field"]),
-        ("number.jsonl", ["field 'text'", "int"]),
-        ("broken.jsonl", ["broken.jsonl cannot be read"]),
+        ("wrong.jsonl", ["wrong.jsonl, line ", "has no field 'text'", "body, id", "--calibration-field"]),
+        ("number.jsonl", [", field 'text', holds int, no text and no list"]),
+        ("broken.jsonl", ["broken.jsonl, line 51, is not valid JSON: Unterminated string starting at column 10"]),
+        ("broken.json", ["broken.json, line 3, is not valid JSON", "column 1"]),
+        ("object.json", ["object.json, line 1, is not valid JSON", "one object a line, or one list"]),
+        ("latin1.jsonl", ["latin1.jsonl, line 2, is not UTF-8 text"]),
         ("broken.parquet", ["broken.parquet cannot be read"]),
-        ("words.csv", ["words.csv is not a .txt, .jsonl or .parquet file"]),
+        ("words.csv", ["words.csv is not a .txt, .jsonl, .json or .parquet file"]),
     ],
 )
 def test_calibration_text_that_cannot_be_used(
@@ -597,12 +713,70 @@ def test_output_that_is_not_empty_needs_overwrite(
         ("latin1.txt", ["latin1.txt is not UTF-8"]),
         ("short.txt", ["5 tokens", "less than one window of 64"]),
         (".", ["is a folder"]),
+        ("missing.jsonl", ["missing.jsonl does not exist"]),
+        ("empty.jsonl", ["empty.jsonl is empty"]),
+        ("wrong.jsonl", ["wrong.jsonl, line 1, has no field 'text'", "body, id", "--text-field"]),
+        ("broken.jsonl", ["broken.jsonl, line 51, is not valid JSON", "column 10"]),
+        ("broken.json", ["broken.json, line 3, is not valid JSON"]),
+        ("broken.parquet", ["broken.parquet cannot be read as parquet: Parquet"]),
     ],
 )
 def test_eval_text_that_cannot_be_used(
     file: str, mentioned: list[str], bad_files: Path, dense_folder: Path, run: Callable[..., Answer]
 ) -> None:
     check_mistake(run("eval", dense_folder, "--text", bad_files / file), *mentioned)
+
+
+def test_eval_reads_rows_as_calibration_does(
+    dense_folder: Path, run: Callable[..., Answer], bad_files: Path, tmp_path: Path
+) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"body": f"{n} times {n} is {n * n}. ", "id": n} for n in range(40)]
+    whole = "".join(str(row["body"]) for row in rows)  # this tokenizer puts nothing before a text
+    (tmp_path / "rows.txt").write_text(whole)
+    (tmp_path / "rows.jsonl").write_text("\ufeff" + "\r\n\r\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "rows.json").write_text("\n " + json.dumps(rows, indent=1))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    found = []
+    for suffix in ("txt", "jsonl", "json", "parquet"):
+        field = [] if suffix == "txt" else ["--text-field", "body"]
+        answer = run("eval", dense_folder, "--text", tmp_path / f"rows.{suffix}", *field, "--length", "32", "--json")
+        assert answer.code == 0, answer.err
+        found.append(json.loads(answer.out))
+    assert found == [found[0]] * 4
+    assert found[0]["models"][0]["windows"] == len(whole) // 32
+    answer = run("eval", dense_folder, "--text", tmp_path / "rows.txt", "--text-field", "body")
+    check_mistake(answer, "--text-field body is of rows", "rows.txt")
+    check_mistake(run("eval", dense_folder, "--tasks", "x", "--text-field", "body"), "--text-field is of --text")
+
+
+CHATS = [
+    {"messages": [{"role": "user", "content": f"{n} squared?"}, {"role": "assistant", "content": f"It is {n * n}."}]}
+    for n in range(40)
+]
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+def test_chats_go_through_the_models_template(
+    make_llama: Callable[..., Path], text_file: Path, run: Callable[..., Answer], tmp_path: Path
+) -> None:
+    folder = make_llama()
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, CHATS)))
+    flags = ["-o", tmp_path / "out", "--calibration", tmp_path / "chats.jsonl", "--target", "up", *QUICK]
+    check_mistake(run("compress", folder, *flags), "is a chat, and the model's tokenizer has no chat template")
+    words = ["eval", folder, "--text", tmp_path / "chats.jsonl", "--length", "32", "--json"]
+    check_mistake(run(*words), "chats.jsonl, line 1, is a chat", "has no chat template", "chat_template.jinja")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    answer = run(*words)
+    assert answer.code == 0, answer.err
+    tokens = sum(len(f"[user] {n} squared?[assistant] It is {n * n}.") + 3 for n in range(40))  # <s> once, </s> twice
+    assert json.loads(answer.out)["models"][0]["windows"] == tokens // 32
+    answer = run("compress", folder, *flags)
+    assert answer.code == 0, answer.err
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+    check_mistake(run(*words), "line 1, does not fit the model's chat template: roles must alternate")
 
 
 def test_eval_window_longer_than_the_positions(dense_folder: Path, text_file: Path, run: Callable[..., Answer]) -> None:
@@ -688,7 +862,12 @@ def test_a_temperature_that_is_no_number_is_refused(
         ("file/below/out", "file is a file"),
         ("x" * 300, "File name too long"),
         ("\udcff", "only paths that are UTF-8"),
-        ("..", "or one around it"),
+        ("..", "the current folder, which cannot be replaced whole"),
+        (".", "output . is the current folder"),
+        ("", "output . is the current folder"),
+        ("/", "the root of all folders"),
+        ("/proc", "output /proc is a mount point"),
+        ("../..", "around "),
     ],
     ids=lambda value: ascii(value[:10]),
 )
@@ -701,6 +880,92 @@ def test_output_that_cannot_be_written_is_refused_before_any_work(
     monkeypatch.chdir(here)
     check_mistake(run("compress", "no-such-model", "-o", output, "--overwrite", *FREE), mentioned)
     assert [path.name for path in tmp_path.rglob("*")] == ["around", "here", "file"]
+
+
+def test_a_home_folder_is_not_replaced(
+    run: Callable[..., Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "all" / "home"
+    home.mkdir(parents=True)
+    (home / "diary.txt").write_text("dear diary")
+    (tmp_path / "link").symlink_to(home)
+    monkeypatch.setenv("HOME", str(home))
+    outputs = {home: "is a home folder", home.parent: f"is around {home}, a home folder", tmp_path / "link": "is a"}
+    for output, told in outputs.items():
+        check_mistake(run("compress", "no-such-model", "-o", output, "--overwrite", *FREE), f"output {output} {told}")
+    assert (home / "diary.txt").exists()
+
+
+@pytest.fixture
+def source(make_model: Callable[..., Path], text_file: Path, tmp_path: Path) -> Path:
+    """A model and its neighbours, with links to them: all/model, all/text.txt, all/sharded, link -> all/model."""
+    (tmp_path / "all").mkdir()
+    shutil.copytree(make_model(), tmp_path / "all" / "model")
+    shutil.copy(text_file, tmp_path / "all" / "text.txt")
+    (tmp_path / "link").symlink_to(tmp_path / "all" / "model")
+    weights = tmp_path / "all" / "weights"
+    weights.mkdir()
+    shutil.copytree(tmp_path / "all" / "model", tmp_path / "linked")
+    (tmp_path / "linked" / "model.safetensors").rename(weights / "blob")
+    (tmp_path / "linked" / "model.safetensors").symlink_to(weights / "blob")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("model", "output", "told"),
+    [
+        ("all/model", "all/model", "is the model"),
+        ("all/model", "link", "is the model"),
+        ("link", "all/model", "is the model"),
+        ("all/model", "all", "holds the model"),
+        ("link", "all", "holds the model"),
+        ("all/model", "all/model/small", "lies in the model"),
+        ("all/model", "link/small/er", "lies in the model"),
+        ("linked", "all/weights", "holds the model"),
+        ("demo", "all", "holds the calibration"),
+        ("all/out.work/replaced", "all/out", "job directory"),
+        ("hub/model", "cache", "holds the model"),
+        ("hub/model", "cache/models--hub--model/out", "lies in the model"),
+    ],
+)
+def test_an_output_never_takes_what_the_job_reads(
+    model: str, output: str, told: str, source: Path, run: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(source / "cache"))
+    if "work" in model:
+        shutil.copytree(source / "all" / "model", source / model)
+    before = sorted(source.rglob("*"))
+    name = source / model if ("/" in model and "hub" not in model) or model.startswith("link") else model
+    flags = ["--calibration", source / "all" / "text.txt", "--overwrite", *QUICK]
+    answer = run("compress", name, "-o", source / output, *flags)
+    check_mistake(answer, told, "which the job reads", "Name another place")
+    if not output.startswith("cache"):
+        check_mistake(run("plan", name, "--measure", source / output, *flags[:2], *QUICK))
+    assert sorted(source.rglob("*")) == before
+
+
+def test_a_loaded_model_does_not_replace_its_own_folder(source: Path) -> None:
+    model = load.load_model(source / "all" / "model", torch.device("cpu"))
+    with pytest.raises(UserError, match="is the model"):
+        cospadi.compress(model, {"metric": "weights"}, source / "all" / "model", overwrite=True)
+
+
+def test_a_measured_plan_replaces_nothing_but_a_plan(source: Path, run: Callable[..., Answer]) -> None:
+    text = source / "all" / "text.txt"
+    flags = ["--calibration", text, *QUICK]
+    for file, told in (
+        (text, "plan {} is the calibration"),
+        (source / "all" / "model" / "plan.json", "plan {} lies in the model"),
+        (source / "all" / "weights" / "blob", "plan {} is there already and is no plan. Name another file"),
+        ("/dev/null", "plan {} is no regular file"),
+    ):
+        check_mistake(run("plan", source / "all" / "model", "--measure", file, *flags), told.format(file))
+    for _ in range(2):  # its own it does replace
+        assert run("plan", source / "all" / "model", "--measure", source / "plan.json", *flags).code == 0
+    output = ["-o", source / "all", "--overwrite", "--calibration", "builtin"]
+    (source / "plan.json").rename(source / "all" / "weights" / "plan.json")
+    answer = run("compress", "demo", "--plan", source / "all" / "weights" / "plan.json", *output)
+    check_mistake(answer, "holds the plan")
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "~nobody/model", "a\0b", "\ud800"], ids=lambda name: ascii(name[:10]))

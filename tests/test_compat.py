@@ -1,14 +1,19 @@
 """What is private to other libraries is used in cospadi/compat.py alone, and what stands there does what it says."""
 
 import ast
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers.utils import logging
 
 import cospadi
-from cospadi import compat
+from cospadi import UserError, compat
+from cospadi.model import load
 
 SOURCES = Path(cospadi.__file__).parents[1]
 OUR_OWN = {
@@ -123,3 +128,28 @@ def test_named_hooks_run_and_have_their_name() -> None:
         module(torch.zeros(1, 3))
     assert calls == ["before", "after"] * 2
     assert list(module._forward_pre_hooks) == list(module._forward_hooks) == ["ours"]
+
+
+def test_what_does_not_fit_a_model_is_told_where_libraries_point_at_a_report(
+    make_model: Callable[..., Path],
+) -> None:
+    sizes = {"hidden_size": 48, "intermediate_size": 76, "num_hidden_layers": 1, "num_attention_heads": 4}
+    folder = make_model(MixtralConfig(**sizes, vocab_size=260, num_key_value_heads=2, num_local_experts=2))
+    whole = load_file(folder / "model.safetensors")
+    expert = next(name for name in whole if "experts.1.w1" in name)
+    for name, shape, told in (
+        (expert, (40, 48), "experts.gate_up_proj cannot be made of the tensors that are there: stack expects each"),
+        ("model.norm.weight", (3,), "tensor model.norm.weight is [3]; the model asks for [48]"),
+    ):
+        changed = whole | {name: torch.zeros(shape, dtype=torch.bfloat16)}
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
+        try:
+            with compat.misfits() as found, pytest.raises(RuntimeError, match="above report"):
+                AutoModelForCausalLM.from_pretrained(folder)
+        finally:
+            logging.set_verbosity(verbosity)
+        assert told in found[0]
+        with pytest.raises(UserError, match=told if name == expert else "model.norm.weight is"):
+            load.load_model(folder, torch.device("cpu"))

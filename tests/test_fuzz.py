@@ -592,7 +592,8 @@ def test_dense_model_of_any_content(
 # Calibration text
 
 ROW = {"text": "some words of a row", "content": "more of them", "id": 5}
-rows = st.lists(st.one_of(st.just(ROW), mutated(ROW), odd_in_json), max_size=5)
+CHAT = {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"from": "gpt", "value": "b"}]}
+rows = st.lists(st.one_of(st.just(ROW), mutated(ROW), mutated(CHAT), odd_in_json), max_size=5)
 LINE = "a long line " * 2000
 
 
@@ -638,6 +639,8 @@ def test_calibration_file_of_any_content(
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
 ) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}{% endfor %}"
     suffix, content = file
     path = tmp_path / f"{name}.{suffix}"
     path.write_bytes(content)

@@ -15,12 +15,13 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast, get_args, get_origin
 
 import typer
 
@@ -193,7 +194,8 @@ def compress(
 
         with stages.shown():
             result = run(model, recipe, output, plan=plan, overwrite=overwrite, stages=stages, **how)
-    _show(compressed_json(result, recipe), as_json, *compressed_parts(result, recipe))
+    done = f"The model is compressed, and {output} is written."
+    _show(compressed_json(result, recipe), as_json, *compressed_parts(result, recipe), done=done)
 
 
 @app.command()
@@ -220,13 +222,18 @@ def plan(
 
         with stages.shown():
             found = look(model, recipe, measure, timing, stages, **how)
-    _show(found.as_json(), as_json, *found.parts())
+    _show(found.as_json(), as_json, *found.parts(), done=f"The plan is saved to {measure}." if measure else None)
 
 
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="DIR", help="compressed or dense model")],
-    text: Annotated[Path | None, typer.Option(metavar="FILE", help="UTF-8 text to measure perplexity on")] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="text, or rows (.jsonl, .json, .parquet), for perplexity")
+    ] = None,
+    text_field: Annotated[
+        str | None, typer.Option(metavar="NAME", help="the rows' text field  [default: text, content, messages]")
+    ] = None,
     tasks: Annotated[
         str | None, typer.Option(metavar="NAMES", help="lm-eval's tasks, with commas between; 'paper': the paper's")
     ] = None,
@@ -246,6 +253,8 @@ def evaluate(
         raise UserError("there is nothing to measure. Give --text FILE, --tasks NAMES or both")
     if tasks is None and (include_path is not None or limit is not None):
         raise UserError("--include-path and --limit are of --tasks, which is not given")
+    if text is None and text_field is not None:
+        raise UserError("--text-field is of --text, which is not given")
     if kl and (text is None or against is None):
         raise UserError("--kl compares with a second model on a text. Give --text FILE and --against MODEL")
     stages, chosen = _talk(progress), _runtime(runtime)
@@ -260,11 +269,11 @@ def evaluate(
         if text is not None:
             from cospadi.commands.evaluate import compare_models, evaluate_models, perplexity_json, perplexity_lines
 
-            divergence = None
+            divergence, how = None, (length, batch_size, device, stages, chosen, text_field)
             if kl and against is not None:
-                results, divergence = compare_models(model, against, text, length, batch_size, device, stages, chosen)
+                results, divergence = compare_models(model, against, text, *how)
             else:
-                results = evaluate_models(models, text, length, batch_size, device, stages, chosen)
+                results = evaluate_models(models, text, *how)
             data |= perplexity_json(results, divergence)
             parts += perplexity_lines(results, divergence)
         if tasks is not None:
@@ -323,7 +332,7 @@ def generate(
     _talk("off")
     from cospadi.commands.generate import continue_text
 
-    typer.echo(continue_text(model, prompt, tokens, temperature, seed, device, _runtime(runtime)))
+    _print(continue_text(model, prompt, tokens, temperature, seed, device, _runtime(runtime)))
 
 
 @app.command()
@@ -399,6 +408,7 @@ def doctor(as_json: Json = False) -> None:
 def main() -> None:
     """Entry point: exit code 0, 2 for the user's mistake, 1 for ours, 130 after Ctrl-C."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    _fill_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no characters
     if sys.argv[1:2] in (["compress"], ["plan"], ["demo"]):
@@ -409,15 +419,14 @@ def main() -> None:
         code = app(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
     except Exception as error:
         if hasattr(error, "exit_code") and hasattr(error, "show"):  # click's usage errors
             error.show()
             sys.exit(error.exit_code)
         if isinstance(error, UserError):
             _fail(_one_line(str(error)), 2)
+        if isinstance(error, OSError) and _is_of_printing(error):
+            _leave_output(error, None)
         if os.environ.get("COSPADI_TRACEBACK") == "1":
             raise
         if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):
@@ -433,9 +442,10 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str, code: int) -> None:
-    typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
-    typer.echo(message, err=True)
+def _fail(message: str, code: int) -> NoReturn:
+    with suppress(OSError):
+        typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
+        typer.echo(message, err=True)
     sys.exit(code)
 
 
@@ -518,13 +528,69 @@ def _silence_libraries() -> None:
     logging.getLogger("datasets").setLevel(logging.CRITICAL)
 
 
-def _show(data: dict[str, Any], as_json: bool, *parts: object) -> None:
-    """JSON, or tables and lines, on stdout."""
+def _show(data: dict[str, Any], as_json: bool, *parts: object, done: str | None = None) -> None:
+    """JSON, or tables and lines, on stdout.
+
+    Args:
+        done: what is done whether it can be told or not, in a sentence; None for a command whose result is what it
+            tells.
+    """
     if as_json:
-        typer.echo(json.dumps(data, indent=2))
+        _print(json.dumps(data, indent=2), done)
         return
     from rich.console import Console
+    from rich.table import Table
 
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+    from cospadi.commands.tables import fitted
+
+    text = io.StringIO()
+    if sys.stdout is not None and sys.stdout.isatty():
+        console = Console(file=text, width=Console().width, force_terminal=True)
+    else:
+        console = Console(file=text, width=160, force_terminal=False)
     for part in parts:
-        console.print(part, highlight=False, markup=False)
+        for shown in fitted(part, console) if isinstance(part, Table) else [part]:
+            console.print(shown, highlight=False, markup=False)
+    _print(text.getvalue().removesuffix("\n"), done)
+
+
+def _print(text: str, done: str | None = None) -> None:
+    """A text on stdout; where that cannot be, a sentence on stderr, and exit code 1 unless something is done anyway."""
+    try:
+        if sys.stdout is None:
+            raise OSError(errno.EBADF, "it is closed")
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+    except OSError as error:
+        _leave_output(error, done)
+
+
+def _is_of_printing(error: OSError) -> bool:
+    """Whether an error comes from the library of the command line, which prints help and nothing else."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).partition(".")[0] in ("click", "typer")
+
+
+def _leave_output(error: OSError, done: str | None) -> NoReturn:
+    """End where stdout takes nothing any more; without a word where whoever reads it has seen enough."""
+    with suppress(OSError, AttributeError):  # what it still holds goes nowhere, instead of failing again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if not isinstance(error, BrokenPipeError):
+        told = f"standard output cannot be written: {error.strerror}"
+        if done is None:
+            _fail(f"{told}. The result is lost: send it somewhere else", 1)
+        with suppress(OSError):
+            typer.echo(f"{told}, so the report is lost. {done}", err=True)
+    sys.exit(1 if done is None else 0)
+
+
+def _fill_closed_streams() -> None:
+    """Put the null device where the standard streams are closed, so that no file that is opened gets their numbers."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            handle = os.open(os.devnull, os.O_RDWR)
+            if handle != number:
+                os.dup2(handle, number)
+                os.close(handle)

@@ -5,6 +5,8 @@ Each function says which public way it waits for; when that way is there, the fu
 
 from __future__ import annotations
 
+import logging
+import re
 import sys
 import types
 from collections.abc import Iterable, Iterator
@@ -165,6 +167,39 @@ def places_in_model(model: nn.Module, names: Iterable[str]) -> dict[str, Place]:
         several = [place] if source is None else [place.replace(targets[source][0], one) for one in targets[source]]
         found[name] = Place(several, source is None)
     return found
+
+
+@contextmanager
+def misfits() -> Iterator[list[str]]:
+    """What `from_pretrained` finds wrong with tensors while this block runs, a sentence each, without a stop.
+
+    Its error says only that there is a report above it, which its log shows where that is not silenced; it is taken
+    from there. Waits for errors that name the tensors.
+    """
+    log = logging.getLogger("transformers.modeling_utils")
+    found: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            report = re.sub(r"\x1b\[[\d;]*m", "", record.getMessage())
+            for row in re.split(r"\n(?=\S+ +\| [A-Z]+ +\|)", report):
+                name, status, told = map(str.strip, [*row.split("|", 2), "", ""][:3])
+                if status == "MISMATCH":
+                    stored, _, asked = re.sub(r".*ckpt:|torch\.Size", "", told).partition("vs model:")
+                    found.append(f"tensor {name} is {stored.strip(' ()')}; the model asks for {asked.strip(' ()')}")
+                elif status == "CONVERSION":
+                    why = told.partition("\nError:")[0].splitlines()[-1:]
+                    found.append(": ".join([f"{name} cannot be made of the tensors that are there", *why]))
+
+    handler, before = Keep(logging.WARNING), (log.level, log.propagate)
+    log.propagate = log.propagate and log.isEnabledFor(logging.WARNING)
+    log.setLevel(min(log.getEffectiveLevel(), logging.WARNING))
+    log.addHandler(handler)
+    try:
+        yield found
+    finally:
+        log.removeHandler(handler)
+        log.level, log.propagate = before
 
 
 # accelerate

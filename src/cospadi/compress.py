@@ -21,7 +21,7 @@ from cospadi.recipe import CACHE_BYTES, Recipe
 from cospadi.stages.budgets import allocate
 from cospadi.stages.costs import estimate_costs
 from cospadi.stages.measure import WalkedBlock, blocks_to_solve
-from cospadi.stages.open import begin, check_space, open_ledger, opened
+from cospadi.stages.open import begin, check_space, inputs_of, open_ledger, opened
 from cospadi.stages.refine import Refinement
 from cospadi.stages.solve import as_stored, factorize, record
 from cospadi.stages.tasks import Tasks, keys_of
@@ -68,8 +68,10 @@ def compress(
         recipe = read_plan_recipe(Path(plan))
     recipe, engine, stages = Recipe.build(recipe), engine or Engine(), stages or Stages()
     target, loaded = Path(output) if output is not None else None, isinstance(model, nn.Module)
+    given = plan if isinstance(plan, (str, Path)) else None
+    inputs = inputs_of(model, calibration=recipe.calibration, plan=given) if target is not None else {}
     with ExitStack() as stack:
-        ledger = open_ledger(target, not loaded, overwrite, resume)
+        ledger = open_ledger(target, not loaded, overwrite, resume, inputs)
         stack.callback(ledger.close)
         job = stack.enter_context(
             opened(model, recipe, tokenizer, stages, engine, ledger, cache_bytes, whole=target is None)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -67,16 +68,86 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise UserError(f"output {output} is a file. Name a folder")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise UserError(f"output folder {output} is not empty. Name another, or pass --overwrite to replace it")
-    if output.is_mount() or Path.cwd().is_relative_to(output.resolve()):
-        raise UserError(
-            f"output {output} is a mount point, or the current folder or one around it, which cannot be replaced "
-            "whole. Name a folder inside it"
-        )
+    check_replaceable(output)
     parent = nearest_folder(output)
     if not parent.is_dir():
         raise UserError(f"output {output} cannot be written: {parent} is a file")
     if not os.access(parent, os.W_OK):
         raise UserError(f"output {output} cannot be written: no permission in {parent}")
+
+
+def check_replaceable(output: Path) -> None:
+    """Refuse an output folder that cannot be replaced whole without taking what nobody means to give."""
+    kept = dict.fromkeys(_homes(), "a home folder") | {Path.cwd(): "the current folder"}
+    around = next((place for place in kept if lies_in(place, output)), None)
+    if around is None:
+        kept = dict.fromkeys(_mount_points(), "a mount point")
+        real = Path(os.path.realpath(output))  # as mount points are; one whose server is gone is better not looked at
+        around = next((place for place in kept if place.is_relative_to(real)), None)
+        if around is None and output.is_mount():
+            kept, around = {real: "a mount point"}, real
+    if around is not None:
+        place = kept[around] if lies_in(output, around) else f"around {around}, {kept[around]}"
+        raise UserError(f"output {output} is {place}, which cannot be replaced whole. Name a folder inside it")
+
+
+def check_apart(output: Path, inputs: Mapping[Path, str], what: str = "output") -> None:
+    """Refuse to write where a job reads: an output that is, holds or lies in one of its inputs, through links too.
+
+    Args:
+        inputs: folder or file -> what it is, for messages.
+        what: the output is, for messages.
+    """
+    for path, name in inputs.items():
+        reached = [path]
+        if path.is_dir():  # its files may be links to where the bytes are
+            reached += [entry for entry in path.iterdir() if entry.is_symlink()]
+        for one in reached:
+            if lies_in(one, output):
+                same = one == path and lies_in(output, path)
+                raise UserError(
+                    f"{what} {output} {'is' if same else 'holds'} {name}, {one if same else path}, which the job reads "
+                    "and would replace. Name another place"
+                )
+        if not path.is_file() and lies_in(output, path):  # a folder, be it there yet or not
+            raise UserError(f"{what} {output} lies in {name}, {path}, which the job reads. Name another place")
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder, or is anywhere inside it, once all links are followed; neither need exist."""
+    path, folder = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    if path.is_relative_to(folder):
+        return True
+    try:
+        there = folder.stat()
+    except OSError:
+        return False
+    for one in (path, *path.parents):  # one folder may have several names: where letter case means nothing, say
+        with suppress(OSError):
+            if os.path.samestat(one.stat(), there):
+                return True
+    return False
+
+
+def _homes() -> set[Path]:
+    """The user's home folder, by the environment and by the system's list of users."""
+    homes = set()
+    with suppress(RuntimeError):
+        homes.add(Path.home())
+    with suppress(ImportError, KeyError):  # no such list, or nobody's process
+        import pwd
+
+        homes.add(Path(pwd.getpwuid(os.getuid()).pw_dir))
+    return homes
+
+
+def _mount_points() -> list[Path]:
+    """Folders that other file systems are mounted on, where the system lists them."""
+    try:
+        lines = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return []
+    return [Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split(" ")[1])) for line in lines]
 
 
 def nearest_folder(path: Path) -> Path:

@@ -146,11 +146,13 @@ class Recipe(BaseModel):
     calibration: str | None = Field(
         None,
         title="SOURCE",
-        description="a .txt, .jsonl or .parquet file, a hub data set, or 'builtin' (default: a public web text)",
+        description="a .txt, .jsonl, .json or .parquet file, a hub data set, or 'builtin' (default: a public web text)",
     )
     calibration_config: str | None = Field(None, description="configuration of a hub data set (default: its only one)")
     calibration_split: str = Field("train", description="split of a hub data set")
-    calibration_field: str | None = Field(None, description="text field (default: text, else content)")
+    calibration_field: str | None = Field(
+        None, description="field that is text or a chat (default: text, content, messages or conversations)"
+    )
     sequences: int = Field(256, ge=1, le=MOST, description="calibration sequences")
     length: int | None = Field(
         None, ge=2, le=MOST, description="tokens a sequence (default: 1024, or the model's positions)"

@@ -1,27 +1,26 @@
 """Gram matrices against numpy, whitening against the objective it stands for, text sources."""
 
+import copy
+import importlib
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from cospadi.calibration import documents
 from cospadi.calibration.grams import accumulate_grams, gram_block, whiten
-from cospadi.calibration.text import token_sequences
+from cospadi.calibration.text import document_tokens, token_sequences
 from cospadi.errors import UserError
 from cospadi.recipe import Recipe
-
-
-@pytest.fixture(autouse=True)
-def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    """datasets waits five seconds for its threads after each Parquet file."""
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
 
 
 class Block(nn.Module):
@@ -160,9 +159,11 @@ def test_other_fields(tmp_path: Path) -> None:
     path = tmp_path / "text.jsonl"
     path.write_text("\n".join(json.dumps({"body": "a b c d e f", "id": 1}) for _ in range(10)))
     assert len(token_sequences(words, recipe(path, calibration_field="body"), 100)) == 4
-    with pytest.raises(UserError, match=r"no field 'text' or 'content'; its fields are body, id"):
+    with pytest.raises(
+        UserError, match=r"line \d+, has no field 'text', 'content' or 'messages'; its fields are body, id"
+    ):
         token_sequences(words, recipe(path), 100)
-    with pytest.raises(UserError, match="holds int, not text"):
+    with pytest.raises(UserError, match="holds int, no text"):
         token_sequences(words, recipe(path, calibration_field="id"), 100)
 
 
@@ -186,7 +187,7 @@ def test_useless_text_is_refused(tmp_path: Path, content: str) -> None:
 def test_malformed_lines_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "text.jsonl"
     path.write_text('{"text": "a b c"}\n{"text": \n')
-    with pytest.raises(UserError, match="cannot be read as jsonl"):
+    with pytest.raises(UserError, match="line 2, is not valid JSON: Expecting value at column 10"):
         token_sequences(words, recipe(path), 100)
 
 
@@ -245,6 +246,104 @@ def test_a_folder_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "text.txt").mkdir()
     with pytest.raises(UserError, match=r"text\.txt is not a file"):
         token_sequences(words, recipe(tmp_path / "text.txt"), 100)
+
+
+def test_an_order_that_does_not_follow_the_library_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of datasets 5.2, with which results were made."""
+    monkeypatch.setattr(documents, "SHUFFLE_BUFFER", 4)
+    order = [row.fields for row in documents.shuffled((documents.Row("", n) for n in range(11)), 42)]
+    generator, held, wanted = np.random.default_rng(42), [], []
+    for first, last in ((0, 4), (4, 6), (6, 8), (8, 10)):
+        held = [[*held, *range(first, last)][index] for index in generator.permutation(4)]
+        wanted, held = wanted + held[:2], held[2:]
+    held.append(10)
+    assert order == wanted + [held[index] for index in generator.permutation(3)]
+
+
+def test_a_local_file_needs_no_cache(tmp_path: Path) -> None:
+    """A process of its own: where caches are is read when libraries are imported."""
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"a b c d e {i}"}) for i in range(10)))
+    code = "import sys; from cospadi.calibration.documents import *; from pathlib import Path; "
+    code += "r = Recipe(calibration=sys.argv[1], length=8); print(len(list(calibration_documents(r, 8)))); "
+    code += "print('datasets' in sys.modules)"
+    nowhere = {"HF_HOME": "/proc/nowhere", "HF_DATASETS_CACHE": "/proc/nowhere", "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code, str(path)], env=nowhere, capture_output=True, text=True)
+    assert done.stdout.split() == ["10", "False"], done.stderr
+
+
+@pytest.mark.parametrize("variable", ["HF_HOME", "HF_DATASETS_CACHE"])
+def test_a_cache_that_cannot_be_written_is_named_with_its_variable(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory", "/proc/nowhere/datasets")
+
+    importlib.import_module("datasets")  # which keeps for the whole process what these say when it is imported
+    monkeypatch.setenv(variable, "/proc/nowhere")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", "/proc/nowhere")
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", load)
+    with pytest.raises(UserError, match=f"the cache folder /proc/nowhere cannot be written .*Set {variable} to one"):
+        token_sequences(words, recipe("some/set"), 100)
+
+
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How many?"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": MESSAGES},
+        {"id": 1, "conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "How many?"}]},
+        {"messages": [MESSAGES[0], {"role": "user", "content": [{"type": "text", "text": "How many?"}]}]},
+        {"messages": [{**message, "tool_calls": None} for message in MESSAGES]},
+    ],
+)
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_rows_of_chats(row: dict[str, object], suffix: str, tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / f"chats.{suffix}"
+    if suffix == "jsonl":
+        path.write_text(json.dumps(row) + "\n" + json.dumps({**row, "messages": [], "conversations": []}) + "\n")
+    elif isinstance(row.get("messages", MESSAGES)[1].get("content"), list):  # type: ignore[index]
+        pytest.skip("Arrow wants one type a column")
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    (chat,) = documents.file_documents(path)
+    assert isinstance(chat, documents.Chat)
+    assert chat.messages == MESSAGES
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"messages": ["hello"]}, "line 1, field 'messages', message 0, is a text. A chat is a list of objects"),
+        ({"messages": [{"role": "user"}]}, "message 0, has role. A message has a role and a content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "message 0, holds image, and only text"),
+        ({"conversations": [{"from": "parrot", "value": "hello"}]}, "message 0, is from 'parrot', which is none of"),
+        ({"text": {"a": 1}}, "field 'text', holds dict, no text and no list of messages"),
+    ],
+)
+def test_rows_that_are_no_chats_are_refused(row: dict[str, object], told: str, tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(UserError, match=told):
+        documents.file_documents(path)
+
+
+def test_special_tokens_of_a_template_are_not_doubled(tokenizer: PreTrainedTokenizerFast) -> None:
+    eager = copy.deepcopy(tokenizer)
+    eager.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 256)])
+    assert document_tokens(eager, "a")[0] == 256
+    eager.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{{ eos_token }}"
+    tokens = document_tokens(eager, documents.Chat([{"role": "user", "content": "abc"}], "line 1"))
+    assert tokens == [256, *tokenizer("abc")["input_ids"], 257]
+    eager.chat_template = None
+    with pytest.raises(UserError, match="line 1, is a chat, and the model's tokenizer has no chat template"):
+        document_tokens(eager, documents.Chat([], "line 1"))
 
 
 def test_a_tokenizer_that_fails_or_knows_other_tokens_is_told(

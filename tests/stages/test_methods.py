@@ -187,7 +187,7 @@ def test_stories260k_without_dictionaries(
     from transformers import AutoTokenizer
 
     held_out = evaluate.text_windows(
-        AutoTokenizer.from_pretrained(folder), (data / "stories_heldout.txt").read_text(), 512
+        AutoTokenizer.from_pretrained(folder), [(data / "stories_heldout.txt").read_text()], 512
     )[:12]
     losses = {
         "ours": mean_loss(model, held_out),

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 from cospadi import compat
 from cospadi.budget import accounting
 from cospadi.errors import UserError
+from cospadi.experts import parameter_of
 from cospadi.files import check_name
 from cospadi.format.codecs import codec_of_bits
 from cospadi.format.form import DENSE_BITS, Form, Parts, dense_bytes, find_form
@@ -305,6 +307,13 @@ def check_plan_file(path: Path) -> None:
     check_name(_staging(path) if path.name else path, "plan")
     if path.is_dir():
         raise UserError(f"plan {path} is a folder. Name a file")
+    if path.exists() and not path.is_file():
+        raise UserError(f"plan {path} is no regular file. Name another")
+    if path.exists() and path.stat().st_size:
+        try:
+            _read_json(path)
+        except UserError:
+            raise UserError(f"plan {path} is there already and is no plan. Name another file") from None
     if not path.parent.is_dir():
         raise UserError(f"plan {path} cannot be written: the folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK):
@@ -483,7 +492,7 @@ def outlook(model: str | Path, recipe: Recipe, plan: Plan | None = None) -> Outl
         UserError: as `compress` would.
     """
     recipe = recipe.settled()
-    skeleton, idle = load.load_skeleton(model, recipe.revision, recipe.text_only), []
+    skeleton, idle = load.load_skeleton(model, recipe.revision, recipe.text_only, recipe.merge_adapter), []
     if plan is None:
         selected = select(find_projections(skeleton.model), recipe.include, recipe.exclude, recipe.target)
         idle, owner = selected, owner_without_weights(skeleton.model, selected)
@@ -493,12 +502,39 @@ def outlook(model: str | Path, recipe: Recipe, plan: Plan | None = None) -> Outl
     before = after = None
     if skeleton.sizes is not None:
         before = sum(skeleton.sizes.values())
-        removed = [skeleton.sizes.get(f"{member.name}.weight") for group in plan.compressed for member in group.members]
-        if None not in removed:  # else the checkpoint uses other names than the model
-            after = before - sum(size for size in removed if size) + sum(group.parts.total for group in plan.compressed)
+        after = _bytes_after(skeleton.model, skeleton.sizes, plan, recipe.text_only)
+        if recipe.text_only:
+            before -= sum(skeleton.sizes[name] for name in skeleton.unknown)
     parameters = sum(parameter.numel() for parameter in skeleton.model.parameters())
     covered = sum(projection.d1 * projection.d2 for projection in plan.projections) / parameters
     return Outlook(plan, before, after, covered, what_stays_dense(skeleton.model, idle))
+
+
+def _bytes_after(model: nn.Module, sizes: Mapping[str, int], plan: Plan, text_only: bool) -> int | None:
+    """Bytes of a checkpoint's tensors once a plan is carried out; None where not all that it compresses is there.
+
+    Args:
+        sizes: tensor name -> bytes, by the checkpoint's names, which need not be the model's.
+        text_only: what the model has no place for goes.
+    """
+    places, own = compat.places_in_model(model, sizes), model.state_dict()
+    found = {name for place in places.values() for name in place.names}
+    tied, ignored = compat.tied_weights(model), compat.not_saved(model)
+    gone: Counter[str] = Counter()  # numbers of a tensor, of which experts may each hold a part
+    for member in (member for group in plan.compressed for member in group.members):
+        gone[parameter_of(member.name) or f"{member.name}.weight"] += member.d1 * member.d2
+    if not gone.keys() <= found:
+        return None
+    gone |= {name: own[name].numel() for name in found if name in own and (name in ignored or tied.get(name) in found)}
+    after = sum(group.parts.total for group in plan.compressed)
+    for name, size in sizes.items():
+        numbers = {one: own[one].numel() for one in places[name].names if one in own}
+        left = sum(count - gone[one] for one, count in numbers.items())
+        if numbers:
+            after += size * left // sum(numbers.values())
+        elif not text_only:
+            after += size
+    return after
 
 
 def owner_without_weights(skeleton: nn.Module, selected: Sequence[Projection]) -> dict[str, str]:

@@ -71,7 +71,10 @@ def estimate(
     Raises:
         UserError: as `compress` would.
     """
-    recipe, skeleton = recipe.settled(), load.load_skeleton(model, recipe.revision, recipe.text_only)
+    recipe, skeleton = (
+        recipe.settled(),
+        load.load_skeleton(model, recipe.revision, recipe.text_only, recipe.merge_adapter),
+    )
     selected = {projection.name for projection in plan.projections}
     owner = owner_without_weights(skeleton.model, find_projections(skeleton.model))
     shape = shape_of(skeleton.model, owner, selected)
@@ -80,10 +83,12 @@ def estimate(
     stored = sum(skeleton.sizes.values()) if skeleton.sizes else stored
     output = stored + sum(group.parts.total - shape.item * group.dense_bytes // 2 for group in plan.compressed)
     costs = list(costs_of(shape, recipe, plan, text, stored, output))
-    folder = load.resolve(model, recipe.revision, weights=False)
+    folder = load.resolve(model, recipe.revision, weights=False, merge_adapter=recipe.merge_adapter)
     others = sum(path.stat().st_size for pattern in companions.COMPANIONS for path in folder.glob(pattern))
     memory = memory_of(shape, recipe, plan, text, cache_bytes)
     disk = disk_of(shape, recipe, plan, text, cache_bytes, output + others)
+    if recipe.merge_adapter:  # all of the model at once, before anything else
+        memory, disk = max(memory, stored), disk + stored
     seconds = None
     if timing:
         started = time.process_time()  # what `compress` imports is what this process has imported

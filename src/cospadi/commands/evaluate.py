@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cospadi.calibration.documents import Document, file_documents
 from cospadi.calibration.loss import compared, mean_loss, perplexity_of
-from cospadi.calibration.text import read_text, sequence_length, tokenize
+from cospadi.calibration.text import document_tokens, sequence_length
 from cospadi.errors import UserError
 from cospadi.jobs.progress import Stages
 from cospadi.model import load
@@ -33,13 +34,14 @@ class Perplexity:
     length: int
 
 
-def text_windows(tokenizer: Any, text: str, length: int, vocabulary: int | None = None) -> Tensor:
-    """Non-overlapping windows of the whole text, the last partial one dropped: int64 (windows, length).
+def text_windows(tokenizer: Any, documents: Sequence[Document], length: int, vocabulary: int | None = None) -> Tensor:
+    """Non-overlapping windows of all documents' tokens, joined, the last partial one dropped: int64 (windows, length).
 
     Raises:
-        UserError: the text is shorter than one window, or has tokens that the model's vocabulary has not.
+        UserError: the text is shorter than one window, has tokens that the model's vocabulary has not, or is a chat
+            that the model's template does not take.
     """
-    tokens = tokenize(tokenizer, text, vocabulary)
+    tokens = [token for document in documents for token in document_tokens(tokenizer, document, vocabulary)]
     count = len(tokens) // length
     if count == 0:
         raise UserError(f"the text has {len(tokens)} tokens, less than one window of {length}. Give a longer text")
@@ -78,24 +80,26 @@ def evaluate_models(
     device: str = "auto",
     stages: Stages | None = None,
     runtime: Runtime = "auto",
+    text_field: str | None = None,
 ) -> list[tuple[str, Perplexity]]:
     """Name and perplexity of each model on a text file, each with its own tokenizer.
 
     Args:
         length: tokens a window; None is min(1024, positions).
         runtime: what the layers keep in memory; see `cospadi.runtime.layer.set_runtime`.
+        text_field: of a file of rows, the one that is text or a chat; None looks for it.
 
     Raises:
         UserError: a text or model that cannot be read, a window longer than the positions.
     """
-    content = read_text(text)
+    documents = file_documents(text, text_field)
     where = load.pick_device(device)
     stages = stages or Stages()
     results: list[tuple[str, Perplexity]] = []
     for name in models:
         model, tokenizer = open_model(name, where, runtime, stages)
         asked = sequence_length(length, load.positions(model.config))
-        windows = text_windows(tokenizer, content, asked, load.vocabulary(model))
+        windows = text_windows(tokenizer, documents, asked, load.vocabulary(model))
         with stages.stage("evaluate", len(windows)) as progress:
             results.append((str(name), perplexity(model, windows, batch_size, progress.advance)))
         del model  # before the next one is loaded
@@ -111,6 +115,7 @@ def compare_models(
     device: str = "auto",
     stages: Stages | None = None,
     runtime: Runtime = "auto",
+    text_field: str | None = None,
 ) -> tuple[list[tuple[str, Perplexity]], float]:
     """`evaluate_models` of two, both in memory at once, in windows that both have the positions for; and the mean
     divergence of the first from the second.
@@ -118,12 +123,12 @@ def compare_models(
     Raises:
         UserError: as there, or two that do not read or predict the same tokens.
     """
-    content = read_text(text)
+    documents = file_documents(text, text_field)
     where, stages = load.pick_device(device), stages or Stages()
     opened = [open_model(name, where, runtime, stages) for name in (model, reference)]
     (first, _), (second, _) = opened
     asked = sequence_length(length, min(load.positions(one.config) for one, _ in opened))
-    windows, others = (text_windows(tokenizer, content, asked, load.vocabulary(one)) for one, tokenizer in opened)
+    windows, others = (text_windows(tokenizer, documents, asked, load.vocabulary(one)) for one, tokenizer in opened)
     if load.vocabulary(first) != load.vocabulary(second) or not torch.equal(windows, others):
         raise UserError(
             f"{model} and {reference} do not read or predict the same tokens, so that there is no divergence between "

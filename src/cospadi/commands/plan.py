@@ -15,7 +15,7 @@ from cospadi.compress import measure_plan
 from cospadi.jobs.pool import Engine
 from cospadi.jobs.progress import Stages
 from cospadi.recipe import CACHE_BYTES, Recipe
-from cospadi.stages.open import job_directory
+from cospadi.stages.open import check_place, inputs_of, job_directory
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ def plan(
     """
     measured = None
     if measure:
+        check_place(measure, inputs_of(model, calibration=recipe.calibration), "plan")
         check_plan_file(measure)
         measured = measure_plan(
             model, recipe, directory=job_directory(measure), resume=resume, engine=engine,

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 
 def megabytes(nbytes: int | None) -> str:
@@ -16,11 +20,33 @@ LEFT = ("projection", "", "model", "layout", "values", "task", "metric", "method
 
 
 def new_table(*columns: str) -> Table:
-    """An empty table; columns of names are set left, those of figures right."""
+    """An empty table; columns of words are set left, those of figures right."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for column in columns:
         table.add_column(column, justify="left" if column in LEFT else "right")
     return table
+
+
+def fitted(table: Table, console: Console) -> list[Table | Text | Padding]:
+    """A table as it is, lines broken at spaces, where no word and no figure has to be cut; else its rows one after the
+    other, each under its name. What is no terminal gets the table, as wide as it is.
+    """
+    needed = Measurement.get(console, console.options.update(max_width=10**6), table).minimum
+    if needed <= console.width:
+        return [table]
+    if not console.is_terminal:
+        table.width = needed
+        return [table]
+    heads = [str(column.header) for column in table.columns]
+    parts: list[Table | Text | Padding] = []
+    for name, *cells in zip(*(map(str, column.cells) for column in table.columns), strict=True):
+        told = [
+            cell if column in LEFT else f"{column} {cell}"
+            for column, cell in zip(heads[1:], cells, strict=True)
+            if cell not in ("", "-")
+        ]
+        parts += [Text(name, overflow="fold"), Padding(Text(", ".join(told), overflow="fold"), (0, 0, 0, 2))]
+    return parts
 
 
 def duration(seconds: float) -> str:

@@ -52,6 +52,10 @@ def tensor_index(path: Path) -> dict[str, dict[str, Any]]:
     return dict(sorted(header.items()))
 
 
+ADAPTER = "adapter_model"
+"""How the file of a PEFT adapter is called, which is no part of a model."""
+
+
 class StoredTensor(NamedTuple):
     """What a safetensors header says of one tensor, and which file it is."""
 
@@ -89,7 +93,7 @@ def tensor_bytes(folder: Path) -> int:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers reads in a model folder: model.safetensors, or those of the index, or
-    every one there is. (Some public models carry a second copy of their weights under other names.)
+    every one there is but an adapter's. (Some public models carry a second copy of their weights under other names.)
 
     Raises:
         CheckpointError: an index that is malformed or names a file outside the folder.
@@ -105,7 +109,7 @@ def weight_files(folder: Path) -> list[Path]:
             if Path(name).name != name or name in ("", ".."):
                 raise CheckpointError(f"{index} names '{name}', a path that leaves its folder")
         return [folder / name for name in sorted(set(named.values()))]
-    return all_safetensors(folder)
+    return [path for path in all_safetensors(folder) if not path.name.startswith(ADAPTER)]
 
 
 def all_safetensors(folder: Path) -> list[Path]:

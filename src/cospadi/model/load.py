@@ -19,9 +19,10 @@ from cospadi import compat, files
 from cospadi.errors import CheckpointError, UserError, first_line
 from cospadi.format import safetensors
 from cospadi.format.safetensors import WrittenTensor
-from cospadi.model import companions
+from cospadi.model import adapters, companions
 from cospadi.model.blocks import Blocks, StoredWeight
 from cospadi.model.classes import auto_class
+from cospadi.model.hub import cache_trouble, model_cache
 from cospadi.model.projections import decoder_blocks
 
 log = logging.getLogger("cospadi")
@@ -50,17 +51,39 @@ class Skeleton:
     unknown: Mapping[str, Path] = field(default_factory=dict)
 
 
-def resolve(model: str | Path, revision: str | None = None, weights: bool = True) -> Path:
+def resolve(model: str | Path, revision: str | None = None, weights: bool = True, merge_adapter: bool = False) -> Path:
     """The local folder of a model; a hub model is downloaded (its weights only if asked).
 
+    Args:
+        merge_adapter: the folder is to hold a PEFT adapter, alone or beside a model.
+
     Raises:
-        UserError: no such folder and no such hub model, or no network.
+        UserError: no such folder and no such hub model, no network, or an adapter where none is to be merged.
     """
+    folder = _found(model, revision, weights, merge_adapter)
+    adapters.check(folder, merge_adapter)
+    return folder
+
+
+def resolve_base(folder: Path, weights: bool = True) -> Path:
+    """The folder of what an adapter is merged into: the same, where a whole model lies beside it."""
+    base, revision = adapters.base_of(folder)
+    if base == folder:
+        return folder
+    try:
+        return resolve(base, revision, weights)
+    except UserError as error:
+        raise UserError(f"the base of the adapter in {folder}: {error}") from None
+
+
+def _found(model: str | Path, revision: str | None, weights: bool, merge_adapter: bool) -> Path:
     path = files.local_path(model, "model")
     if str(model) == DEMO and not path.exists():
         from cospadi.demo import model_path
 
         return model_path()
+    if path.is_dir() and (merge_adapter or adapters.has_adapter(path)):
+        return path
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"{path} is not a model folder: it has no config.json")
@@ -80,9 +103,22 @@ def resolve(model: str | Path, revision: str | None = None, weights: bool = True
             huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted)
         )
     except Exception as error:  # many kinds: no network, no such repository, no access, a bad name
+        if trouble := cache_trouble(error):
+            raise UserError(f"model {name} cannot be fetched: {trouble}") from None
         raise UserError(
             f"model {name} is neither a local folder nor to be had from the hub: {first_line(error)}"
         ) from None
+
+
+def source_folder(name: str) -> Path | None:
+    """Where on this machine a model is read from, there yet or not; None for a name that no file can have."""
+    try:
+        path = files.local_path(name, "model")
+    except UserError:
+        return None
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return path
+    return resolve(DEMO) if name == DEMO else model_cache(name)
 
 
 def read_config(folder: Path) -> Any:
@@ -129,18 +165,23 @@ def check_blocks(config: Any, folder: Path, tensors: int) -> None:
         )
 
 
-def load_skeleton(model: str | Path, revision: str | None = None, text_only: bool = False) -> Skeleton:
+def load_skeleton(
+    model: str | Path, revision: str | None = None, text_only: bool = False, merge_adapter: bool = False
+) -> Skeleton:
     """Read config and safetensors headers only, and build the model on the meta device.
 
     Its experts multiply in the one way that runs there in every dtype.
 
     Args:
         text_only: without what the text-only class does not know.
+        merge_adapter: of the base that the model's adapter is merged into, which has the same architecture.
 
     Raises:
         UserError: nothing to load, or no class that builds it. CheckpointError: files with another model's tensors.
     """
-    folder = resolve(model, revision, weights=False)
+    folder = resolve(model, revision, weights=False, merge_adapter=merge_adapter)
+    if merge_adapter:
+        (model, revision), folder = adapters.base_of(folder), resolve_base(folder, weights=False)
     config = load_config(folder)
     sizes = _stored_sizes(model, folder, revision)
     if sizes is not None:
@@ -237,14 +278,16 @@ def _check_files(folder: Path) -> Any:
 
 
 def _from_pretrained(folder: Path, text_only: bool, **options: Any) -> nn.Module:
-    try:
-        model: nn.Module = auto_class(read_config(folder), folder, text_only).from_pretrained(
-            folder, dtype="auto", use_safetensors=True, trust_remote_code=False, **OUTPUTS, **options
-        )
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # a model class may raise anything on a config or an index that is damaged
-        raise UserError(f"{folder} cannot be loaded: {first_line(error)}") from None
+    with compat.misfits() as misfits:
+        try:
+            model: nn.Module = auto_class(read_config(folder), folder, text_only).from_pretrained(
+                folder, dtype="auto", use_safetensors=True, trust_remote_code=False, **OUTPUTS, **options
+            )
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # a model class may raise anything on a config or an index that is damaged
+            reason = misfits[0] if misfits else first_line(error)
+            raise UserError(f"{folder} cannot be loaded: {reason}") from None
     return model
 
 

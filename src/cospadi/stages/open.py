@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,10 @@ from cospadi.format.manifest import MANIFEST, weights_digest
 from cospadi.jobs.ledger import REPLACED, JobDirectory, Ledger
 from cospadi.jobs.pool import Engine, Pool, Task, device_model
 from cospadi.jobs.progress import Stages
-from cospadi.model import load
+from cospadi.model import adapters, load
 from cospadi.model.blocks import Blocks
-from cospadi.model.projections import find_projections, kinds_of, running, select, shared_inputs, what_stays_dense
+from cospadi.model.merge import merge_adapter
+from cospadi.model.projections import find_projections, running, select, shared_inputs, what_stays_dense
 from cospadi.recipe import Recipe
 from cospadi.stages.solve import GroupProblem, memory_of
 
@@ -141,17 +142,21 @@ def opened(
     with ExitStack() as stack:
         folder, hub_name = None, None
         if isinstance(model, nn.Module):
+            if recipe.merge_adapter:
+                raise UserError("merge_adapter is for a model on the disk. Merge a loaded one with merge_and_unload()")
             blocks = _given(model)
         else:
             device = load.pick_device(recipe.device)
             hub_name = None if Path(model).exists() else str(model)
             with stages.stage("load", 1):
-                folder = load.resolve(model, recipe.revision)
+                folder = load.resolve(model, recipe.revision, merge_adapter=recipe.merge_adapter)
+                converted = ledger.scratch or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                if recipe.merge_adapter:
+                    folder = merge_adapter(folder, converted, recipe.text_only)
                 load.load_config(folder)  # refuses what cannot be compressed before any weight is read
                 if whole:
                     blocks = Blocks(load.load_model(folder, device, recipe.text_only), device)
                 else:
-                    converted = ledger.scratch or Path(stack.enter_context(tempfile.TemporaryDirectory()))
                     blocks = load.open_blocks(folder, device, converted / "converted", recipe.text_only)
                 if not settled.data_free and tokenizer is None:
                     tokenizer = load.load_tokenizer(folder)
@@ -254,21 +259,54 @@ def job_directory(output: Path) -> Path:
     name = output.name
     if len(os.fsencode(name)) > 200:  # a name may be as long as the system allows, and this one is longer
         name = f"{name[:40]}.{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
-    return output.with_name(f"{name}.work")
+    return output.parent / f"{name}.work"
 
 
-def open_ledger(output: Path | None, from_disk: bool, overwrite: bool, resume: bool | None) -> Ledger:
+def inputs_of(model: str | Path | nn.Module, **named: str | Path | None) -> dict[Path, str]:
+    """What a job reads from this machine's disk -> what it is: the model's folder, or its place in the hub's cache, and
+    files by their names.
+    """
+    source = getattr(model, "name_or_path", "") if isinstance(model, nn.Module) else model
+    found = {load.source_folder(str(source)): "the model"} if source else {}
+    for folder in [folder for folder in found if folder is not None and adapters.has_adapter(folder)]:
+        with suppress(UserError):
+            found.setdefault(load.source_folder(str(adapters.base_of(folder)[0])), "the adapter's base")
+    for name, file in named.items():
+        with suppress(UserError):  # a name that no file can have is told where it is read
+            path = files.local_path(file, name) if file is not None else None
+            found |= {path: f"the {name}"} if path is not None and path.exists() else {}
+    return {path: what for path, what in found.items() if path is not None}
+
+
+def check_place(output: Path, inputs: Mapping[Path, str], what: str = "output") -> None:
+    """Refuse an output, or a job directory beside it, that is, holds or lies in what the job reads.
+
+    Raises:
+        UserError: it does, or it has no name beside which a job directory could lie.
+    """
+    files.check_name(output, what)
+    if not Path(os.path.realpath(output)).name:
+        raise UserError(f"{what} {output} is the root of all folders, which cannot be replaced. Name one inside it")
+    files.check_apart(output, inputs, what)
+    files.check_apart(job_directory(output), inputs, "job directory")
+
+
+def open_ledger(
+    output: Path | None, from_disk: bool, overwrite: bool, resume: bool | None, inputs: Mapping[Path, str] | None = None
+) -> Ledger:
     """The finished pieces of the job that writes to an output.
 
     Args:
         output: None for a job that writes nothing.
         from_disk: whether its model is; a model that came loaded has no name by which a job could be resumed.
+        inputs: what the job reads, as of `inputs_of`.
 
     Raises:
         UserError: an output that may not be replaced, or cannot be written; a job directory that cannot be used.
     """
     if output is None:
         return Ledger()
+    check_place(output, inputs or {})
     directory = job_directory(output)
     if not directory.exists():
         files.check_output(output, overwrite)
@@ -312,7 +350,10 @@ def check_space(job: Job, plan: Plan, output: Path) -> None:
         if job.recipe.wants_gradients:
             full = job.recipe.metric == "two-sided"
             needed += sum(4 * math.prod(gamma_shape(member.d2, full)) for member in plan.projections)
-        needed -= sum(path.stat().st_size for path in job.ledger.folder.rglob("*") if path.is_file())
+        kept = (
+            path for path in job.ledger.folder.rglob("*") if path.is_file() and job.ledger.scratch not in path.parents
+        )
+        needed -= sum(path.stat().st_size for path in kept)
     free = shutil.disk_usage(files.nearest_folder(output)).free
     if needed > free:
         raise UserError(

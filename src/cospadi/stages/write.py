@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cospadi import __about__, files
 from cospadi.budget.plan import Plan
-from cospadi.calibration.text import DEFAULT_DATASET
+from cospadi.calibration.documents import DEFAULT_DATASET
 from cospadi.format import safetensors
 from cospadi.format.form import dense_bytes
 from cospadi.format.manifest import MANIFEST, write_manifest
