@@ -5,9 +5,10 @@ Each function says which public way it waits for; when that way is there, the fu
 
 from __future__ import annotations
 
+import re
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -135,6 +136,28 @@ def ignore_when_loading(model: nn.Module, patterns: Iterable[str]) -> None:
     model._keys_to_ignore_on_load_unexpected = ignored | set(patterns)  # type: ignore[assignment]
 
 
+def copy_when_loading(copies: Mapping[str, Sequence[str]]) -> list[Any]:
+    """For `HfQuantizer.get_weight_conversions`: fill several tensors of a model from one of a checkpoint.
+
+    Args:
+        copies: name of the tensor in the checkpoint and the model -> names of others in the model.
+
+    Waits for a public name of `transformers.core_model_loading`, whose classes that method is to return.
+    """
+    from transformers.core_model_loading import ConversionOps, WeightConverter
+
+    class Copy(ConversionOps):  # type: ignore[misc]
+        def convert(self, input_dict: Any, source_patterns: list[str], target_patterns: list[str], **_: Any) -> Any:
+            (tensors,) = input_dict.values()
+            tensor = tensors[0] if isinstance(tensors, list) else tensors
+            return dict.fromkeys(target_patterns, tensor)
+
+    return [
+        WeightConverter([f"^{re.escape(name)}$"], [name, *others], operations=[Copy()])
+        for name, others in copies.items()
+    ]
+
+
 class Place(NamedTuple):
     """Where a tensor of a checkpoint goes: names in the model, and whether its values stay as they are."""
 
@@ -189,6 +212,43 @@ def take_from_accelerate(model: nn.Module) -> dict[str, dict[str, str]]:
     remove_hook_from_module(model, recurse=True)
     del model.hf_device_map
     return index
+
+
+class _Converted(Mapping[str, Tensor]):
+    """Tensors by name, each passed through a function when it is read."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str, convert: Callable[[str, Tensor], Tensor]) -> None:
+        self.tensors, self.prefix, self.convert = tensors, prefix, convert
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.convert(self.prefix + name, self.tensors[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+@contextmanager
+def convert_offloaded(model: nn.Module, convert: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    """In this block a model's offloaded tensors, which `save_pretrained` reads one by one, are what a function makes
+    of them.
+
+    Args:
+        convert: of a tensor's name in the model and the tensor as it would be in memory.
+
+    Waits for a quantizer's say in what transformers does with offloaded tensors when it saves.
+    """
+    found: list[tuple[str, Any]] = [(name, getattr(module, "_hf_hook", None)) for name, module in model.named_modules()]
+    hooks = [(name, hook, hook.weights_map) for name, hook in found if getattr(hook, "weights_map", None) is not None]
+    for name, hook, tensors in hooks:
+        hook.weights_map = _Converted(tensors, f"{name}." if name else "", convert)
+    try:
+        yield
+    finally:
+        for _, hook, tensors in hooks:
+            hook.weights_map = tensors
 
 
 # multiprocessing

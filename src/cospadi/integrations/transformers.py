@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from cospadi import compat
 from cospadi.errors import CheckpointError, UserError
 from cospadi.format import manifest, schema, verify
+from cospadi.format.safetensors import open_file
 from cospadi.format.schema import SENTINEL, StoredProjection
 from cospadi.runtime.layer import CompressedLinear
-from cospadi.runtime.swap import quantizer_of, swap_in_layers
+from cospadi.runtime.swap import dictionary_holders, quantizer_of, swap_in_layers
 
 
 @register_quantization_config(schema.QUANT_METHOD)
@@ -55,18 +59,40 @@ class CospadiQuantizer(HfQuantizer):
     is_trainable = True
     is_compileable = True
     manifest: dict[str, Any] | None = None
+    files: tuple[Path, ...] = ()
+    """Where the tensors were loaded from."""
+    copies: Mapping[str, list[str]] = {}
+    """Shared dictionary -> the tensors that hold it again, in other places of a device_map."""
 
     def is_serializable(self) -> bool:
         return True
 
     def _process_model_before_weight_loading(
-        self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: Any = None, **_: Any
+        self,
+        model: Any,
+        dtype: torch.dtype | None = None,
+        device_map: Any = None,
+        checkpoint_files: Any = None,
+        **_: Any,
     ) -> Any:
         projections = self.quantization_config.parsed()
-        swap_in_layers(model, projections, dtype, "meta")
+        # What "auto" and its like become keeps tied tensors together.
+        places = device_map if isinstance(device_map, dict) else {}
+        holders = dictionary_holders(projections, lambda name: _place(name, places))
+        self.copies = defaultdict(list)
+        for name, entry in projections.items():
+            if holders[name] != entry.owner and _place(name, places) == "disk":
+                holders[name] = name  # transformers finds on disk what is tied to a tensor of the checkpoint, alone
+            if holders[name] == name != entry.owner:
+                self.copies[entry.dictionary_tensor].append(f"{name}.{entry.form.names.dictionary}")
+        swap_in_layers(model, projections, dtype, "meta", holders)
         if checkpoint_files:
-            self.manifest = self._check([Path(file) for file in checkpoint_files], model, projections)
+            self.files = tuple(Path(file) for file in checkpoint_files)
+            self.manifest = self._check(list(self.files), model, projections)
         return model
+
+    def get_weight_conversions(self) -> list[Any]:
+        return compat.copy_when_loading(self.copies)
 
     def _check(self, files: list[Path], model: Any, projections: dict[str, StoredProjection]) -> dict[str, Any] | None:
         root = _lexical(Path(str(model.config.name_or_path)))
@@ -77,10 +103,11 @@ class CospadiQuantizer(HfQuantizer):
         recorded = manifest.read_manifest(folder, projections)
         present = verify.check_files(files, projections)
         tied, may_miss = compat.tied_weights(model), compat.may_miss(model)
+        copied = {copy for copies in self.copies.values() for copy in copies}
         missing = [
             name
             for name in model.state_dict()
-            if name not in present and name not in tied and not any(re.search(p, name) for p in may_miss)
+            if name not in present | copied and name not in tied and not any(re.search(p, name) for p in may_miss)
         ]
         if missing:
             raise CheckpointError(f"{folder}: tensor {missing[0]} is in none of the checkpoint's files")
@@ -99,20 +126,68 @@ class CospadiQuantizer(HfQuantizer):
         """The tensors to save: shared dictionaries once, factors as stored, and for each projection an empty `weight`.
 
         The empty tensor makes a transformers that does not know us stop with a size mismatch, where it would
-        otherwise fill the projection with random numbers.
+        otherwise fill the projection with random numbers. Offloaded tensors are on the meta device, and are read while
+        the files are written.
+
+        Raises:
+            UserError: a shared dictionary was trained in several places, and is not one any more.
         """
         state: dict[str, Tensor] = model.state_dict()
+        for name, copies in self.copies.items():
+            for copy in copies:
+                one, other = state[name], state[copy]
+                if not one.is_meta and not other.is_meta and not torch.equal(one, other.to(one.device)):
+                    raise UserError(
+                        f"{name} and {copy} were one dictionary, which device_map put in two places, and differ after "
+                        "training. Train with device_map=None, or keep dictionaries as they are (requires_grad=False)"
+                    )
+        stored = self.stored_dtypes()
         for name, entry in self.quantization_config.parsed().items():
-            form = entry.form
-            tensors = {form.names.dictionary: form.dictionary_kind.dtype}
-            if form.trainable:
-                tensors[form.names.values] = form.codec.dtype
-            for part, dtype in tensors.items():
-                tensor = state.pop(f"{name}.{part}", None)
-                if tensor is not None and (part != form.names.dictionary or entry.owner == name):
-                    state[f"{name}.{part}"] = tensor.to(dtype)
+            tensor = state.pop(f"{name}.{entry.form.names.dictionary}", None)
+            if tensor is not None and entry.owner == name:
+                state[entry.dictionary_tensor] = tensor
             state[f"{name}.{SENTINEL}"] = torch.empty(0, dtype=torch.bfloat16)
-        return state, {}
+        return {name: self.as_stored(name, tensor, stored) for name, tensor in state.items()}, {}
+
+    def stored_dtypes(self) -> dict[str, torch.dtype]:
+        """The parameters that the format stores in a dtype of its own, whatever the model's is."""
+        dtypes: dict[str, torch.dtype] = {}
+        for name, entry in self.quantization_config.parsed().items():
+            dtypes[entry.dictionary_tensor] = entry.form.dictionary_kind.dtype
+            if entry.form.trainable:
+                dtypes[f"{name}.{entry.form.names.values}"] = entry.form.codec.dtype
+        return dtypes
+
+    def as_stored(self, name: str, tensor: Tensor, dtypes: Mapping[str, torch.dtype]) -> Tensor:
+        """A tensor of the model in the dtype that it is stored in.
+
+        fp16 does not hold every number of bf16: where a number is still what was loaded, rounded to fp16, it is saved
+        as it was loaded, if the checkpoint is still there.
+        """
+        stored = tensor.to(dtypes.get(name, tensor.dtype))
+        if stored.dtype == torch.bfloat16 and tensor.dtype == torch.float16 and not tensor.is_meta:
+            loaded = self._loaded(name)
+            if loaded is not None and loaded.dtype == stored.dtype and loaded.shape == stored.shape:
+                loaded = loaded.to(tensor.device)
+                return torch.where(loaded.to(torch.float16) == tensor, loaded, stored)
+        return stored
+
+    def _loaded(self, name: str) -> Tensor | None:
+        """A tensor of the checkpoint that the model was loaded from, if that is still there."""
+        with suppress(CheckpointError):
+            for path in self.files:
+                with open_file(path) as file:
+                    if name in file.keys():  # noqa: SIM118  the file is no mapping
+                        loaded: Tensor = file.get_tensor(name)
+                        return loaded
+        return None
+
+
+def _place(name: str, device_map: Mapping[str, Any]) -> str | None:
+    """Where a device_map puts a module: what it says of the innermost module around it."""
+    while name and name not in device_map:
+        name = name.rpartition(".")[0]
+    return str(device_map[name]) if name in device_map else None
 
 
 def _lexical(path: Path) -> Path:
@@ -134,8 +209,10 @@ class SavePretrained:
         if kwargs.get("push_to_hub"):
             raise UserError("save_pretrained would upload before the manifest is written. Use model.push_to_hub(NAME)")
         kwargs.setdefault("save_original_format", False)
-        type(self.model).save_pretrained(self.model, save_directory, *args, **kwargs)
+        quantizer = quantizer_of(self.model)
+        stored = quantizer.stored_dtypes()
+        with compat.convert_offloaded(self.model, lambda name, tensor: quantizer.as_stored(name, tensor, stored)):
+            type(self.model).save_pretrained(self.model, save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
-            quantizer = quantizer_of(self.model)
             unknown: dict[str, Any] = {"projections": {name: {} for name in quantizer.quantization_config.projections}}
             manifest.write_manifest(Path(save_directory), quantizer.manifest or unknown)

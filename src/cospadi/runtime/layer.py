@@ -317,13 +317,15 @@ class CompressedLinear(nn.Module):
         The state dict still holds the packed form (rounded again) under the same name.
 
         Raises:
-            UserError: they are levels, in whose place no other numbers can be put.
+            UserError: they are levels, in whose place no other numbers can be put; or they are offloaded.
         """
         values = self.codes
         if isinstance(values, nn.Parameter):
             return values
         if self.form.codec.levels:
             raise UserError(f"values {self.form.values} are levels, which cannot be trained")
+        if values.is_meta:
+            raise UserError("values are offloaded, and cannot be trained there. Load the model into memory to train it")
         parameter = nn.Parameter(self._decoded(values))
         delattr(self, self.names.values)
         self._kept = None
