@@ -108,6 +108,17 @@ def tie_weights(model: nn.Module, tied: dict[str, str]) -> None:
     model.all_tied_weights_keys = tied_weights(model) | tied  # type: ignore[assignment]
 
 
+def untie(model: nn.Module, names: Iterable[str]) -> None:
+    """Take tensors out of `tied_weights`.
+
+    Waits for a way to tie weights of an instance, as above.
+    """
+    gone = set(names)
+    model.all_tied_weights_keys = {  # type: ignore[assignment]
+        name: source for name, source in tied_weights(model).items() if name not in gone
+    }
+
+
 def may_miss(model: nn.Module) -> set[str]:
     """Patterns (re.search) of tensor names that a checkpoint may lack, by the model's class.
 
@@ -249,6 +260,61 @@ def convert_offloaded(model: nn.Module, convert: Callable[[str, Tensor], Tensor]
     finally:
         for _, hook, tensors in hooks:
             hook.weights_map = tensors
+
+
+# peft
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether adapters were put into a model by its own `add_adapter` or `load_adapter`, which then `save_pretrained`
+    writes in its place.
+
+    Waits for a public name of `PreTrainedModel._hf_peft_config_loaded`.
+    """
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def attach_lora(layer: type[nn.Module], adapter: type[nn.Module], before_merging: Callable[[nn.Module], None]) -> None:
+    """Have every LoRA of PEFT, of any `LoraConfig` and also of "all-linear", take layers of a class for linear ones.
+
+    Args:
+        adapter: what is put around such a layer; PEFT's documentation says what it must be.
+        before_merging: called with a model whose adapters are about to be merged.
+
+    Waits for a registry of layers for all configs. PEFT documents `LoraConfig._register_custom_module`, as an
+    experiment: one config at a time, and "all-linear" does not ask it.
+    """
+    from peft import LoraModel
+    from peft.tuners import tuners_utils
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    create, check = LoraModel._create_new_module, LoraModel._check_merge_allowed
+    include = tuners_utils._maybe_include_all_linear_layers
+
+    def create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(base, layer):
+            lora_config._register_custom_module({layer: adapter})
+        return cast("nn.Module", create(lora_config, adapter_name, target, **kwargs))
+
+    def check_merge_allowed(self: Any) -> None:
+        before_merging(self.model)
+        check(self)
+
+    def include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
+        asked = getattr(peft_config, "target_modules", None)
+        peft_config = include(peft_config, model)
+        if isinstance(asked, str) and asked.lower() == "all-linear":
+            inside = {
+                f"{name}.base_layer" for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
+            }
+            found = {name for name, module in model.named_modules() if isinstance(module, layer)}
+            peft_config.target_modules |= found - inside
+        return peft_config
+
+    LoraModel._create_new_module = staticmethod(create_new_module)
+    LoraModel._check_merge_allowed = check_merge_allowed
+    tuners_utils._maybe_include_all_linear_layers = include_all_linear_layers
 
 
 # multiprocessing

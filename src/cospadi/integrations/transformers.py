@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
@@ -50,14 +52,28 @@ class CospadiConfig(QuantizationConfigMixin):
         """The projections as objects."""
         return schema.parse_projections(self.projections, self.format_version)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As its class does. PEFT asks a model for its config in this form before it puts adapters in."""
+        meet_peft()
+        return super().to_dict()  # type: ignore[no-any-return]
+
+
+def meet_peft() -> None:
+    """Have PEFT know compressed layers, if a program uses it. (Importing it takes a second, which others keep.)"""
+    if "peft" in sys.modules:
+        importlib.import_module("cospadi.integrations.peft")
+
 
 @register_quantizer(schema.QUANT_METHOD)
 class CospadiQuantizer(HfQuantizer):
     """Swaps the compressed projections' modules in before transformers loads the weights."""
 
     requires_calibration = True
-    is_trainable = True
     is_compileable = True
+    is_trainable = True
+    is_qat_trainable = True
+    """The model trains as it is: gradients pass through every layer, and reach what is a parameter of it. Norms,
+    embeddings, biases, dictionaries, and values that are stored as they are or were unpacked; packed values stay."""
     manifest: dict[str, Any] | None = None
     files: tuple[Path, ...] = ()
     """Where the tensors were loaded from."""
@@ -120,6 +136,31 @@ class CospadiQuantizer(HfQuantizer):
             if isinstance(module, CompressedLinear):
                 module.prepare(model.dtype)
         model.save_pretrained = SavePretrained(model)
+        meet_peft()
+        return model
+
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Of `model.dequantize()`: an ordinary dense model, in its own dtype where none is given.
+
+        Raises:
+            UserError: layers are offloaded.
+        """
+        return super().dequantize(model, dtype or model.dtype)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype) -> Any:
+        layers = [
+            (parent, name, layer)
+            for parent in model.modules()
+            for name, layer in parent.named_children()
+            if isinstance(layer, CompressedLinear)
+        ]
+        if any(layer.weight_is_away() for _, _, layer in layers):
+            raise UserError("layers are offloaded, and cannot be made dense there. Load the model into memory first")
+        for parent, name, layer in layers:
+            setattr(parent, name, layer.to_linear(dtype))
+        entries = self.quantization_config.parsed()
+        compat.untie(model, (f"{name}.{entry.form.names.dictionary}" for name, entry in entries.items()))
+        del model.save_pretrained
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -208,8 +249,18 @@ class SavePretrained:
         """As `PreTrainedModel.save_pretrained`; to upload, use `model.push_to_hub`, which calls this first."""
         if kwargs.get("push_to_hub"):
             raise UserError("save_pretrained would upload before the manifest is written. Use model.push_to_hub(NAME)")
+        if compat.has_adapters(self.model):  # which alone are written
+            type(self.model).save_pretrained(self.model, save_directory, *args, **kwargs)
+            return
         kwargs.setdefault("save_original_format", False)
         quantizer = quantizer_of(self.model)
+        for name in quantizer.quantization_config.projections:
+            if not isinstance(self.model.get_submodule(name), CompressedLinear):
+                raise UserError(
+                    f"{name} is no compressed layer any more: {type(self.model.get_submodule(name)).__name__} stands "
+                    "in its place. Adapters are saved by the save_pretrained of the model that PEFT made; unload() "
+                    "takes them off"
+                )
         stored = quantizer.stored_dtypes()
         with compat.convert_offloaded(self.model, lambda name, tensor: quantizer.as_stored(name, tensor, stored)):
             type(self.model).save_pretrained(self.model, save_directory, *args, **kwargs)
