@@ -54,8 +54,18 @@ def test_generate(compressed: tuple[Path, str]) -> None:
     assert len(printed.strip()) > len("import ") + 10
 
 
+def test_train_lora(compressed: tuple[Path, str]) -> None:
+    printed = example("train_lora", compressed[0], "--steps", "12")
+    found = re.search(r"demo-lora: loss (\d\.\d{4}) before, (\d\.\d{4}) after 12 steps\n$", printed)
+    assert found is not None
+    before, after = map(float, found.groups())
+    assert 2 < after < before
+    written = {path.name for path in (compressed[0] / "demo-lora").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= written
+
+
 def test_every_example_is_tested_and_named_in_the_readme() -> None:
     readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
     scripts = sorted(path.name for path in EXAMPLES.glob("*.py"))
-    assert scripts == ["compress.py", "evaluate.py", "generate.py"]
+    assert scripts == ["compress.py", "evaluate.py", "generate.py", "train_lora.py"]
     assert all(f"examples/{name}" in readme for name in scripts)

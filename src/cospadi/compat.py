@@ -9,7 +9,7 @@ import logging
 import re
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -109,6 +109,17 @@ def tie_weights(model: nn.Module, tied: dict[str, str]) -> None:
     model.all_tied_weights_keys = tied_weights(model) | tied  # type: ignore[assignment]
 
 
+def untie(model: nn.Module, names: Iterable[str]) -> None:
+    """Take tensors out of `tied_weights`.
+
+    Waits for a way to tie weights of an instance, as above.
+    """
+    gone = set(names)
+    model.all_tied_weights_keys = {  # type: ignore[assignment]
+        name: source for name, source in tied_weights(model).items() if name not in gone
+    }
+
+
 def may_miss(model: nn.Module) -> set[str]:
     """Patterns (re.search) of tensor names that a checkpoint may lack, by the model's class.
 
@@ -135,6 +146,28 @@ def ignore_when_loading(model: nn.Module, patterns: Iterable[str]) -> None:
     """
     ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     model._keys_to_ignore_on_load_unexpected = ignored | set(patterns)  # type: ignore[assignment]
+
+
+def copy_when_loading(copies: Mapping[str, Sequence[str]]) -> list[Any]:
+    """For `HfQuantizer.get_weight_conversions`: fill several tensors of a model from one of a checkpoint.
+
+    Args:
+        copies: name of the tensor in the checkpoint and the model -> names of others in the model.
+
+    Waits for a public name of `transformers.core_model_loading`, whose classes that method is to return.
+    """
+    from transformers.core_model_loading import ConversionOps, WeightConverter
+
+    class Copy(ConversionOps):  # type: ignore[misc]
+        def convert(self, input_dict: Any, source_patterns: list[str], target_patterns: list[str], **_: Any) -> Any:
+            (tensors,) = input_dict.values()
+            tensor = tensors[0] if isinstance(tensors, list) else tensors
+            return dict.fromkeys(target_patterns, tensor)
+
+    return [
+        WeightConverter([f"^{re.escape(name)}$"], [name, *others], operations=[Copy()])
+        for name, others in copies.items()
+    ]
 
 
 class Place(NamedTuple):
@@ -224,6 +257,98 @@ def take_from_accelerate(model: nn.Module) -> dict[str, dict[str, str]]:
     remove_hook_from_module(model, recurse=True)
     del model.hf_device_map
     return index
+
+
+class _Converted(Mapping[str, Tensor]):
+    """Tensors by name, each passed through a function when it is read."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str, convert: Callable[[str, Tensor], Tensor]) -> None:
+        self.tensors, self.prefix, self.convert = tensors, prefix, convert
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.convert(self.prefix + name, self.tensors[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+@contextmanager
+def convert_offloaded(model: nn.Module, convert: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    """In this block a model's offloaded tensors, which `save_pretrained` reads one by one, are what a function makes
+    of them.
+
+    Args:
+        convert: of a tensor's name in the model and the tensor as it would be in memory.
+
+    Waits for a quantizer's say in what transformers does with offloaded tensors when it saves.
+    """
+    found: list[tuple[str, Any]] = [(name, getattr(module, "_hf_hook", None)) for name, module in model.named_modules()]
+    hooks = [(name, hook, hook.weights_map) for name, hook in found if getattr(hook, "weights_map", None) is not None]
+    for name, hook, tensors in hooks:
+        hook.weights_map = _Converted(tensors, f"{name}." if name else "", convert)
+    try:
+        yield
+    finally:
+        for _, hook, tensors in hooks:
+            hook.weights_map = tensors
+
+
+# peft
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether adapters were put into a model by its own `add_adapter` or `load_adapter`, which then `save_pretrained`
+    writes in its place.
+
+    Waits for a public name of `PreTrainedModel._hf_peft_config_loaded`.
+    """
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def attach_lora(layer: type[nn.Module], adapter: type[nn.Module], before_merging: Callable[[nn.Module], None]) -> None:
+    """Have every LoRA of PEFT, of any `LoraConfig` and also of "all-linear", take layers of a class for linear ones.
+
+    Args:
+        adapter: what is put around such a layer; PEFT's documentation says what it must be.
+        before_merging: called with a model whose adapters are about to be merged.
+
+    Waits for a registry of layers for all configs. PEFT documents `LoraConfig._register_custom_module`, as an
+    experiment: one config at a time, and "all-linear" does not ask it.
+    """
+    from peft import LoraModel
+    from peft.tuners import tuners_utils
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    create, check = LoraModel._create_new_module, LoraModel._check_merge_allowed
+    include = tuners_utils._maybe_include_all_linear_layers
+
+    def create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(base, layer):
+            lora_config._register_custom_module({layer: adapter})
+        return cast("nn.Module", create(lora_config, adapter_name, target, **kwargs))
+
+    def check_merge_allowed(self: Any) -> None:
+        before_merging(self.model)
+        check(self)
+
+    def include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
+        asked = getattr(peft_config, "target_modules", None)
+        peft_config = include(peft_config, model)
+        if isinstance(asked, str) and asked.lower() == "all-linear":
+            inside = {
+                f"{name}.base_layer" for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
+            }
+            found = {name for name, module in model.named_modules() if isinstance(module, layer)}
+            peft_config.target_modules |= found - inside
+        return peft_config
+
+    LoraModel._create_new_module = staticmethod(create_new_module)
+    LoraModel._check_merge_allowed = check_merge_allowed
+    tuners_utils._maybe_include_all_linear_layers = include_all_linear_layers
 
 
 # multiprocessing

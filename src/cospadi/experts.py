@@ -116,6 +116,22 @@ def unstack(model: nn.Module, named: Iterable[str] | None = None) -> dict[str, S
     return slices
 
 
+def restack(model: nn.Module) -> None:
+    """Give experts whose layers are ordinary ones the stacked parameters back."""
+    for module in list(model.modules()):
+        separate = getattr(module, SEPARATE, None)
+        if not isinstance(separate, nn.Module) or not all(isinstance(one, Stack) for one in separate.children()):
+            continue
+        for leaf, stack in separate.named_children():
+            weights = torch.stack([layer.get_parameter("weight").detach() for layer in stack.children()])
+            del vars(module)[leaf]
+            weights = weights.mT.contiguous() if _is_transposed(module) else weights
+            module.register_parameter(leaf, nn.Parameter(weights))
+        delattr(module, SEPARATE)
+        if _is_dispatched(module):
+            module.config._experts_implementation = "eager"  # type: ignore[union-attr]
+
+
 def layer_name(parameter: str, expert: int) -> str:
     """The name in a module of experts of the layer that holds an expert's part of a stacked parameter."""
     return f"{SEPARATE}.{parameter}.{expert}"

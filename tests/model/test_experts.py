@@ -132,6 +132,11 @@ def test_every_expert_is_compressed_and_loads(
             name = f"model.layers.1.mlp.experts.separate.{part}.{index}"
             assert isinstance(getattr(experts, part)[index], CompressedLinear) == (name not in kept)
     assert torch.equal(logits(loaded), logits(result.model))
+    dense_again = deepcopy(loaded).dequantize()
+    assert (logits(dense_again) - logits(loaded)).norm() < 0.03 * logits(loaded).norm()  # bf16 in another order
+    dense_again.save_pretrained(tmp_path / "dense")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert (logits(plain) - logits(dense_again)).norm() < 0.03 * logits(plain).norm()
     loaded.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(logits(again), logits(loaded))

@@ -1,1 +1,1 @@
-"""Where other libraries meet the checkpoint format."""
+"""Where other libraries meet the checkpoint format and the layers."""

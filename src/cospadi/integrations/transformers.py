@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +19,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cospadi import compat
 from cospadi.errors import CheckpointError, UserError
-from cospadi.experts import unstack
+from cospadi.experts import restack, unstack
 from cospadi.format import manifest, safetensors, schema, verify
+from cospadi.format.safetensors import open_file
 from cospadi.format.schema import SENTINEL, StoredProjection
 from cospadi.runtime.layer import CompressedLinear
-from cospadi.runtime.swap import quantizer_of, swap_in_layers
+from cospadi.runtime.swap import dictionary_holders, quantizer_of, swap_in_layers
 
 
 @register_quantization_config(schema.QUANT_METHOD)
@@ -47,41 +53,82 @@ class CospadiConfig(QuantizationConfigMixin):
         """The projections as objects."""
         return schema.parse_projections(self.projections, self.format_version)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As its class does. PEFT asks a model for its config in this form before it puts adapters in."""
+        meet_peft()
+        return super().to_dict()  # type: ignore[no-any-return]
+
+
+def meet_peft() -> None:
+    """Have PEFT know compressed layers, if a program uses it. (Importing it takes a second, which others keep.)"""
+    if "peft" in sys.modules:
+        importlib.import_module("cospadi.integrations.peft")
+
 
 @register_quantizer(schema.QUANT_METHOD)
 class CospadiQuantizer(HfQuantizer):
     """Swaps the compressed projections' modules in before transformers loads the weights."""
 
     requires_calibration = True
-    is_trainable = True
     is_compileable = True
+    is_trainable = True
+    is_qat_trainable = True
+    """The model trains as it is: gradients pass through every layer, and reach what is a parameter of it. Norms,
+    embeddings, biases, dictionaries, and values that are stored as they are or were unpacked; packed values stay."""
     manifest: dict[str, Any] | None = None
     quantization_config: CospadiConfig
+    files: tuple[Path, ...] = ()
+    """Where the tensors were loaded from."""
+    copies: Mapping[str, list[str]] = {}
+    """Shared dictionary -> the tensors that hold it again, in other places of a device_map."""
 
     def is_serializable(self) -> bool:
         return True
 
     def _process_model_before_weight_loading(
-        self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: Any = None, **_: Any
+        self,
+        model: Any,
+        dtype: torch.dtype | None = None,
+        device_map: Any = None,
+        checkpoint_files: Any = None,
+        **_: Any,
     ) -> Any:
         stored = self.quantization_config.parsed()
-        files = [Path(file) for file in checkpoint_files or ()]
-        present = [*(f"{name}.weight" for name in stored)]
-        present += [name for file in files for name in safetensors.tensor_index(file)]
-        unstack(model, (name for place in compat.places_in_model(model, present).values() for name in place.names))
+        self.files = tuple(Path(file) for file in checkpoint_files or ())
+        present = [f"{name}.weight" for name in stored]
+        present += [name for file in self.files for name in safetensors.tensor_index(file)]
+        places = compat.places_in_model(model, present)
+        unstack(model, [*present, *(name for place in places.values() for name in place.names)])
         # The model may be the text part of the one that was written, where names differ.
-        places = compat.places_in_model(model, [f"{name}.weight" for name in stored])
-        names = {name: places[f"{name}.weight"].names[0].removesuffix(".weight") for name in stored}
+        found = compat.places_in_model(model, [f"{name}.weight" for name in stored])
+        names = {name: found[f"{name}.weight"].names[0].removesuffix(".weight") for name in stored}
         called = {names[name]: entry.model_copy(update={"owner": names[entry.owner]}) for name, entry in stored.items()}
         version, projections = schema.spell(called)
         self.quantization_config = CospadiConfig(projections, version)
-        swap_in_layers(model, called, dtype, "meta")
-        if files and (recorded := self._check(files, model, stored)):
+        swap_in_layers(model, called, dtype, "meta", self._holders(called, device_map))
+        if self.files and (recorded := self._check(list(self.files), model, stored)):
             for part in ("projections", "dense"):
                 if part in recorded:
                     recorded[part] = {names.get(name, name): what for name, what in recorded[part].items()}
             self.manifest = recorded
         return model
+
+    def _holders(self, projections: Mapping[str, StoredProjection], device_map: Any) -> dict[str, str]:
+        """Projection -> the one whose layer holds its dictionary: the owner of a shared one, or where that is in
+        another place of a device_map, one that holds a copy (`copies`)."""
+        # What "auto" and its like become keeps tied tensors together.
+        places = device_map if isinstance(device_map, dict) else {}
+        holders = dictionary_holders(projections, lambda name: _place(name, places))
+        self.copies = defaultdict(list)
+        for name, entry in projections.items():
+            if holders[name] != entry.owner and _place(name, places) == "disk":
+                holders[name] = name  # transformers finds on disk what is tied to a tensor of the checkpoint, alone
+            if holders[name] == name != entry.owner:
+                self.copies[entry.dictionary_tensor].append(f"{name}.{entry.form.names.dictionary}")
+        return holders
+
+    def get_weight_conversions(self) -> list[Any]:
+        return compat.copy_when_loading(self.copies)
 
     def _check(self, files: list[Path], model: Any, projections: dict[str, StoredProjection]) -> dict[str, Any] | None:
         root = _lexical(Path(str(model.config.name_or_path)))
@@ -91,15 +138,20 @@ class CospadiQuantizer(HfQuantizer):
                 raise CheckpointError(f"the checkpoint's index names {file}, a path that leaves its folder")
         recorded = manifest.read_manifest(folder, projections)
         present = compat.places_in_model(model, verify.check_files(files, projections))
-        found = {name for place in present.values() for name in place.names}
+        found = {name: None for place in present.values() for name in place.names}
         tied, may_miss = compat.tied_weights(model), compat.may_miss(model)
-        missing = [
-            name
-            for name in model.state_dict()
-            if name not in found and name not in tied and not any(re.search(p, name) for p in may_miss)
-        ]
+        here = found.keys() | {copy for copies in self.copies.values() for copy in copies} | tied.keys()
+        state = model.state_dict()
+        missing = [name for name in state if name not in here and not any(re.search(p, name) for p in may_miss)]
         if missing:
             raise CheckpointError(f"{folder}: tensor {missing[0]} is in none of the checkpoint's files")
+        for file in files:
+            for name, header in safetensors.tensor_index(file).items():
+                asked = state.get(present[name].names[0]) if present[name].same else None
+                if asked is not None and header["shape"] != list(asked.shape):
+                    raise CheckpointError(
+                        f"{file}: tensor {name} is {header['shape']}; config.json asks for {list(asked.shape)}"
+                    )
         if os.environ.get("COSPADI_VERIFY") == "1":
             verify.verify(folder)
         return recorded
@@ -109,26 +161,100 @@ class CospadiQuantizer(HfQuantizer):
             if isinstance(module, CompressedLinear):
                 module.prepare(model.dtype)
         model.save_pretrained = SavePretrained(model)
+        meet_peft()
+        return model
+
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Of `model.dequantize()`: an ordinary dense model, in its own dtype where none is given.
+
+        Raises:
+            UserError: layers are offloaded.
+        """
+        return super().dequantize(model, dtype or model.dtype)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype) -> Any:
+        layers = [
+            (parent, name, layer)
+            for parent in model.modules()
+            for name, layer in parent.named_children()
+            if isinstance(layer, CompressedLinear)
+        ]
+        if any(layer.weight_is_away() for _, _, layer in layers):
+            raise UserError("layers are offloaded, and cannot be made dense there. Load the model into memory first")
+        for parent, name, layer in layers:
+            setattr(parent, name, layer.to_linear(dtype))
+        entries = self.quantization_config.parsed()
+        restack(model)
+        compat.untie(model, (f"{name}.{entry.form.names.dictionary}" for name, entry in entries.items()))
+        del model.save_pretrained
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors to save: shared dictionaries once, factors as stored, and for each projection an empty `weight`.
 
         The empty tensor makes a transformers that does not know us stop with a size mismatch, where it would
-        otherwise fill the projection with random numbers.
+        otherwise fill the projection with random numbers. Offloaded tensors are on the meta device, and are read while
+        the files are written.
+
+        Raises:
+            UserError: a shared dictionary was trained in several places, and is not one any more.
         """
         state: dict[str, Tensor] = model.state_dict()
+        for name, copies in self.copies.items():
+            for copy in copies:
+                one, other = state[name], state[copy]
+                if not one.is_meta and not other.is_meta and not torch.equal(one, other.to(one.device)):
+                    raise UserError(
+                        f"{name} and {copy} were one dictionary, which device_map put in two places, and differ after "
+                        "training. Train with device_map=None, or keep dictionaries as they are (requires_grad=False)"
+                    )
+        stored = self.stored_dtypes()
         for name, entry in self.quantization_config.parsed().items():
-            form = entry.form
-            tensors = {form.names.dictionary: form.dictionary_kind.dtype}
-            if form.trainable:
-                tensors[form.names.values] = form.codec.dtype
-            for part, dtype in tensors.items():
-                tensor = state.pop(f"{name}.{part}", None)
-                if tensor is not None and (part != form.names.dictionary or entry.owner == name):
-                    state[f"{name}.{part}"] = tensor.to(dtype)
+            tensor = state.pop(f"{name}.{entry.form.names.dictionary}", None)
+            if tensor is not None and entry.owner == name:
+                state[entry.dictionary_tensor] = tensor
             state[f"{name}.{SENTINEL}"] = torch.empty(0, dtype=torch.bfloat16)
-        return state, {}
+        return {name: self.as_stored(name, tensor, stored) for name, tensor in state.items()}, {}
+
+    def stored_dtypes(self) -> dict[str, torch.dtype]:
+        """The parameters that the format stores in a dtype of its own, whatever the model's is."""
+        dtypes: dict[str, torch.dtype] = {}
+        for name, entry in self.quantization_config.parsed().items():
+            dtypes[entry.dictionary_tensor] = entry.form.dictionary_kind.dtype
+            if entry.form.trainable:
+                dtypes[f"{name}.{entry.form.names.values}"] = entry.form.codec.dtype
+        return dtypes
+
+    def as_stored(self, name: str, tensor: Tensor, dtypes: Mapping[str, torch.dtype]) -> Tensor:
+        """A tensor of the model in the dtype that it is stored in.
+
+        fp16 does not hold every number of bf16: where a number is still what was loaded, rounded to fp16, it is saved
+        as it was loaded, if the checkpoint is still there.
+        """
+        stored = tensor.to(dtypes.get(name, tensor.dtype))
+        if stored.dtype == torch.bfloat16 and tensor.dtype == torch.float16 and not tensor.is_meta:
+            loaded = self._loaded(name)
+            if loaded is not None and loaded.dtype == stored.dtype and loaded.shape == stored.shape:
+                loaded = loaded.to(tensor.device)
+                return torch.where(loaded.to(torch.float16) == tensor, loaded, stored)
+        return stored
+
+    def _loaded(self, name: str) -> Tensor | None:
+        """A tensor of the checkpoint that the model was loaded from, if that is still there."""
+        with suppress(CheckpointError):
+            for path in self.files:
+                with open_file(path) as file:
+                    if name in file.keys():  # noqa: SIM118  the file is no mapping
+                        loaded: Tensor = file.get_tensor(name)
+                        return loaded
+        return None
+
+
+def _place(name: str, device_map: Mapping[str, Any]) -> str | None:
+    """Where a device_map puts a module: what it says of the innermost module around it."""
+    while name and name not in device_map:
+        name = name.rpartition(".")[0]
+    return str(device_map[name]) if name in device_map else None
 
 
 def _lexical(path: Path) -> Path:
@@ -149,9 +275,21 @@ class SavePretrained:
         """As `PreTrainedModel.save_pretrained`; to upload, use `model.push_to_hub`, which calls this first."""
         if kwargs.get("push_to_hub"):
             raise UserError("save_pretrained would upload before the manifest is written. Use model.push_to_hub(NAME)")
+        if compat.has_adapters(self.model):  # which alone are written
+            type(self.model).save_pretrained(self.model, save_directory, *args, **kwargs)
+            return
         kwargs.setdefault("save_original_format", False)
-        type(self.model).save_pretrained(self.model, save_directory, *args, **kwargs)
+        quantizer = quantizer_of(self.model)
+        for name in quantizer.quantization_config.projections:
+            if not isinstance(self.model.get_submodule(name), CompressedLinear):
+                raise UserError(
+                    f"{name} is no compressed layer any more: {type(self.model.get_submodule(name)).__name__} stands "
+                    "in its place. Adapters are saved by the save_pretrained of the model that PEFT made; unload() "
+                    "takes them off"
+                )
+        stored = quantizer.stored_dtypes()
+        with compat.convert_offloaded(self.model, lambda name, tensor: quantizer.as_stored(name, tensor, stored)):
+            type(self.model).save_pretrained(self.model, save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
-            quantizer = quantizer_of(self.model)
             unknown: dict[str, Any] = {"projections": {name: {} for name in quantizer.quantization_config.projections}}
             manifest.write_manifest(Path(save_directory), quantizer.manifest or unknown)

@@ -163,9 +163,14 @@ class CompressedLinear(nn.Module):
     def weight(self) -> Tensor:
         """W as `nn.Linear` holds it, (d2, d1), made anew each time for code that looks at it; writing to it is in vain.
         On the meta device while the layer's values are."""
-        if any(tensor.is_meta for tensor in self._factors()):
+        if self.weight_is_away():
             return self._like.new_empty(self.out_features, self.in_features, device="meta")
         return self.dense_weight(self._like.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight that it stands for: the model's."""
+        return self._like.dtype
 
     @property
     def atoms(self) -> Tensor | None:
@@ -216,7 +221,7 @@ class CompressedLinear(nn.Module):
         if torch.compiler.is_compiling():
             made = None if self._kept is None else self._kept[1]
             return made if made is not None and _serves(made, like) else None
-        if any(tensor.device.type == "meta" for tensor in self._factors()):
+        if self.weight_is_away():
             return None
         state = (like.dtype, make.__name__, like.device, self._versions())
         if self._kept is not None:
@@ -311,19 +316,33 @@ class CompressedLinear(nn.Module):
         """The weight (d2, d1) this layer stands for, (D S)^T, computed in float64."""
         return self._weight(torch.float64).to(dtype)
 
+    def to_linear(self, dtype: torch.dtype) -> nn.Linear:
+        """The dense layer that this one stands for."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.dense_weight(dtype))
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().to(dtype))
+        return linear.train(self.training)
+
+    def weight_is_away(self) -> bool:
+        """Whether some of what makes up the weight is on the meta device, where offloaded tensors are."""
+        return any(tensor.is_meta for tensor in self._factors())
+
     def unpack_values(self) -> nn.Parameter:
         """Turn packed values into a float32 `nn.Parameter` of their shape, so that training reaches them.
 
         The state dict still holds the packed form (rounded again) under the same name.
 
         Raises:
-            UserError: they are levels, in whose place no other numbers can be put.
+            UserError: they are levels, in whose place no other numbers can be put; or they are offloaded.
         """
         values = self.codes
         if isinstance(values, nn.Parameter):
             return values
         if self.form.codec.levels:
             raise UserError(f"values {self.form.values} are levels, which cannot be trained")
+        if values.is_meta:
+            raise UserError("values are offloaded, and cannot be trained there. Load the model into memory to train it")
         parameter = nn.Parameter(self._decoded(values))
         delattr(self, self.names.values)
         self._kept = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,8 +34,13 @@ def swap_in_layers(
     projections: Mapping[str, StoredProjection],
     dtype: torch.dtype | None,
     device: torch.device | str,
+    holders: Mapping[str, str] | None = None,
 ) -> dict[str, CompressedLinear]:
     """Replace the projections' modules by empty compressed layers; the layers of a group share one parameter.
+
+    Args:
+        holders: projection -> the one whose dictionary it holds, where that is not its owner (see
+            `dictionary_holders`).
 
     Raises:
         CheckpointError: the model has no linear layer of that name and shape.
@@ -52,15 +57,26 @@ def swap_in_layers(
         model.set_submodule(name, layers[name])
     tied: dict[str, str] = {}
     for name, entry in projections.items():
-        if entry.owner != name and layers[name].atoms is not None:
+        holder = entry.owner if holders is None else holders[name]
+        if holder != name and layers[name].atoms is not None:
             shared = entry.form.names.dictionary
-            setattr(layers[name], shared, layers[entry.owner].atoms)
-            tied[f"{name}.{shared}"] = entry.dictionary_tensor
+            setattr(layers[name], shared, layers[holder].atoms)
+            tied[f"{name}.{shared}"] = f"{holder}.{shared}"
     compat.tie_weights(model, tied)
     for members in _siblings(projections):
         reuse_products(_parent(model, members), [layers[name] for name in members], _in_block(members[0])[1])
     compat.ignore_when_loading(model, (rf"^{re.escape(name)}\.{SENTINEL}$" for name in projections))
     return layers
+
+
+def dictionary_holders(projections: Mapping[str, StoredProjection], place: Callable[[str], Hashable]) -> dict[str, str]:
+    """Projection -> the one whose dictionary it holds: its owner, or else the first of its group in the same place.
+
+    Args:
+        place: where a projection's tensors will be. One parameter cannot be in two places.
+    """
+    first = {(entry.owner, place(entry.owner)): entry.owner for entry in projections.values()}
+    return {name: first.setdefault((entry.owner, place(name)), name) for name, entry in projections.items()}
 
 
 def _siblings(projections: Mapping[str, StoredProjection]) -> list[list[str]]:

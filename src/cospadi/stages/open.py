@@ -170,11 +170,10 @@ def opened(
             blocks.model, [projection for projection in selected if projection.name not in owner]
         ):
             log.warning("%s", left)
-        if unknown := list(blocks.unknown):
-            what = "left out" if recipe.text_only else "kept as they are"
-            log.warning(
-                "tensors that %s does not know are %s: %s", type(blocks.model).__name__, what, kinds_of(unknown)
-            )
+        if blocks.unknown:
+            parts = ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) for name in blocks.unknown))
+            kind, what = type(blocks.model).__name__, "left out" if recipe.text_only else "kept as they are"
+            log.warning("%d tensors of %s, which %s does not know, are %s", len(blocks.unknown), parts, kind, what)
         selected = running(selected, owner)
         uniform = make_plan(selected, settled, owner)
         spill = Spill(cache_bytes, ledger.scratch and ledger.scratch / "hidden")
