@@ -12,6 +12,7 @@ import math
 import os
 import resource
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from cospadi.budget.plan import Group, Plan, owner_without_weights
 from cospadi.calibration.gradients import gamma_shape, output_widths
 from cospadi.calibration.text import sequence_length
 from cospadi.commands.speed import Rates, measure_speed, size_of, solver_flops
+from cospadi.experts import parameter_of
 from cospadi.model import companions, load
 from cospadi.model.projections import Projection, decoder_blocks, find_projections
 from cospadi.recipe import CACHE_BYTES, Recipe
@@ -110,14 +112,18 @@ class Reader:
     """A distinct input of width d1 that selected projections of a block read.
 
     Attributes:
-        before: parameters of the block's projections that have run when it is there.
+        before: parameters of the block's projections that a token has met when it is there.
         after: the same and those of its readers.
+        share: of the tokens that come there; of an expert's input those that the router sends it, on average.
+        siblings: experts beside it, itself too, which are measured in the same pass.
     """
 
     block: int
     d1: int
-    before: int
-    after: int
+    before: float
+    after: float
+    share: float = 1.0
+    siblings: int = 1
 
 
 @dataclass(frozen=True)
@@ -180,12 +186,15 @@ def shape_of(model: Any, owner: Mapping[str, str], selected: Set[str]) -> Shape:
     projections = {projection.name: projection for projection in find_projections(model)}
     read = {owner[name] for name in owner if name in selected}
     inputs: dict[str, Reader] = {}  # of all projections
-    done = dict.fromkeys(range(len(blocks)), 0)
+    done = dict.fromkeys(range(len(blocks)), 0.0)
+    beside = Counter(map(parameter_of, owner))  # experts
     for name, first in owner.items():
-        p = projections[name]
+        p, stack = projections[name], parameter_of(name)
+        share = min(1.0, met / beside[stack]) if stack and met else 1.0
         before = done[p.block]
-        done[p.block] += p.d1 * p.d2
-        inputs[first] = Reader(p.block, p.d1, inputs[first].before if first in inputs else before, done[p.block])
+        done[p.block] += share * p.d1 * p.d2
+        before = inputs[first].before if first in inputs else before
+        inputs[first] = Reader(p.block, p.d1, before, done[p.block], share, beside[stack] if stack else 1)
     return Shape(
         parameters=tuple(sum(map(active, block.parameters())) for block in blocks),
         attention=heads * int(getattr(config, "head_dim", None) or hidden // heads),
@@ -324,7 +333,11 @@ def gradients_of(shape: Shape, recipe: Recipe, text: Text) -> Iterator[Cost]:
         widths = [width for p in shape.projections for width in output_widths(p.d2)]
         yield Cost("gradients", "grams", Flops(sum(self_product_flops(m, width) for width in widths)))
     if recipe.spreads_levels:
-        yield Cost("gradients", "grams", Flops(sum(self_product_flops(m, reader.d1) for reader in shape.readers)))
+        yield Cost(
+            "gradients",
+            "grams",
+            Flops(sum(self_product_flops(reader.share * m, reader.d1) for reader in shape.readers)),
+        )
         factored = sum(cholesky(reader.d1) + triangular(reader.d1, reader.d1) for reader in shape.readers)
         yield Cost("gradients", "factors", Flops(0, factored))
 
@@ -336,13 +349,14 @@ def walks_of(shape: Shape, recipe: Recipe, text: Text) -> Iterator[Cost]:
     """
     n, some, length = text.tokens, text.paired_tokens, text.length
     passed = forward_flops(shape, n, length, shape.blocks)
-    grams = sum(self_product_flops(n, reader.d1) for reader in shape.readers)
+    grams = sum(self_product_flops(reader.share * n, reader.d1) for reader in shape.readers)
     if recipe.refine or recipe.compensate:
         passed += forward_flops(shape, n if recipe.refine else some, length, shape.blocks[:-1])
     if recipe.compensate:
         attended = 4.0 * length * shape.attention
-        passed += sum(2 * some * (2.0 * reader.before + (attended if reader.before else 0)) for reader in shape.readers)
-        grams += sum(self_product_flops(some, reader.d1) + 2.0 * some * reader.d1**2 for reader in shape.readers)
+        for reader in shape.readers:
+            passed += 2 * some * (2.0 * reader.before + (attended if reader.before else 0)) / reader.siblings
+            grams += reader.share * (self_product_flops(some, reader.d1) + 2.0 * some * reader.d1**2)
     yield Cost("calibrate", "forward", Flops(passed))
     yield Cost("calibrate", "grams", Flops(grams))
 

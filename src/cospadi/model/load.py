@@ -219,7 +219,9 @@ def unknown_tensors(model: nn.Module, folder: Path) -> dict[str, Path]:
     heads = {source for target, source in tied.items() if target in found}
     for name in own:
         if not (name in found or name in tied or name in heads or any(re.search(p, name) for p in may_miss)):
-            raise CheckpointError(f"{folder}: tensor {name} is in none of the model's files")
+            raise CheckpointError(
+                f"{folder}: tensor {name} is in none of the model's files. Download it again, or mend config.json"
+            )
     for name, place in places.items():
         tensor, asked = present[name], own.get(place.names[0])
         if asked is None or not place.same:
