@@ -36,9 +36,9 @@ family that transformers {version} lists for causal language models and for mode
 write text, saves it, and takes it through the main job twice, from its folder block by block and loaded in memory:
 calibrate, compress at 0.3, write, open the output and compare its logits with the job's own model, load, generate.
 
-**{works}** of {all} work{refused}. What a family's classes hold beside plain linear layers stays as it is; the last
-column says so. *Whole*: blocks do not simply follow each other, so that the model is loaded whole, and solved without
-compensation and refinement.
+**{works}** of {all} work, {refused} are refused in a sentence, and {rest} do not run on tokens alone, or not here. What
+a family's classes hold beside plain linear layers stays as it is; the last column says so. *Whole*: blocks do not
+simply follow each other, so that the model is loaded whole, and solved without compensation and refinement.
 
 | family | works | what stays dense, or why it is refused |
 |---|---|---|
@@ -142,9 +142,9 @@ def table(output: Annotated[Path | None, typer.Option(help="the page; without it
         with tempfile.TemporaryDirectory() as scratch:
             found[kind] = attempt(kind, Path(scratch))
     works = sum(outcome.works for outcome in found.values())
-    refused = f", {len(found) - works} are refused or cannot be tried here" if works < len(found) else ""
+    rest = len(families.CANNOT)
     version = transformers.__version__.rpartition(".")[0]
-    page = HEAD.format(version=version, works=works, all=len(found), refused=refused)
+    page = HEAD.format(version=version, works=works, all=len(found), refused=len(found) - works - rest, rest=rest)
     page += "".join(f"| {kind} | {'yes' if works else 'no'} | {note} |\n" for kind, (works, note) in found.items())
     if output is None:
         print(page, end="")

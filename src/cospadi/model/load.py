@@ -202,6 +202,8 @@ def _build(config: Any, folder: Path, text_only: bool) -> nn.Module:
             )
     except Exception as error:  # a model class may raise anything on a config it cannot build
         raise UserError(f"{folder} does not build a causal language model: {first_line(error)}") from None
+    if model.config.is_encoder_decoder:  # type: ignore[union-attr]
+        raise UserError(f"{folder}: {type(model).__name__} is an encoder-decoder, not a causal language model")
     return model.eval()
 
 

@@ -24,7 +24,7 @@ from cospadi.calibration.gradients import gamma_shape
 from cospadi.calibration.grams import Whitening
 from cospadi.calibration.spill import Spill
 from cospadi.calibration.walk import Calls
-from cospadi.errors import UserError
+from cospadi.errors import UserError, first_line
 from cospadi.format import safetensors
 from cospadi.format.manifest import MANIFEST, weights_digest
 from cospadi.jobs.ledger import REPLACED, JobDirectory, Ledger
@@ -165,7 +165,12 @@ def opened(
         selected = select(find_projections(blocks.model), recipe.include, recipe.exclude, recipe.target)
         if any(projection.name not in modules for projection in selected):
             _unstack(blocks)
-        owner = shared_inputs(blocks.model, selected, blocks.device)
+        try:
+            owner = shared_inputs(blocks.model, selected, blocks.device)
+        except (UserError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a model may ask for anything beside tokens
+            raise UserError(f"{type(blocks.model).__name__} does not run on text alone: {first_line(error)}") from error
         for left in what_stays_dense(
             blocks.model, [projection for projection in selected if projection.name not in owner]
         ):

@@ -3,6 +3,7 @@ held, and compute what the job's own model computes."""
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -92,7 +93,10 @@ def prove(job: Job, folder: Path, expected: Expected) -> None:
             logits, means = _run(job, model, expected.tokens)
         except Exception as error:  # whatever it is, a user would meet it
             raise OutputError(f"what was written does not load and run: {first_line(error)}") from error
-    limit = ROUNDING.get(model.dtype, ROUNDING[torch.bfloat16])
+        dtype = model.dtype
+        del model
+        gc.collect()  # nothing maps the new files any more
+    limit = ROUNDING.get(dtype, ROUNDING[torch.bfloat16])
     off = _difference(logits, expected.logits)
     if not off <= limit:
         each = ((name, _difference(means[name], mean)) for name, mean in expected.means.items() if name in means)
