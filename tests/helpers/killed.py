@@ -51,6 +51,7 @@ def finished(output: Path) -> str:
     if output.exists():
         return "everything"
     stages = {path.stem.partition("%2F")[0] for path in work.glob("pieces/*.safetensors")}
+    stages |= {"output"} if (work / "output").exists() else set()
     return max(stages & set(STAGES), key=STAGES.index, default="nothing")
 
 
