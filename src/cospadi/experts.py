@@ -30,6 +30,10 @@ LAYER = re.compile(rf"(.+)\.{SEPARATE}\.(\w+)\.\d+(\.\w+)?")
 """The name of an expert's layer, or of one of its tensors."""
 
 
+EXPERT = re.compile(rf"(experts(?:\.{SEPARATE}\.\w+)?)\.\d+")
+"""The number of an expert, in the name of a layer of a stack or of a list of experts."""
+
+
 class Slice(NamedTuple):
     """Where in a stacked parameter of the model a layer's weight lies."""
 
@@ -117,7 +121,7 @@ def unstack(model: nn.Module, named: Iterable[str] | None = None) -> dict[str, S
 
 
 def restack(model: nn.Module) -> None:
-    """Give experts whose layers are ordinary ones the stacked parameters back."""
+    """Give experts the stacked parameters back. All of their layers are ordinary ones."""
     for module in list(model.modules()):
         separate = getattr(module, SEPARATE, None)
         if not isinstance(separate, nn.Module) or not all(isinstance(one, Stack) for one in separate.children()):
@@ -135,6 +139,12 @@ def restack(model: nn.Module) -> None:
 def layer_name(parameter: str, expert: int) -> str:
     """The name in a module of experts of the layer that holds an expert's part of a stacked parameter."""
     return f"{SEPARATE}.{parameter}.{expert}"
+
+
+def all_beside(name: str) -> str | None:
+    """What the names of a projection of all experts of a module have in common, by the name of one's; None for what is
+    no expert's."""
+    return EXPERT.sub(r"\1.*", name) if EXPERT.search(name) else None
 
 
 def parameter_of(name: str) -> str | None:

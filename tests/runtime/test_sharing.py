@@ -297,12 +297,14 @@ def test_what_did_not_run_is_left_out_but_for_experts_and_inputs_that_changed_ar
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b, self.c, self.idle, self.expert = (nn.Linear(4, 4) for _ in range(5))
+            self.a, self.b, self.c, self.idle = (nn.Linear(4, 4) for _ in range(4))
+            self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+            self.other_experts = nn.ModuleList([nn.Linear(4, 4)])  # none of which runs
 
         def forward(self, x: Tensor) -> Tensor:
             first = self.a(x), self.b(input=x)
             x.add_(1)
-            return self.c(x) + sum(first)
+            return self.c(x) + self.experts[1](x.clone()) + sum(first)
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -312,7 +314,7 @@ def test_what_did_not_run_is_left_out_but_for_experts_and_inputs_that_changed_ar
         def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
             return self.blocks[0](self.embed(input_ids))
 
-    kinds = ["a", "b", "c", "idle", "expert"]
+    kinds = ["a", "b", "c", "idle", "experts.0", "experts.1", "other_experts.0"]
     owner = shared_inputs(Model(), [Projection(f"blocks.0.{kind}", 0, kind, 4, 4) for kind in kinds])
     assert owner == {
         f"blocks.0.{kind}": f"blocks.0.{'a' if kind == 'b' else kind}" for kind in ("a", "b", "c", "expert")

@@ -16,6 +16,7 @@ from tiny_families import tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import cospadi
+from cospadi.calibration.walk import relative_difference
 from cospadi.errors import OutputError
 from cospadi.stages import write
 
@@ -84,6 +85,18 @@ def test_the_command_says_so_and_keeps_what_is_finished(
     assert (tmp_path / "out").is_dir()
 
 
+def test_entries_that_mask_neither_hide_a_difference_nor_make_one() -> None:
+    plain = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    for mask in (torch.finfo(torch.float32).min, -torch.inf):
+        masked = plain.index_fill(1, torch.tensor([2, 5]), mask)
+        assert relative_difference(masked, masked) == 0
+        other = masked.clone()
+        other[:, 0] += 1
+        assert relative_difference(other, masked) > 0.1
+        assert relative_difference(plain, masked) == torch.inf
+    assert not relative_difference(plain * torch.nan, plain) <= 1
+
+
 def test_a_model_that_came_loaded_is_proved_too(
     dense_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,9 +151,22 @@ def test_tensors_that_no_class_knows_are_carried(dense_folder: Path, tmp_path: P
         (source / path.name).write_bytes(path.read_bytes())
     save_file(tensors | more, source / "model.safetensors", {"format": "pt"})
     cospadi.compress(source, QUICK, tmp_path / "out")
-    after = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(torch.equal(after[name], tensor) for name, tensor in more.items())
-    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    cospadi.compress(source, QUICK).model.save_pretrained(tmp_path / "in memory")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+    for name in ("out", "in memory", "again"):
+        after = load_file(tmp_path / name / "model.safetensors")
+        assert all(torch.equal(after[name], tensor) for name, tensor in more.items())
+
+
+def test_a_model_that_runs_whole_keeps_them_too(default: dict[str, Any], tokenizer: Any, tmp_path: Path) -> None:
+    tiny_model("gemma4_text").save_pretrained(tmp_path / "in")
+    tokens = tmp_path / "text.txt"
+    tokens.write_text("abc " * 400)
+    tensors = load_file(tmp_path / "in" / "model.safetensors")
+    save_file(tensors | {"mtp.weight": torch.ones(3)}, tmp_path / "in" / "model.safetensors", {"format": "pt"})
+    recipe = default | {"calibration": str(tokens), "length": 16, "refine": 0}
+    cospadi.compress(tmp_path / "in", recipe, tmp_path / "out", tokenizer=tokenizer)
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["mtp.weight"], torch.ones(3))
 
 
 def test_text_only_names_what_it_leaves_out(run: Callable[..., Answer], tmp_path: Path) -> None:

@@ -497,7 +497,7 @@ def outlook(model: str | Path, recipe: Recipe, plan: Plan | None = None) -> Outl
         selected = select(find_projections(skeleton.model), recipe.include, recipe.exclude, recipe.target)
         idle, owner = selected, owner_without_weights(skeleton.model, selected)
         selected = running(selected, owner)
-        idle = [projection for projection in idle if projection not in selected]
+        idle = [projection for projection in idle if projection.name not in owner]
         plan = make_plan(selected, recipe, owner)
     before = after = None
     if skeleton.sizes is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -12,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from cospadi.errors import UserError
+from cospadi.experts import all_beside
 from cospadi.model.projections import read_by_linear
 from cospadi.solvers.products import float32_products, self_product
-
-LAST_NUMBER = re.compile(r"\d+(?=\D*$)")
 
 
 class _LastBlockDone(Exception):
@@ -82,7 +80,7 @@ def adding_grams(readers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]
         def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             x = read_by_linear(args, kwargs).detach()
             grams[name] += gram_block(x, x, name)
-            if "expert" in name:
+            if all_beside(name):
                 tokens[name] += int(x.any(-1).sum())  # some are given zeros for what is not theirs
 
         return hook
@@ -105,8 +103,8 @@ def fill_up(grams: Mapping[str, Tensor], tokens: Mapping[str, int]) -> None:
     """
     beside: dict[str, list[str]] = {}
     for name in grams:
-        if "expert" in name:
-            beside.setdefault(LAST_NUMBER.sub("*", name), []).append(name)
+        if of_all := all_beside(name):
+            beside.setdefault(of_all, []).append(name)
     for names in beside.values():
         seen = sum(tokens[name] for name in names)
         if len(names) > 1 and seen:

@@ -17,6 +17,7 @@ tokens than the metric of what is left.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -37,6 +38,10 @@ DAMPING = 1e-2
 
 SAME = 1e-3
 """By how much logits of a walk may differ from the model's own, relative in norm."""
+
+
+MASK = 1e4
+"""From where on a logit stands for what must not be."""
 
 
 class _Reached(Exception):
@@ -171,7 +176,17 @@ def _walks_as_it_runs(blocks: Blocks, calls: Calls, batch: Tensor, spill: Spill)
     found = logits(blocks, calls, flow[0], batch)
     flow.close()
     expected = blocks.model(input_ids=batch.to(blocks.device), use_cache=False).logits
-    return bool((found - expected).float().norm() <= SAME * expected.float().norm())
+    return relative_difference(found, expected) <= SAME
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Of two tensors, in norm, over entries that are no masks (as large as their dtype has, or infinite); infinity
+    where these are not in the same places."""
+    plain = expected.abs() < MASK
+    if not torch.equal(plain, found.abs() < MASK):
+        return math.inf
+    found, expected = found[plain].double(), expected[plain].double()
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import re
 import sys
@@ -59,6 +60,9 @@ class CospadiConfig(QuantizationConfigMixin):
         return super().to_dict()  # type: ignore[no-any-return]
 
 
+log = logging.getLogger("cospadi")
+
+
 def meet_peft() -> None:
     """Have PEFT know compressed layers, if a program uses it. (Importing it takes a second, which others keep.)"""
     if "peft" in sys.modules:
@@ -79,6 +83,8 @@ class CospadiQuantizer(HfQuantizer):
     quantization_config: CospadiConfig
     files: tuple[Path, ...] = ()
     """Where the tensors were loaded from."""
+    carried: Mapping[str, Path] = {}
+    """Tensors of the checkpoint that the model has no place for, which saving keeps -> their files."""
     copies: Mapping[str, list[str]] = {}
     """Shared dictionary -> the tensors that hold it again, in other places of a device_map."""
 
@@ -106,6 +112,14 @@ class CospadiQuantizer(HfQuantizer):
         version, projections = schema.spell(called)
         self.quantization_config = CospadiConfig(projections, version)
         swap_in_layers(model, called, dtype, "meta", self._holders(called, device_map))
+        if names == {name: name for name in stored} and type(model).__name__ in (model.config.architectures or ()):
+            own, ours = model.state_dict(), {f"{name}.{SENTINEL}" for name in stored}
+            self.carried = {
+                name: file
+                for file in self.files
+                for name in safetensors.tensor_index(file)
+                if name not in ours and own.keys().isdisjoint(places[name].names)
+            }
         if self.files and (recorded := self._check(list(self.files), model, stored)):
             for part in ("projections", "dense"):
                 if part in recorded:
@@ -214,7 +228,20 @@ class CospadiQuantizer(HfQuantizer):
             if tensor is not None and entry.owner == name:
                 state[entry.dictionary_tensor] = tensor
             state[f"{name}.{SENTINEL}"] = torch.empty(0, dtype=torch.bfloat16)
-        return {name: self.as_stored(name, tensor, stored) for name, tensor in state.items()}, {}
+        state = {name: self.as_stored(name, tensor, stored) for name, tensor in state.items()}
+        return state | self._carried_tensors(), {}
+
+    def _carried_tensors(self) -> dict[str, Tensor]:
+        """The tensors of `carried`; a file that is gone by now is told of."""
+        tensors: dict[str, Tensor] = {}
+        for path in sorted(set(self.carried.values())):
+            names = [name for name, where in self.carried.items() if where == path]
+            if not path.exists():
+                log.warning("%s is gone, and with it %d tensors that the model does not know", path, len(names))
+                continue
+            with open_file(path) as file:
+                tensors |= {name: file.get_tensor(name) for name in names}
+        return tensors
 
     def stored_dtypes(self) -> dict[str, torch.dtype]:
         """The parameters that the format stores in a dtype of its own, whatever the model's is."""

@@ -268,6 +268,15 @@ def load_model(folder: Path, device: torch.device, text_only: bool = False) -> n
     return _from_pretrained(folder, text_only).to(device).eval()
 
 
+def load_blocks(folder: Path, device: torch.device, text_only: bool = False) -> Blocks:
+    """A dense model in memory, whole.
+
+    Raises: as `load_model`.
+    """
+    unknown = unknown_tensors(_build(_check_files(folder), folder, text_only), folder)
+    return Blocks(_from_pretrained(folder, text_only).to(device).eval(), device, unknown=unknown)
+
+
 def _check_files(folder: Path) -> Any:
     """The configuration of a folder that may hold a model."""
     files = safetensors.weight_files(folder)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cospadi import compat
 from cospadi.errors import UserError
-from cospadi.experts import layer_name, stacked
+from cospadi.experts import all_beside, layer_name, stacked
 
 ROUTERS = {"gate", "router", "shared_expert_gate"}
 """Names of the small projections that choose experts: never compressed (an MLP's own gate is `gate_proj`)."""
@@ -220,7 +220,7 @@ def shared_inputs(
 
     Returns:
         For each projection that ran, in running order: name -> name of the first projection that read its input. Those
-        of an expert that got no token come last, each reading its own.
+        of experts that got no token, where one beside them did, come last, each reading its own.
     """
     owner_of: dict[str, str] = {}
     first_reader: dict[tuple[int, int | None], str] = {}
@@ -247,4 +247,6 @@ def shared_inputs(
     finally:
         for handle in handles:
             handle.remove()
-    return owner_of | {p.name: p.name for p in projections if p.name not in owner_of and "expert" in p.name}
+    ran = set(map(all_beside, owner_of)) - {None}
+    names = [projection.name for projection in projections if projection.name not in owner_of]
+    return owner_of | {name: name for name in names if name not in modules or all_beside(name) in ran}

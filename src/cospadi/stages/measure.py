@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -166,7 +166,9 @@ def blocks_to_solve(job: Job, groups: Sequence[Group], missing: Sequence[Group])
             text through the model.
     """
     if not job.walks:
-        yield from measured_groups(job, missing)
+        # All of a block, since experts' Grams are filled up from each other's.
+        blocks = {group.members[-1].block for group in missing}
+        yield from measured_groups(job, [group for group in groups if group.members[-1].block in blocks], set(missing))
         return
     if not missing:
         return
@@ -205,14 +207,17 @@ def _sets(job: Job, groups: Sequence[Group], index: int) -> list[list[Group]]:
     return [[group for some in by_reader.values() for group in some] for by_reader in sets.values()]
 
 
-def measured_groups(job: Job, groups: Sequence[Group]) -> Iterator[Block]:
-    """Groups whose last block has been passed, and what they read in the dense model, in one walk over the blocks."""
+def measured_groups(job: Job, groups: Sequence[Group], wanted: Collection[Group] | None = None) -> Iterator[Block]:
+    """Of some groups those that are wanted, or all, when their last block has been passed, and what they read in the
+    dense model, in one walk over the blocks."""
+    wanted = groups if wanted is None else wanted
     by_end: dict[int, list[Group]] = {}
     for group in groups:
         by_end.setdefault(group.members[-1].block, []).append(group)
     if job.sequences is None:
         if groups:
-            yield Block(job, [groups], dict.fromkeys(map(job.inputs, groups), IDENTITY))
+            now = [group for group in groups if group in wanted]
+            yield Block(job, [now], dict.fromkeys(map(job.inputs, now), IDENTITY))
         return
     for some, grams, uses in _by_block(job, by_end) if job.calls is not None else _by_whole_model(job, by_end):
         found = {}
@@ -228,7 +233,7 @@ def measured_groups(job: Job, groups: Sequence[Group]) -> Iterator[Block]:
             found[inputs] = whiten(gram, job.sequences.numel(), job.recipe.damping)
             if found[inputs].gram is None:
                 log.warning("%s reads only zeros on the calibration text: solved without whitening", inputs[0])
-        yield Block(job, [some], found)
+        yield Block(job, [[group for group in some if group in wanted]], found)
 
 
 Grams = tuple[Sequence[Group], dict[str, Tensor], Counter[str]]

@@ -155,7 +155,7 @@ def opened(
                     folder = merge_adapter(folder, converted, recipe.text_only)
                 load.load_config(folder)  # refuses what cannot be compressed before any weight is read
                 if whole:
-                    blocks = Blocks(load.load_model(folder, device, recipe.text_only), device)
+                    blocks = load.load_blocks(folder, device, recipe.text_only)
                 else:
                     blocks = load.open_blocks(folder, device, converted / "converted", recipe.text_only)
                 if not settled.data_free and tokenizer is None:

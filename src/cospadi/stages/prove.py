@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cospadi import compat
+from cospadi.calibration.walk import relative_difference
 from cospadi.errors import OutputError, first_line
 from cospadi.experts import parameter_of
 from cospadi.format import safetensors
@@ -49,32 +50,36 @@ class Expected:
 
 
 @torch.no_grad()
-def expect(job: Job, pieces: Sequence[Piece]) -> Expected:
+def expect(job: Job, pieces: Sequence[Piece], names: frozenset[str]) -> Expected:
     """Run one sequence through the model that the job holds: in memory with its compressed layers, or the dense one,
-    block by block, with what is stored in place of its weights."""
+    block by block, with what is stored in place of its weights.
+
+    Args:
+        names: `names_to_hold`.
+    """
     model, tokens = job.blocks.model, job.sequences
     if tokens is None:
         count = min(WITHOUT_TEXT, load.vocabulary(model), load.positions(model.config))
         tokens = torch.arange(count)[None]
     with _replaced(job, pieces):
-        return Expected(_names(job), tokens[:1], *_run(job, model, tokens[:1]))
+        return Expected(names, tokens[:1], *_run(job, model, tokens[:1]))
 
 
-def _names(job: Job) -> frozenset[str]:
-    """Of the tensors that the output should hold: those of the source, as the job's model calls them."""
-    if job.folder is None:
-        return frozenset()
+def names_to_hold(job: Job) -> frozenset[str]:
+    """Of the tensors that the output should hold: those of the source, as the job's model calls them. To be asked for
+    before its layers are compressed ones."""
     model = job.blocks.model
     own = model.state_dict().keys()
     parts = defaultdict(set)  # of experts that were stacked
     for name in own:
         parts[parameter_of(name)].add(name)
-    names: set[str] = set()
-    for source, place in compat.places_in_model(model, safetensors.stored_tensors(job.folder)).items():
-        if source not in job.blocks.unknown:
-            names.update(*({name} if name in own else parts[name] for name in place.names))
-        elif not job.recipe.text_only:
-            names.add(source)
+    names = set(own) if job.folder is None else set()
+    stored = safetensors.stored_tensors(job.folder) if job.folder is not None else {}
+    for source, place in compat.places_in_model(model, stored).items():
+        if source in job.blocks.unknown:
+            names |= set() if job.recipe.text_only else {source}
+        else:
+            names.update(*(parts.get(name, {name}) for name in place.names))
     return frozenset(names - compat.tied_weights(model).keys() - compat.not_saved(model))
 
 
@@ -87,30 +92,27 @@ def prove(job: Job, folder: Path, expected: Expected) -> None:
     """
     if lost := sorted(expected.names - safetensors.stored_tensors(folder).keys()):
         raise OutputError(f"what was written lacks {lost[0]}, one of {len(lost)} tensors of the source that it lacks")
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=job.ledger.scratch) as scratch:
         try:
             model: Any = load.open_compressed(folder, job.blocks.device, Path(scratch)).model
             logits, means = _run(job, model, expected.tokens)
+        except (MemoryError, torch.OutOfMemoryError, OSError):  # of this machine, not of what was written
+            raise
         except Exception as error:  # whatever it is, a user would meet it
             raise OutputError(f"what was written does not load and run: {first_line(error)}") from error
         dtype = model.dtype
         del model
         gc.collect()  # nothing maps the new files any more
     limit = ROUNDING.get(dtype, ROUNDING[torch.bfloat16])
-    off = _difference(logits, expected.logits)
+    off = relative_difference(logits, expected.logits)
     if not off <= limit:
-        each = ((name, _difference(means[name], mean)) for name, mean in expected.means.items() if name in means)
+        both = ((name, means[name], mean) for name, mean in expected.means.items() if name in means)
+        each = ((name, relative_difference(found, mean)) for name, found, mean in both)
         first = next((name for name, found in each if not found <= limit / 4), "the model's head")
         raise OutputError(
             f"what was written computes logits that differ by {off:.2g} from those of the job's own model; {first} is "
             "the first to differ"
         )
-
-
-def _difference(found: Tensor, expected: Tensor) -> float:
-    """Relative in norm; not a number where either is not finite."""
-    found, expected = found.double(), expected.double()
-    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
 def _run(job: Job, model: Any, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -12,7 +12,6 @@ from cospadi.calibration.text import token_sequences
 from cospadi.calibration.walk import learn_calls, pass_seconds
 from cospadi.errors import UserError
 from cospadi.model import load
-from cospadi.model.blocks import Blocks
 from cospadi.stages.open import Job
 
 log = logging.getLogger("cospadi")
@@ -71,10 +70,8 @@ def _run_whole(job: Job) -> None:
     notes += ["not refined"] if job.recipe.refine else []
     if job.blocks.stored is not None:
         assert job.folder is not None
-        unknown = job.blocks.unknown
-        model = load.load_model(job.folder, job.blocks.device, job.recipe.text_only)
         unstacked = job.blocks.unstacked
-        job.blocks = Blocks(model, job.blocks.device, unknown=unknown)
+        job.blocks = load.load_blocks(job.folder, job.blocks.device, job.recipe.text_only)
         if unstacked:
             job.blocks.unstack_experts()
         notes.insert(0, "loaded whole")

@@ -27,7 +27,7 @@ from cospadi.recipe import Recipe
 from cospadi.runtime.swap import mark_compressed, quantizer_of, swap_in_layers
 from cospadi.stages.card import model_card
 from cospadi.stages.open import Job, was_written
-from cospadi.stages.prove import Expected, expect, prove
+from cospadi.stages.prove import Expected, expect, names_to_hold, prove
 from cospadi.stages.solve import Packed, entries_of, packed_of
 
 log = logging.getLogger("cospadi")
@@ -39,17 +39,18 @@ def finish(job: Job, plan: Plan, pieces: Sequence[Piece], output: Path | None) -
     Returns:
         The manifest; with hashes of files if they were written.
     """
-    manifest = describe(job, plan, pieces)
+    manifest, names = describe(job, plan, pieces), names_to_hold(job)
     if job.blocks.stored is None:
         load_factors(job.blocks.model, [packed_of(piece) for piece in pieces])
-        quantizer_of(job.blocks.model).manifest = manifest
+        quantizer = quantizer_of(job.blocks.model)
+        quantizer.manifest, quantizer.carried = manifest, {} if job.recipe.text_only else dict(job.blocks.unknown)
     if output is None:
         return manifest
     if was_written(job.ledger, output):
         return files.read_json(output / MANIFEST)
     log.info("writing %s", output)
     with job.stages.stage("prove", 2) as progress:
-        expected = expect(job, pieces)
+        expected = expect(job, pieces, names)
         progress.advance(1)
     return write(job, output, manifest, plan, pieces, expected)
 
