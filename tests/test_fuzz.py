@@ -554,7 +554,7 @@ def smallest_sharded(smallest: Path, tmp_path_factory: pytest.TempPathFactory) -
     return output
 
 
-@examples(120)
+@examples(40)
 @given(data=st.data())
 def test_dense_model_of_any_content(
     data: st.DataObject,
@@ -728,7 +728,7 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-@examples(250)
+@examples(120)
 @given(line=command_line())
 def test_any_flag(
     line: list[str], desk: Path, run: Callable[..., Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

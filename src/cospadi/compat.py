@@ -235,6 +235,23 @@ def misfits() -> Iterator[list[str]]:
         log.level, log.propagate = before
 
 
+def experts_implementation(module: Any, implementation: str) -> None:
+    """Have a module of experts, and all with the same configuration, compute by an implementation of that name.
+
+    Waits for a way to choose one for a model that is already there whose class does not offer it.
+    """
+    module.config._experts_implementation = implementation
+
+
+def gate_of(module: Any) -> Callable[[Tensor], Tensor] | None:
+    """What a module of experts makes of the output of its first projection; None for any other module.
+
+    Waits for a public name of `_apply_gate`, which every implementation of experts needs.
+    """
+    gate: Callable[[Tensor], Tensor] | None = getattr(module, "_apply_gate", None)
+    return gate
+
+
 # accelerate
 
 

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cospadi import compat
+
 IMPLEMENTATION = "cospadi"
 """The name of `forward` among transformers' implementations of experts."""
 
@@ -133,7 +135,7 @@ def restack(model: nn.Module) -> None:
             module.register_parameter(leaf, nn.Parameter(weights))
         delattr(module, SEPARATE)
         if _is_dispatched(module):
-            module.config._experts_implementation = "eager"  # type: ignore[union-attr]
+            compat.experts_implementation(module, "eager")
 
 
 def layer_name(parameter: str, expert: int) -> str:
@@ -156,7 +158,7 @@ def parameter_of(name: str) -> str | None:
 
 def _is_dispatched(module: Any) -> bool:
     """Whether transformers lets somebody else compute what a module of experts does (`use_experts_implementation`)."""
-    return hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")
+    return hasattr(module, "is_transposed") and compat.gate_of(module) is not None
 
 
 def _is_transposed(module: Any) -> bool:
@@ -172,13 +174,15 @@ def _dispatch(module: Any) -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, forward)
-    module.config._experts_implementation = IMPLEMENTATION
+    compat.experts_implementation(module, IMPLEMENTATION)
 
 
 def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """What a module of experts computes: hidden states (tokens, width), each through the experts (tokens, chosen) that
     the router chose, times their weights (tokens, chosen), added up."""
     first, second = _names(self)
+    gate = compat.gate_of(self) if self.has_gate else self.act_fn
+    assert gate is not None
     result = torch.zeros_like(hidden_states)
     for expert in torch.unique(top_k_index).tolist():
         if expert >= self.num_experts:  # stands for none
@@ -186,8 +190,7 @@ def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
         tokens, places = torch.where(top_k_index == expert)
         inner = getattr(self, first)[expert](hidden_states[tokens])
         inner = inner + getattr(self, f"{first}_bias")[expert] if self.has_bias else inner
-        inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
-        outer = getattr(self, second)[expert](inner)
+        outer = getattr(self, second)[expert](gate(inner))
         outer = outer + getattr(self, f"{second}_bias")[expert] if self.has_bias else outer
         outer = outer * top_k_weights[tokens, places, None]
         result.index_add_(0, tokens, outer.to(result.dtype))  # no token twice: the same sums in the same order

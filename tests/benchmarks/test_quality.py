@@ -43,7 +43,7 @@ def test_stories260k(shared_model: Callable[[str], Path], tmp_path: Path) -> Non
     folder = shared_model("stories260k")
     data = folder.parent.parent / "data"
     tokenizer = load.load_tokenizer(folder)
-    windows = evaluate.text_windows(tokenizer, evaluate.read_text(data / "stories_heldout.txt"), 512)[:32]
+    windows = evaluate.text_windows(tokenizer, [(data / "stories_heldout.txt").read_text()], 512)[:32]
     found = {}
     for solver, update in (("svd-llm", "power"), ("ksvd", "power"), ("ksvd", "mod")):
         recipe = {"ratio": 0.2, "solver": solver, "share": "none", "update": update, "iterations": 6, "sequences": 48}

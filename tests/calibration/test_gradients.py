@@ -26,6 +26,7 @@ from cospadi.calibration.gradients import (
 )
 from cospadi.calibration.spill import Spill
 from cospadi.errors import UserError
+from cospadi.experts import unstack
 from cospadi.model import load
 from cospadi.model.projections import decoder_blocks, find_projections
 
@@ -49,6 +50,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 def build(family: str) -> Any:
     model = AutoModelForCausalLM.from_config(CONFIGS[family]()).eval()
     randomise(model)
+    unstack(model)
     return model
 
 

@@ -147,7 +147,7 @@ def test_compensation_lowers_the_loss_of_a_hard_compressed_model(shared_model: C
     folder = shared_model("stories260k")
     data = folder.parent.parent / "data"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    windows = evaluate.text_windows(tokenizer, (data / "stories_heldout.txt").read_text(), 512)[:12]
+    windows = evaluate.text_windows(tokenizer, [(data / "stories_heldout.txt").read_text()], 512)[:12]
     losses = {}
     for compensate in (False, True):
         recipe = {"ratio": 0.5, "calibration": str(data / "stories_calibration.jsonl"), "sequences": 24}

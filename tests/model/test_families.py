@@ -21,11 +21,9 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
-    MixtralConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
-    Qwen3MoeConfig,
 )
 
 import cospadi
@@ -267,43 +265,6 @@ def test_stored_errors_are_those_of_the_stored_factors(
         assert result.errors[name] == pytest.approx(float(error), rel=1e-6)
         assert result.manifest["projections"][name]["relative_error"] == result.errors[name]
         assert 0 < result.errors[name] < 1
-
-
-MOE_SIZES = SIZES | {"intermediate_size": 80, "num_key_value_heads": 2, "num_experts_per_tok": 2}
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        MixtralConfig(**MOE_SIZES, num_local_experts=4),
-        Qwen3MoeConfig(**MOE_SIZES, num_experts=4, moe_intermediate_size=32, head_dim=16),
-    ],
-    ids=lambda config: config.model_type,
-)
-def test_mixture_of_experts_compresses_attention_and_warns_of_what_stays_dense(
-    config: Any,
-    make_model: Callable[..., Path],
-    quick: dict[str, Any],
-    prompt: Tensor,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    dense, output = make_model(config), tmp_path / "out"
-    with caplog.at_level(logging.WARNING, "cospadi"):
-        result = cospadi.compress(dense, quick, output)
-    loaded = load(output)
-    layers = compressed_layers(loaded)
-    assert len(layers) == 8
-    assert all(".self_attn." in name for name in layers)
-    assert len(result.plan.groups) == 4
-    assert outlook(dense, cospadi.Recipe(ratio=0.3)).plan == result.plan
-    warnings = [record.getMessage() for record in caplog.records if "dense" in record.getMessage()]
-    assert len(warnings) == 1
-    assert "model.layers.*.mlp.experts" in warnings[0]
-    assert torch.equal(logits(loaded, prompt), logits(result.model, prompt))
-    kept = {name: tensor for name, tensor in load(dense).state_dict().items() if ".mlp." in name}
-    assert {kind(name) for name in kept} >= {"mlp.gate.weight", "mlp.experts.down_proj", "mlp.experts.gate_up_proj"}
-    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in kept.items())
 
 
 QKV, OUT, GATE_UP, DOWN = ["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]

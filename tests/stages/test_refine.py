@@ -184,7 +184,7 @@ def test_refinement_lowers_the_loss_of_a_hard_compressed_model(shared_model: Cal
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    windows = evaluate.text_windows(tokenizer, (data / "stories_heldout.txt").read_text(), 512)[:12]
+    windows = evaluate.text_windows(tokenizer, [(data / "stories_heldout.txt").read_text()], 512)[:12]
     losses = {}
     for steps in (0, 30):
         recipe = {"ratio": 0.5, "calibration": str(data / "stories_calibration.jsonl"), "sequences": 16}

@@ -34,13 +34,17 @@ class Perplexity:
     length: int
 
 
-def text_windows(tokenizer: Any, documents: Sequence[Document], length: int, vocabulary: int | None = None) -> Tensor:
-    """Non-overlapping windows of all documents' tokens, joined, the last partial one dropped: int64 (windows, length).
+def text_windows(
+    tokenizer: Any, documents: str | Sequence[Document], length: int, vocabulary: int | None = None
+) -> Tensor:
+    """Non-overlapping windows of a text's tokens, or of all documents', joined, the last partial one dropped: int64
+    (windows, length).
 
     Raises:
         UserError: the text is shorter than one window, has tokens that the model's vocabulary has not, or is a chat
             that the model's template does not take.
     """
+    documents = [documents] if isinstance(documents, str) else documents
     tokens = [token for document in documents for token in document_tokens(tokenizer, document, vocabulary)]
     count = len(tokens) // length
     if count == 0:
