@@ -11,6 +11,7 @@ import copy
 import inspect
 import json
 import math
+import os
 import resource
 import shutil
 import signal
@@ -47,8 +48,13 @@ SECONDS = 10
 """Of the processor. An example takes milliseconds; what takes so long believes a size that is not there."""
 
 
+FUZZ = int(os.environ.get("COSPADI_FUZZ", "1"))
+
+
 def examples(count: int) -> Callable[[Any], Any]:
-    """The same `count` examples in every run. Folders are made anew for each, so that one a test is enough."""
+    """The same `count` examples in every run, or COSPADI_FUZZ times as many. Folders are made anew for each, so that
+    one a test is enough."""
+    count *= FUZZ
     quiet = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
     return settings(max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=quiet)
 
@@ -272,7 +278,7 @@ def check_recipe(given: Any, folder: Path, scratch: Path) -> None:
         outlook(folder, recipe)
 
 
-@examples(150)
+@examples(60)
 @given(fields=recipe_fields())
 @example(fields={"seed": 1 << 20_000})
 @example(fields={"include": [[["*"] * 50] * 50] * 50})
@@ -296,7 +302,7 @@ def yaml_text(draw: st.DrawFn) -> bytes:
     return draw(st.binary(max_size=40))
 
 
-@examples(150)
+@examples(60)
 @given(content=yaml_text())
 @example(content=b"[" * 10**5)
 @example(content=b"ratio: " + b"{a: " * 3000)
@@ -370,7 +376,7 @@ def plausible_plan(draw: st.DrawFn, plan: dict[str, Any]) -> dict[str, Any]:
     return changed
 
 
-@examples(250)
+@examples(100)
 @given(data=st.data())
 def test_plan_file_of_any_content(
     data: st.DataObject, saved_plans: list[bytes], dense_folder: Path, tmp_path: Path
@@ -450,7 +456,7 @@ def check_checkpoint(folder: Path, ours: bool = True) -> bool:
     return accepted
 
 
-@examples(150)
+@examples(60)
 @given(data=st.data())
 def test_checkpoint_with_any_config(data: st.DataObject, compressed_folder: Path, tmp_path: Path) -> None:
     folder = fresh(compressed_folder, tmp_path)
@@ -476,7 +482,7 @@ def test_checkpoint_with_any_config(data: st.DataObject, compressed_folder: Path
     check_checkpoint(folder, part not in ("whole", "bytes"))
 
 
-@examples(150)
+@examples(60)
 @given(data=st.data())
 def test_checkpoint_with_any_manifest(
     data: st.DataObject, compressed_folder: Path, run: Callable[..., Answer], tmp_path: Path
@@ -489,7 +495,7 @@ def test_checkpoint_with_any_manifest(
     check_answer(run("inspect", folder))
 
 
-@examples(200)
+@examples(80)
 @given(data=st.data())
 def test_checkpoint_with_any_weights(
     data: st.DataObject, compressed_folder: Path, sharded: Path, tmp_path: Path
@@ -506,7 +512,7 @@ def test_checkpoint_with_any_weights(
     assert accepted == (changed == whole and (folder / "cospadi.json").exists())
 
 
-@examples(60)
+@examples(30)
 @given(data=st.data())
 def test_checkpoint_with_any_index(data: st.DataObject, sharded: Path, tmp_path: Path) -> None:
     folder = fresh(sharded, tmp_path)
@@ -626,7 +632,7 @@ def parquet(draw: st.DrawFn) -> bytes:
     return bytes(sink.getvalue())
 
 
-@examples(300)
+@examples(120)
 @given(
     file=calibration_file(),
     name=st.sampled_from(["text", "a b", "[1]", "a*", "é", "a::b", ".x", "a?", "%41"]),
@@ -728,7 +734,7 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-@examples(120)
+@examples(80)
 @given(line=command_line())
 def test_any_flag(
     line: list[str], desk: Path, run: Callable[..., Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
