@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from tiny_families import FAMILIES
 
-ROOT = Path(__file__).resolve().parents[2]
+from scripts import ROOT, script
+
 PAGE = ROOT / "docs" / "families.md"
 
 REPRESENTATIVES = {
@@ -31,19 +29,8 @@ REPRESENTATIVES = {
 }
 
 
-def script() -> ModuleType:
-    """benchmarks/families.py"""
-    spec = importlib.util.spec_from_file_location("benchmarks_families", ROOT / "benchmarks" / "families.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def check(family: str, scratch: Path) -> None:
-    works, note = script().attempt(family, scratch)
+    works, note = script("families").attempt(family, scratch)
     row = f"| {family} | {'yes' if works else 'no'} | {note} |"
     assert row in PAGE.read_text(encoding="utf-8").splitlines()
 
