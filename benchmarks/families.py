@@ -119,7 +119,7 @@ def _warnings() -> Iterator[list[str]]:
 
 def _short(warning: str) -> str:
     """A warning in a few words."""
-    if warning.startswith("blocks of this model read more"):
+    if warning.startswith("blocks of this model do not simply follow"):
         return "whole"
     what, _, names = warning.partition(" stay dense: ")
     kinds = dict.fromkeys(name.partition(".*.")[2].partition(".")[0] for name in names.split(", "))

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.gemma3n.configuration_gemma3n import Gemma3nTextConfig
 
 import cospadi
+from cospadi.calibration import walk
+from cospadi.calibration.spill import Spill
 from cospadi.format import verify
 from cospadi.model import load
 from cospadi.model.blocks import Blocks
@@ -72,6 +74,19 @@ def test_weights_leave_after_an_error_too(make_llama: Callable[..., Path], tmp_p
     assert present(blocks) == set()
 
 
+def test_blocks_that_are_passed_by_are_not_read(
+    make_llama: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks, spill = load.open_blocks(make_llama(), CPU, tmp_path), Spill(10**6)
+    calls = walk.learn_calls(blocks, [(TOKENS, 1)], spill)
+    assert calls is not None
+    read: list[object] = []
+    monkeypatch.setattr(Blocks, "_read", lambda _self, names: read.append(names) or 1 / 0)
+    hidden = walk.embed(blocks, TOKENS[:1], 1, spill)[0]
+    assert walk.logits(blocks, calls, hidden, TOKENS[:1]).shape[:2] == (1, 12)
+    assert not read
+
+
 def test_weight_that_is_not_finite_is_named_when_its_block_is_read(
     make_llama: Callable[..., Path], quick: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -97,7 +112,7 @@ def test_model_whose_blocks_do_not_simply_follow_each_other_is_loaded_whole(
     recipe = default | {"compensate": True, "include": ["*.q_proj", "*.up_proj", "*.down_proj"]}
     with caplog.at_level(logging.WARNING, "cospadi"):
         result = cospadi.compress(folder, recipe, tmp_path / "out")
-    told = "blocks of this model read more than the block before them gives: loaded whole and solved without "
+    told = "blocks of this model do not simply follow each other: loaded whole and solved without "
     assert f"{told}compensation and not refined" in caplog.text
     assert len(result.errors) >= 3
     verify.verify(tmp_path / "out")

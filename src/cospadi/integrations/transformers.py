@@ -101,8 +101,8 @@ class CospadiQuantizer(HfQuantizer):
     ) -> Any:
         stored = self.quantization_config.parsed()
         self.files = tuple(Path(file) for file in checkpoint_files or ())
-        present = [f"{name}.weight" for name in stored]
-        present += [name for file in self.files for name in safetensors.tensor_index(file)]
+        file_of = {name: file for file in self.files for name in safetensors.tensor_index(file)}
+        present = [*(f"{name}.weight" for name in stored), *file_of]
         places = compat.places_in_model(model, present)
         unstack(model, [*present, *(name for place in places.values() for name in place.names)])
         # The model may be the text part of the one that was written, where names differ.
@@ -116,8 +116,7 @@ class CospadiQuantizer(HfQuantizer):
             own, ours = model.state_dict(), {f"{name}.{SENTINEL}" for name in stored}
             self.carried = {
                 name: file
-                for file in self.files
-                for name in safetensors.tensor_index(file)
+                for name, file in file_of.items()
                 if name not in ours and own.keys().isdisjoint(places[name].names)
             }
         if self.files and (recorded := self._check(list(self.files), model, stored)):
@@ -152,9 +151,9 @@ class CospadiQuantizer(HfQuantizer):
                 raise CheckpointError(f"the checkpoint's index names {file}, a path that leaves its folder")
         recorded = manifest.read_manifest(folder, projections)
         present = compat.places_in_model(model, verify.check_files(files, projections))
-        found = {name: None for place in present.values() for name in place.names}
+        found = {name for place in present.values() for name in place.names}
         tied, may_miss = compat.tied_weights(model), compat.may_miss(model)
-        here = found.keys() | {copy for copies in self.copies.values() for copy in copies} | tied.keys()
+        here = found | {copy for copies in self.copies.values() for copy in copies} | tied.keys()
         state = model.state_dict()
         missing = [name for name in state if name not in here and not any(re.search(p, name) for p in may_miss)]
         if missing:

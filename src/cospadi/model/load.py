@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -316,19 +316,19 @@ def open_blocks(folder: Path, device: torch.device, converted: Path, text_only: 
     """
     _check_files(folder)
     skeleton = load_skeleton(folder, text_only=text_only)
-    return replace(_on_disk(folder, skeleton.model, device, converted, text_only), unknown=skeleton.unknown)
+    return _on_disk(folder, skeleton, device, converted, text_only)
 
 
 def open_compressed(folder: Path, device: torch.device, converted: Path) -> Blocks:
     """`open_blocks` of a compressed model."""
-    return _on_disk(folder, _build(_check_files(folder), folder, False), device, converted, False)
+    return _on_disk(folder, Skeleton(_build(_check_files(folder), folder, False), None), device, converted, False)
 
 
-def _on_disk(folder: Path, skeleton: nn.Module, device: torch.device, converted: Path, text_only: bool) -> Blocks:
-    prefix, _ = decoder_blocks(skeleton)
+def _on_disk(folder: Path, skeleton: Skeleton, device: torch.device, converted: Path, text_only: bool) -> Blocks:
+    prefix, _ = decoder_blocks(skeleton.model)
     inside, here = f"{prefix}.", device.index or 0 if device.type == "cuda" else "cpu"
     places: dict[str, str | int] = {}
-    for name, module in skeleton.named_modules():
+    for name, module in skeleton.model.named_modules():
         if name.startswith(inside):
             if name.count(".") == prefix.count(".") + 1:
                 places[name] = "disk"
@@ -345,7 +345,7 @@ def _on_disk(folder: Path, skeleton: nn.Module, device: torch.device, converted:
         )
         for name, entry in compat.take_from_accelerate(model).items()
     }
-    return Blocks(model, device, stored)
+    return Blocks(model, device, stored, skeleton.unknown)
 
 
 @contextmanager

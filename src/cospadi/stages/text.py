@@ -76,7 +76,7 @@ def _run_whole(job: Job) -> None:
             job.blocks.unstack_experts()
         notes.insert(0, "loaded whole")
     if notes:
-        log.warning("blocks of this model read more than the block before them gives: %s", " and ".join(notes))
+        log.warning("blocks of this model do not simply follow each other: %s", " and ".join(notes))
 
 
 def check_text(job: Job) -> Tensor:
