@@ -15,9 +15,9 @@ from cospadi.model import load
 
 
 def test_demo_ranks_the_methods(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cospadi.commands.demo.WINDOWS", 8)
-    monkeypatch.setattr("cospadi.commands.demo.SEQUENCES", 10)
-    ours_in_short = {"gradient_sequences": 2, "iterations": 8, "refine": 10}
+    monkeypatch.setattr("cospadi.commands.demo.WINDOWS", 6)
+    monkeypatch.setattr("cospadi.commands.demo.SEQUENCES", 6)
+    ours_in_short = {"gradient_sequences": 2, "iterations": 4, "refine": 5}
     monkeypatch.setattr("cospadi.commands.demo.OURS", ours_in_short)
     dense, low_rank, paper, pruned, ours = run_demo(ratio=0.5, iterations=2, stages=Stages())
     assert dense.perplexity < 20
@@ -43,10 +43,10 @@ def test_stories260k(shared_model: Callable[[str], Path], tmp_path: Path) -> Non
     folder = shared_model("stories260k")
     data = folder.parent.parent / "data"
     tokenizer = load.load_tokenizer(folder)
-    windows = evaluate.text_windows(tokenizer, [(data / "stories_heldout.txt").read_text()], 512)[:32]
+    windows = evaluate.text_windows(tokenizer, [(data / "stories_heldout.txt").read_text()], 512)[:16]
     found = {}
     for solver, update in (("svd-llm", "power"), ("ksvd", "power"), ("ksvd", "mod")):
-        recipe = {"ratio": 0.2, "solver": solver, "share": "none", "update": update, "iterations": 6, "sequences": 48}
+        recipe = {"ratio": 0.2, "solver": solver, "share": "none", "update": update, "iterations": 3, "sequences": 24}
         recipe |= {"allocate": "uniform", "metric": "output", "compensate": False, "refine": 0}
         recipe |= {"calibration": str(data / "stories_calibration.jsonl")}
         output = tmp_path / f"{solver}-{update}"

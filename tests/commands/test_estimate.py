@@ -30,7 +30,7 @@ def foreseen(folder: Path, recipe: Recipe, **options: Any) -> Estimate:
 
 
 def recipe_for(text_file: Path, **fields: Any) -> Recipe:
-    usual = {"calibration": str(text_file), "sequences": 24, "length": 48, "ratio": 0.3, "iterations": 12}
+    usual = {"calibration": str(text_file), "sequences": 12, "length": 48, "ratio": 0.3, "iterations": 6}
     return Recipe.build(usual | {"gradient_sequences": 6, "batch_size": 3} | fields)
 
 

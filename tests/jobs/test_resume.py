@@ -22,20 +22,22 @@ from cospadi.format import safetensors
 from cospadi.jobs.ledger import JobDirectory
 from cospadi.stages import costs, measure, refine
 
+KILLS = 12 * int(os.environ.get("COSPADI_FUZZ", "1"))
 
-def test_killed_at_thirty_random_moments_gives_the_same_bytes(
+
+def test_killed_at_random_moments_gives_the_same_bytes(
     make_llama: Callable[..., Path], recipe: dict[str, Any], tmp_path: Path
 ) -> None:
     (tmp_path / "recipe.json").write_text(json.dumps(recipe | {"include": ["*q_proj", "*down_proj"]}))
     script = Path(__file__).parents[1] / "helpers" / "killed.py"
-    words = [sys.executable, script, make_llama(), tmp_path / "recipe.json", tmp_path, "30"]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=500)
+    words = [sys.executable, script, make_llama(), tmp_path / "recipe.json", tmp_path, KILLS]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=40 * KILLS)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert not told["wrong"]
     moments = Counter(told["moments"])
-    assert sum(moments.values()) >= 30
-    assert len(moments) >= 6, moments  # they did hit different stages
+    assert sum(moments.values()) >= KILLS
+    assert len(moments) >= 5, moments  # they did hit different stages
     assert {"gradients", "factors", "refined"} <= set(moments)
 
 

@@ -279,7 +279,6 @@ def test_the_autotuner_passes_over_what_does_not_compile(monkeypatch: pytest.Mon
 
 
 COMPILED = """
-import sys
 import triton.language as tl
 from triton import Config, compile
 from triton.backends.compiler import GPUTarget
@@ -299,7 +298,8 @@ def compiles(kernel, config, dtype, **constants):
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    assert compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options).asm["cubin"]
+    for capability in (80, 90):
+        assert compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
 
 tile_configs = {config.kwargs["M"]: config for config in reversed(kernels.TILE_CONFIGS)}  # the first of each
 compiles(kernels.decode.fn, kernels.DECODE_CONFIGS[0], "bf16", M=2, BITS=14, ROUND=tl.bfloat16)
@@ -319,11 +319,8 @@ print("done")
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the other tests compile the kernels")
-@pytest.mark.parametrize("capability", [80, 90])
-def test_the_kernels_compile_without_a_gpu(capability: int, tmp_path: Path) -> None:
+def test_the_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
     """The interpreter takes what the compiler refuses. For Ampere and Hopper, with the assembler that Triton brings."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED, str(capability)], capture_output=True, text=True, env=environment
-    )
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr

@@ -119,15 +119,13 @@ def test_only_values_change(
         assert torch.equal(model(input_ids=prompt).logits, result.model(input_ids=prompt).logits)
 
 
-@pytest.mark.parametrize("kind", ["default", "mod-htp", "svd-llm"])
-def test_equal_runs_give_equal_bytes_and_a_stopped_one_goes_on(
+@pytest.mark.parametrize("kind", ["default", "svd-llm"])
+def test_a_stopped_run_goes_on_and_gives_the_bytes_of_another(
     kind: str, dense_folder: Path, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped within the second block: the first is not refined again."""
     fields = recipe | KINDS[kind]
-    for name in ("one", "two"):
-        cospadi.compress(dense_folder, fields, tmp_path / name)
-    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
+    cospadi.compress(dense_folder, fields, tmp_path / "one")
     refined: list[int] = []
 
     def interrupted(*args: Any) -> Any:
