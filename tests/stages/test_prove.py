@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 import cospadi
 from cospadi.calibration.walk import relative_difference
 from cospadi.errors import OutputError
-from cospadi.stages import write
+from cospadi.stages import prove, write
 
 QUICK = {"metric": "weights", "iterations": 1, "ratio": 0.3}
 
@@ -54,6 +54,9 @@ def test_what_lies_outside_of_projections_is_looked_at_too(
     dense_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil(monkeypatch, lambda tensors: tensors["lm_head.weight"].mul_(1.5))
+    with pytest.raises(OutputError, match=r"tensor lm_head\.weight something else than the source"):
+        cospadi.compress(dense_folder, QUICK, tmp_path / "out")
+    monkeypatch.setattr(prove, "_altered", lambda *_: iter(()))
     with pytest.raises(OutputError, match="the model's head is the first to differ"):
         cospadi.compress(dense_folder, QUICK, tmp_path / "out")
 
@@ -78,7 +81,7 @@ def test_the_command_says_so_and_keeps_what_is_finished(
     words = ["compress", dense_folder, "-o", tmp_path / "out", "--metric", "weights", "--iterations", "1"]
     answer = run(*words)
     assert answer.code == 1
-    assert "what was written computes logits that differ" in answer.err
+    assert "what was written holds in tensor lm_head.weight something else than the source" in answer.err
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     assert run(*words).code == 0
@@ -140,6 +143,15 @@ def test_a_tower_is_kept_and_the_class_of_the_source_loads_all(tmp_path: Path) -
         assert torch.equal(again(tokens).logits, text(tokens).logits)
     assert result.covered < 0.5
     assert result.bytes_before == sum(tensor.nbytes for tensor in before.values())
+
+
+def test_a_tensor_of_a_tower_that_was_changed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which no logits of text tell."""
+    tiny_model("qwen3_5").save_pretrained(tmp_path / "in")
+    name = next(name for name in load_file(tmp_path / "in" / "model.safetensors") if ".visual." in name)
+    spoil(monkeypatch, lambda tensors: tensors[name].add_(1e-3))
+    with pytest.raises(OutputError, match=rf"tensor {name} something else"):
+        cospadi.compress(tmp_path / "in", QUICK, tmp_path / "out")
 
 
 def test_tensors_that_no_class_knows_are_carried(dense_folder: Path, tmp_path: Path) -> None:

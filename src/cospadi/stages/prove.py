@@ -21,6 +21,7 @@ from cospadi.experts import parameter_of
 from cospadi.format import safetensors
 from cospadi.jobs.ledger import Piece
 from cospadi.model import load
+from cospadi.runtime.layer import CompressedLinear
 from cospadi.stages.open import Job
 from cospadi.stages.solve import dense_weights, entries_of, packed_of
 
@@ -87,12 +88,15 @@ def prove(job: Job, folder: Path, expected: Expected) -> None:
     """Open a folder that was just written, one block in memory at a time, and compare.
 
     Raises:
-        OutputError: it lacks a tensor, does not load, or computes what differs by more than rounding.
+        OutputError: it lacks a tensor, holds another one where nothing was compressed, does not load, or computes what
+            differs by more than rounding.
     """
     if job.blocks.stored is not None:
         job.blocks.model.to("meta")  # it has done its part, and there is room for the other
     if lost := sorted(expected.names - safetensors.stored_tensors(folder).keys()):
         raise OutputError(f"what was written lacks {lost[0]}, one of {len(lost)} tensors of the source that it lacks")
+    if (name := next(_altered(job, folder), None)) is not None:
+        raise OutputError(f"what was written holds in tensor {name} something else than the source")
     with tempfile.TemporaryDirectory(dir=job.ledger.scratch) as scratch:
         try:
             model: Any = load.open_compressed(folder, job.blocks.device, Path(scratch)).model
@@ -113,6 +117,30 @@ def prove(job: Job, folder: Path, expected: Expected) -> None:
             f"what was written computes logits that differ by {off:.2g} from those of the job's own model; {first} is "
             "the first to differ"
         )
+
+
+def _altered(job: Job, folder: Path) -> Iterator[str]:
+    """Names of tensors that are in both, the source's folder and the output's, and differ by more than a cast."""
+    if job.folder is None:
+        return
+    model = job.blocks.model
+    source, written = safetensors.stored_tensors(job.folder), safetensors.stored_tensors(folder)
+    layers = (name for name, module in model.named_modules() if isinstance(module, CompressedLinear))
+    kept = written.keys() - {f"{name}.weight" for name in layers}
+    for name, place in compat.places_in_model(model, source).items():
+        if not place.same and name not in job.blocks.unknown:
+            continue  # the model holds it in another form
+        for other in {name, *place.names} & kept:
+            with safetensors.open_file(source[name].path) as ours, safetensors.open_file(written[other].path) as theirs:
+                if not _equal(ours.get_tensor(name), theirs.get_tensor(other)):
+                    yield other
+
+
+def _equal(source: Tensor, written: Tensor) -> bool:
+    """Whether two tensors have the same bytes, or would have if the first one were cast to the dtype of the second."""
+    if source.dtype != written.dtype or source.shape != written.shape:
+        return torch.equal(source.to(written.dtype), written)
+    return torch.equal(source.flatten().view(torch.uint8), written.flatten().view(torch.uint8))
 
 
 def _run(job: Job, model: Any, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
