@@ -698,11 +698,36 @@ def test_output_that_is_not_empty_needs_overwrite(
 ) -> None:
     output = tmp_path / "out"
     output.mkdir()
+    (output / "config.json").write_text("{}")
     (output / "precious.txt").write_text("old")
     check_mistake(run("compress", dense_folder, "-o", output, *FREE), str(output), "not empty", "--overwrite")
     assert (output / "precious.txt").exists()
     assert run("compress", dense_folder, "-o", output, *FREE, "--overwrite").code == 0
     assert not (output / "precious.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("entries", "told"),
+    [
+        (["thesis.tex"], "holds files and no config.json"),
+        (["project/main.py", "data/text.txt"], "holds the folder data"),
+        (["config.json", "model.safetensors", "runs/log.txt"], "holds the folder runs"),
+    ],
+)
+def test_overwrite_replaces_nothing_but_models(
+    entries: list[str], told: str, dense_folder: Path, run: Callable[..., Answer], tmp_path: Path
+) -> None:
+    for entry in entries:
+        (tmp_path / "out" / entry).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / entry).write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    answer = run("compress", dense_folder, "-o", tmp_path / "out", *FREE, "--overwrite")
+    check_mistake(answer, f"output folder {tmp_path / 'out'} {told}", "remove it yourself")
+    assert sorted(tmp_path.rglob("*")) == before
+    shutil.rmtree(tmp_path / "out")
+    for _ in range(2):  # its own it does replace, with whatever came to lie in it
+        assert run("compress", dense_folder, "-o", tmp_path / "out", *FREE, "--overwrite").code == 0
+        (tmp_path / "out" / "templates").mkdir()
 
 
 @pytest.mark.parametrize(
@@ -908,6 +933,11 @@ def source(make_model: Callable[..., Path], text_file: Path, tmp_path: Path) -> 
     shutil.copytree(tmp_path / "all" / "model", tmp_path / "linked")
     (tmp_path / "linked" / "model.safetensors").rename(weights / "blob")
     (tmp_path / "linked" / "model.safetensors").symlink_to(weights / "blob")
+    (tmp_path / "between").mkdir()
+    (tmp_path / "between" / "blob").symlink_to(weights / "blob")
+    shutil.copytree(tmp_path / "all" / "model", tmp_path / "chained")
+    (tmp_path / "chained" / "model.safetensors").unlink()
+    (tmp_path / "chained" / "model.safetensors").symlink_to(tmp_path / "between" / "blob")
     return tmp_path
 
 
@@ -922,6 +952,7 @@ def source(make_model: Callable[..., Path], text_file: Path, tmp_path: Path) -> 
         ("all/model", "all/model/small", "lies in the model"),
         ("all/model", "link/small/er", "lies in the model"),
         ("linked", "all/weights", "holds the model"),
+        ("chained", "between", "holds the model"),
         ("demo", "all", "holds the calibration"),
         ("all/out.work/replaced", "all/out", "job directory"),
         ("hub/model", "cache", "holds the model"),
@@ -935,7 +966,7 @@ def test_an_output_never_takes_what_the_job_reads(
     if "work" in model:
         shutil.copytree(source / "all" / "model", source / model)
     before = sorted(source.rglob("*"))
-    name = source / model if ("/" in model and "hub" not in model) or model.startswith("link") else model
+    name = source / model if ("/" in model and "hub" not in model) or (source / model).is_dir() else model
     flags = ["--calibration", source / "all" / "text.txt", "--overwrite", *QUICK]
     answer = run("compress", name, "-o", source / output, *flags)
     check_mistake(answer, told, "which the job reads", "Name another place")

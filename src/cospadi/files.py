@@ -99,9 +99,10 @@ def check_apart(output: Path, inputs: Mapping[Path, str], what: str = "output") 
         what: the output is, for messages.
     """
     for path, name in inputs.items():
-        reached = [path]
+        reached = [path, *_on_the_way(path)]
         if path.is_dir():  # its files may be links to where the bytes are
-            reached += [entry for entry in path.iterdir() if entry.is_symlink()]
+            links = [entry for entry in path.iterdir() if entry.is_symlink()]
+            reached += [*links, *(place for link in links for place in _on_the_way(link))]
         for one in reached:
             if lies_in(one, output):
                 same = one == path and lies_in(output, path)
@@ -111,6 +112,15 @@ def check_apart(output: Path, inputs: Mapping[Path, str], what: str = "output") 
                 )
         if not path.is_file() and lies_in(output, path):  # a folder, be it there yet or not
             raise UserError(f"{what} {output} lies in {name}, {path}, which the job reads. Name another place")
+
+
+def _on_the_way(path: Path) -> list[Path]:
+    """The folders in which a link's links lie, one after the other, if it is one that leads to others."""
+    found: list[Path] = []
+    while path.is_symlink() and len(found) < 40:  # as many as a system follows
+        path = path.parent / path.readlink()
+        found.append(path.parent)
+    return found
 
 
 def lies_in(path: Path, folder: Path) -> bool:

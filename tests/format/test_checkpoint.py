@@ -611,6 +611,7 @@ def test_output_that_was_there_survives_a_failure_and_is_replaced_by_success(
 ) -> None:
     output, recipe = tmp_path / "out", {"iterations": 1, "metric": "weights"}
     output.mkdir()
+    (output / "config.json").write_text("{}")
     (output / "precious.txt").write_text("old")
     with pytest.raises(cospadi.UserError, match=r"out is not empty\. .*--overwrite"):
         cospadi.compress(companions, recipe, output)
@@ -620,7 +621,7 @@ def test_output_that_was_there_survives_a_failure_and_is_replaced_by_success(
         with pytest.raises(OSError, match="No space left"):
             cospadi.compress(companions, recipe, output, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "out.work"}
-    assert [path.name for path in output.iterdir()] == ["precious.txt"]
+    assert {path.name for path in output.iterdir()} == {"config.json", "precious.txt"}
     with pytest.raises(cospadi.UserError, match=r"out is not empty\. .*--overwrite"):
         cospadi.compress(companions, recipe, output)
     cospadi.compress(companions, recipe, output, overwrite=True)
@@ -634,6 +635,7 @@ def test_output_survives_when_the_new_folder_cannot_take_its_place(
 ) -> None:
     output = tmp_path / "out"
     output.mkdir()
+    (output / "config.json").write_text("{}")
     (output / "precious.txt").write_text("old")
     rename = Path.rename
 
@@ -665,7 +667,7 @@ def test_output_that_is_a_file_is_refused(companions: Path, tmp_path: Path) -> N
 
 def test_output_that_links_to_another_folder_is_written(companions: Path, tmp_path: Path) -> None:
     (tmp_path / "scratch").mkdir()
-    (tmp_path / "scratch" / "old.txt").write_text("old")
+    (tmp_path / "scratch" / "config.json").write_text("{}")
     (tmp_path / "out").symlink_to(tmp_path / "scratch")
     cospadi.compress(companions, {"iterations": 1, "metric": "weights"}, tmp_path / "out", overwrite=True)
     verify.verify(tmp_path / "out")

@@ -184,6 +184,7 @@ def test_stopped_while_the_output_takes_its_place(
     output, recipe = tmp_path / "out", recipe | {"refine": 0}
     cospadi.compress(dense_folder, recipe, tmp_path / "reference")
     output.mkdir()
+    (output / "config.json").write_text("{}")
     (output / "precious.txt").write_text("old")
     rename = Path.rename
 

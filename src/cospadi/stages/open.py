@@ -313,7 +313,7 @@ def open_ledger(
     check_place(output, inputs or {})
     directory = job_directory(output)
     if not directory.exists():
-        files.check_output(output, overwrite)
+        check_output(output, overwrite)
     ledger = JobDirectory(directory, resume) if from_disk else Ledger()
     try:
         if ledger.folder is not None:
@@ -322,11 +322,36 @@ def open_ledger(
                 replaced.exists() and not output.exists()
             ):  # stopped between moving an old output away and the new one in
                 replaced.rename(output)
-        files.check_output(output, overwrite or was_written(ledger, output))
+        check_output(output, overwrite or was_written(ledger, output))
     except BaseException:
         ledger.close()
         raise
     return ledger
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse an output folder that holds something, or anything but a model, or that cannot be written.
+
+    Raises:
+        UserError: it does.
+    """
+    files.check_output(output, overwrite)
+    if output.is_dir() and (why := _why_no_model(output)) is not None:
+        raise UserError(
+            f"output folder {output} {why}: it is no model's, and --overwrite replaces nothing else. Name another, or "
+            "remove it yourself"
+        )
+
+
+def _why_no_model(folder: Path) -> str | None:
+    """What shows that a folder is neither empty nor one that a model was saved in; None if nothing does."""
+    entries = sorted(folder.iterdir())
+    if folder / MANIFEST in entries:
+        return None
+    inside = next((entry for entry in entries if entry.is_dir()), None)
+    if inside is not None:
+        return f"holds the folder {inside.name}"
+    return None if not entries or folder / "config.json" in entries else "holds files and no config.json"
 
 
 def was_written(ledger: Ledger, output: Path) -> bool:
