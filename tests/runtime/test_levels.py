@@ -75,13 +75,23 @@ def test_half_bytes_lie_as_kernels_expect_them() -> None:
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("bits", "spread"), [(4, 2.0), (4, 5.0), (8, 30.0), (8, 90.0)])
-@pytest.mark.parametrize(("d2", "d1"), [(1, 1), (3, 7), (40, 33), (65, 64), (31, 200), (100, 515)])
+@pytest.mark.parametrize(("d2", "d1"), [(1, 1), (3, 7), (40, 33), (65, 64), (31, 200), (100, 515), (33, 2100)])
 def test_products(level: str, dtype: torch.dtype, bits: int, spread: float, d2: int, d1: int) -> None:
     numbers, outputs, inputs = example(d2, d1, spread)
     levels, weight = pack_levels(numbers, outputs, inputs, bits), matrix(numbers, outputs, inputs)
     for rows in (1, 2, 3, 8, 11, 16, 17, 40):
         x = torch.randn(rows, d1, generator=torch.Generator().manual_seed(rows)).to(dtype)
         assert_product(cpu.level_matmul(x, levels, native.levels()[level]), x, weight.T)
+
+
+@BUILT
+def test_more_rows_than_stay_in_a_cache() -> None:
+    numbers, outputs, inputs = example(40, 4100, 2.0)
+    x = torch.randn(1100, 4100, generator=torch.Generator().manual_seed(0)).bfloat16()
+    y = cpu.level_matmul(x, pack_levels(numbers, outputs, inputs, 4))
+    wanted = x.float() @ matrix(numbers, outputs, inputs).float().T
+    assert (y.float() - wanted).norm() < 5e-3 * wanted.norm()
+    assert ((y.float() - wanted).norm(dim=1) < 0.01 * wanted.norm(dim=1)).all()
 
 
 @BUILT
@@ -98,8 +108,10 @@ def test_leading_shapes(shape: tuple[int, ...]) -> None:
 
 @BUILT
 @pytest.mark.parametrize("rows", [1, 16, 40])
-def test_threads_do_not_change_a_bit(rows: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_change_a_bit(rows: int, dtype: torch.dtype) -> None:
     levels, x, before = pack_levels(*example(300, 100, 3.0), 4), torch.randn(rows, 100), torch.get_num_threads()
+    x = x.to(dtype)
     try:
         torch.set_num_threads(1)
         alone = cpu.level_matmul(x, levels)

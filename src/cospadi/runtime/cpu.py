@@ -1,7 +1,7 @@
 """The CPU kernels of the C++ library (`native.py`).
 
 Decoding (a few rows of z) reads the packed mask and values as they are. With more rows, columns of S are unpacked a
-tile at a time and handed to torch's matrix product.
+tile at a time, and multiplied in the library (bf16 where AVX-512 has products of it), or by torch's matrix product.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from cospadi import compat
 from cospadi.native import best_level, library
 from cospadi.runtime.levels import Levels
 
@@ -20,7 +21,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """z's dtypes, as the library numbers them."""
 
 DECODE_ROWS = 24
-"""Up to this many rows of z are multiplied with packed coefficients; more go through unpacked tiles."""
+"""Up to this many rows of z are multiplied by the library; more go through tiles that torch multiplies, but where
+`_takes_any_rows`."""
 
 LEVEL_ROWS = 16
 """The same of levels."""
@@ -64,13 +66,21 @@ def sparse_matmul(
         raise ValueError(f"offsets are {list(offsets.shape)} of {offsets.dtype}; {d2 + 1} of int32 on CPU are needed")
     if rows == 0 or d2 == 0 or k == 0:
         return z.new_zeros((*z.shape[:-1], d2))
-    if rows > DECODE_ROWS:
+    level = best_level() if level is None else level
+    if rows > DECODE_ROWS and not _takes_any_rows(z.dtype, level):
         return _through_tiles(z, support, values, offsets, k, value_bits, level)
     z = z.contiguous()
     y = z.new_empty((*z.shape[:-1], d2))
     stored = _stored(support, values, offsets, k, value_bits, level)
     _check(_library().cospadi_multiply(z.data_ptr(), y.data_ptr(), rows, DTYPES[z.dtype], *stored))
     return y
+
+
+@cache
+def _takes_any_rows(dtype: torch.dtype, level: int) -> bool:
+    """Whether the library's products of many rows are as fast as torch's, which use AMX where the CPU has it."""
+    tiles = bool(_library().cospadi_level_multiplies_tiles(level))
+    return dtype == torch.bfloat16 and tiles and not compat.cpu_multiplies_in_tiles()
 
 
 def can_multiply_dense(x: Tensor, matrix: Tensor) -> bool:
@@ -147,7 +157,7 @@ def level_matmul(x: Tensor, levels: Levels, level: int | None = None) -> Tensor:
     d2, d1, shape = len(levels.outputs), len(levels.inputs), x.shape[:-1]
     rows = math.prod(shape)
     level = best_level() if level is None else level
-    if rows > LEVEL_ROWS:
+    if rows > LEVEL_ROWS and not _takes_any_rows(x.dtype, level):
         return _levels_through_tiles(x, levels, level)
     x, y = x.contiguous(), x.new_empty((*shape, d2))
     steps = levels.outputs.data_ptr(), levels.inputs.data_ptr()

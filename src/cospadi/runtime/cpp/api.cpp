@@ -5,10 +5,24 @@
 #include "kernels.h"
 #include "parallel.h"
 #include "rows.h"
+#include "tiles.h"
 
 namespace cospadi {
 
 Parallel openmp = nullptr;
+
+Room room_of_thread(size_t tile_entries, size_t sum_entries) {
+  struct alignas(64) Line {
+    uint8_t bytes[64];
+  };
+  thread_local std::vector<Line> tile, sums;
+  const auto grow = [](std::vector<Line>& lines, size_t bytes) {
+    if (lines.size() * sizeof(Line) < bytes) lines.resize((bytes + sizeof(Line) - 1) / sizeof(Line));
+    return lines.data();
+  };
+  return {reinterpret_cast<uint16_t*>(grow(tile, tile_entries * sizeof(uint16_t))),
+          reinterpret_cast<float*>(grow(sums, sum_entries * sizeof(float)))};
+}
 
 namespace {
 
@@ -103,7 +117,21 @@ EXPORT int cospadi_multiply(const void* z, void* y, int64_t rows, int dtype, con
   if (!fits(value_bytes, offsets, d2, value_bits)) return STREAM_TOO_SHORT;
   const Kernels& kernels = *LEVELS[level];
   const Coefficients s(support, values, value_bytes, offsets, d2, k, value_bits);
-  if (dtype == BF16 && kernels.multiply_bf16) {
+  if (dtype == BF16 && kernels.multiply_tile && rows >= TILED_ROWS) {
+    const auto unpack = [&](int first, int count, int, int, uint16_t* tile, size_t stride) {
+      for (int c = 0; c < count; ++c) {
+        uint16_t* row = tile + c * stride;
+        s.in_parts(first + c, first + c + 1, [&](const Columns& column, int) { kernels.unpack_bf16(column, row); });
+        std::fill(row + k, row + padded(k), 0);
+      }
+      kernels.interleave(tile, stride, padded(k));
+    };
+    const auto stored = [&](int first, int count) {
+      const uint64_t begin = static_cast<uint64_t>(offsets[first]) * value_bits / 8;
+      return Ahead{values + begin, static_cast<uint64_t>(offsets[first + count]) * value_bits / 8 - begin};
+    };
+    multiply_through_tiles(kernels, z, nullptr, y, rows, d2, k, nullptr, threads, padded(k), unpack, stored);
+  } else if (dtype == BF16 && kernels.multiply_bf16) {
     multiply<uint16_t>(s, kernels.multiply_bf16, z, y, rows, d2, k, dtype, threads);
   } else {
     multiply<float>(s, kernels.multiply_float, z, y, rows, d2, k, dtype, threads);
@@ -114,6 +142,7 @@ EXPORT int cospadi_multiply(const void* z, void* y, int64_t rows, int dtype, con
 }
 
 EXPORT int cospadi_level_multiplies_dense(int level) { return LEVELS[level]->multiply_dense != nullptr; }
+EXPORT int cospadi_level_multiplies_tiles(int level) { return LEVELS[level]->multiply_tile != nullptr; }
 
 // z (rows, k) = x (rows, d1) matrix^T for a bf16 matrix (k, d1), all contiguous and in bf16; sums are made in float.
 EXPORT int cospadi_multiply_dense(const void* x, void* z, int64_t rows, const uint16_t* matrix, int k, int d1,

@@ -115,6 +115,6 @@ bool supported() {
 
 const Kernels avx2_kernels = {"avx2", supported, multiply, nullptr, unpack_bf16, unpack_float, nullptr,
                               multiply_levels_avx2, nullptr, unpack_levels_avx2,
-                              unpack_levels_avx2, nullptr};
+                              unpack_levels_avx2, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace cospadi

@@ -26,6 +26,20 @@ inline size_t place_in_z(int rows, int r, int j) {
   return (static_cast<size_t>(j / ATOMS) * rows + r) * ATOMS + j % ATOMS;
 }
 
+// Outputs of a tile, in which pairs of inputs of sixteen outputs lie together.
+constexpr int TILE = 32;
+
+// Where a tile has coefficient i of output c.
+inline size_t place_in_tile(size_t stride, int c, int i) {
+  return (c / 16 * 16 + i % ATOMS / 2) * stride + i / ATOMS * ATOMS + c % 16 * 2 + i % 2;
+}
+
+// Memory that will be needed next.
+struct Ahead {
+  const uint8_t* bytes;
+  size_t count;
+};
+
 // A run of columns of S.
 struct Columns {
   int count;
@@ -75,6 +89,16 @@ struct Kernels {
   // Levels of the first `inputs` inputs, as rows of so many bf16 bits, or floats.
   void (*unpack_levels_bf16)(const LevelRows&, int inputs, uint16_t* out);
   void (*unpack_levels_float)(const LevelRows&, int inputs, float* out);
+  // sums[r * TILE + c] += sum over inputs i < width of x[place_in_z(rows, r, i)] times coefficient i of output c, which
+  // is at place_in_tile(stride, c, i) of `tile`; in bf16, on cache lines, width a multiple of ATOMS. Meanwhile it fetches
+  // what is `ahead`. This and what follows is null where a machine lacks such products.
+  void (*multiply_tile)(const uint16_t* tile, size_t stride, int width, const uint16_t* x, int rows, float* sums,
+                        Ahead ahead);
+  // Makes a tile of what is outputs in rows of coefficients, `stride` entries apart, where it lies.
+  void (*interleave)(uint16_t* tile, size_t stride, int width);
+  // Makes a tile of the levels of some inputs, `begin` a multiple of ATOMS; places of outputs that there are not hold
+  // anything.
+  void (*unpack_levels_tile)(const LevelRows&, int begin, int end, uint16_t* tile, size_t stride);
   // Sixteen lanes of coded levels; null where plain C++ does it.
   DecodeSixteen decode_sixteen;
 };

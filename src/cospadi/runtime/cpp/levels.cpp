@@ -3,6 +3,7 @@
 
 #include "parallel.h"
 #include "rows.h"
+#include "tiles.h"
 
 namespace cospadi {
 namespace {
@@ -52,6 +53,9 @@ float number(Entry entry) {
     return entry;
   }
 }
+
+// Inputs of a tile: it stays in the second cache while all rows are multiplied with it.
+constexpr int DEEP = 2048;
 
 template <class Entry>
 using Multiply = void (*)(const LevelRows&, const Entry*, int, float*);
@@ -124,7 +128,20 @@ EXPORT int cospadi_multiply_levels(const void* x, void* y, int64_t rows, int dty
   const Kernels& kernels = kernels_of(level);
   const LevelRows all{d2, padded(d1), bits, levels};
   const Rest beside{offsets, columns, rest};
-  if (dtype == BF16 && kernels.multiply_levels_bf16) {
+  if (dtype == BF16 && kernels.multiply_tile && rows >= TILED_ROWS) {
+    const auto unpack = [&](int first, int count, int begin, int end, uint16_t* tile, size_t stride) {
+      kernels.unpack_levels_tile(LevelRows{count, all.width, bits, all.row(first)}, begin, end, tile, stride);
+      for (int c = 0; c < count; ++c) {
+        for (int32_t e = offsets[first + c]; e < offsets[first + c + 1]; ++e) {
+          if (columns[e] < begin || columns[e] >= end) continue;
+          uint16_t& entry = tile[place_in_tile(stride, c, columns[e] - begin)];
+          entry = to_bf16(to_float(entry) + rest[e]);
+        }
+      }
+    };
+    const auto stored = [&](int first, int count) { return Ahead{all.row(first), count * all.row_bytes()}; };
+    multiply_through_tiles(kernels, x, inputs, y, rows, d2, d1, outputs, threads, DEEP, unpack, stored);
+  } else if (dtype == BF16 && kernels.multiply_levels_bf16) {
     multiply<uint16_t>(all, kernels.multiply_levels_bf16, beside, outputs, inputs, x, y, rows, d1, dtype, threads);
   } else {
     multiply<float>(all, kernels.multiply_levels_float, beside, outputs, inputs, x, y, rows, d1, dtype, threads);

@@ -1,6 +1,7 @@
 // Products with small integers, 32 at a time; those of bf16 in pairs.
 #include "avx512.h"
 #include "levels.h"
+#include "tiles.h"
 
 namespace cospadi {
 namespace {
@@ -111,8 +112,81 @@ void unpack(const LevelRows& levels, int inputs, Entry* out) {
   return levels.bits == 4 ? unpack<4>(levels, inputs, out) : unpack<8>(levels, inputs, out);
 }
 
+// Sixteen bytes of each of sixteen rows, transposed by pairs: register q of `pairs` has bytes 4 q and 4 q + 1 of all of
+// them in its lower half, bytes 4 q + 2 and 4 q + 3 in its upper one.
+inline void transpose_pairs(const uint8_t* const (&rows)[16], size_t at, __m512i (&pairs)[4]) {
+  // Of eight rows: pairs 0 to 3 and pairs 4 to 7, sixteen bytes each.
+  static const __m512i first = [] {
+    alignas(64) uint16_t index[32];
+    for (int i = 0; i < 32; ++i) index[i] = static_cast<uint16_t>(i % 8 * 8 + i / 8);  // row i % 8, pair i / 8
+    return _mm512_load_si512(index);
+  }();
+  const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(4));
+  const auto load = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + at)); };
+  __m512i four[4];
+  for (int i = 0; i < 4; ++i) {
+    four[i] = _mm512_castsi128_si512(load(4 * i));
+    four[i] = _mm512_inserti32x4(four[i], load(4 * i + 1), 1);
+    four[i] = _mm512_inserti32x4(four[i], load(4 * i + 2), 2);
+    four[i] = _mm512_inserti32x4(four[i], load(4 * i + 3), 3);
+  }
+  const __m512i lower[2] = {_mm512_permutex2var_epi16(four[0], first, four[1]),
+                            _mm512_permutex2var_epi16(four[0], second, four[1])};
+  const __m512i upper[2] = {_mm512_permutex2var_epi16(four[2], first, four[3]),
+                            _mm512_permutex2var_epi16(four[2], second, four[3])};
+  const __m512i left = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), right = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  for (int half = 0; half < 2; ++half) {
+    pairs[2 * half] = _mm512_permutex2var_epi64(lower[half], left, upper[half]);
+    pairs[2 * half + 1] = _mm512_permutex2var_epi64(lower[half], right, upper[half]);
+  }
+}
+
+inline void unpack_tile(const Load<4>& load, const uint8_t* const (&rows)[16], int i, uint16_t* to, size_t stride) {
+  __m512i pairs[4];
+  transpose_pairs(rows, i / 2, pairs);
+  const auto store = [&](int pair, __m256i bytes) {
+    _mm512_store_si512(to + pair * stride, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(bytes), load.as_bf16));
+  };
+  for (int q = 0; q < 4; ++q) {
+    const __m512i high = _mm512_srli_epi16(pairs[q], 4);
+    store(2 * q, _mm512_castsi512_si256(pairs[q]));
+    store(2 * q + 1, _mm512_extracti64x4_epi64(pairs[q], 1));
+    store(2 * q + 8, _mm512_castsi512_si256(high));
+    store(2 * q + 9, _mm512_extracti64x4_epi64(high, 1));
+  }
+}
+
+inline void unpack_tile(const Load<8>&, const uint8_t* const (&rows)[16], int i, uint16_t* to, size_t stride) {
+  const auto floats = [](__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); };
+  for (int half = 0; half < 2; ++half) {
+    __m512i pairs[4];
+    transpose_pairs(rows, i + 16 * half, pairs);
+    for (int q = 0; q < 4; ++q, to += 2 * stride) {
+      const __m512 low = floats(_mm512_castsi512_si128(pairs[q])), high = floats(_mm512_extracti32x4_epi32(pairs[q], 1));
+      _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+      const __m512 lower = floats(_mm512_extracti32x4_epi32(pairs[q], 2));
+      const __m512 upper = floats(_mm512_extracti32x4_epi32(pairs[q], 3));
+      _mm512_store_si512(to + stride, (__m512i)_mm512_cvtne2ps_pbh(upper, lower));
+    }
+  }
+}
+
+template <int BITS>
+void unpack_tile(const LevelRows& levels, int begin, int end, uint16_t* tile, size_t stride) {
+  const Load<BITS> load;
+  for (int half = 0; half < TILE; half += 16, tile += 16 * stride) {
+    const uint8_t* rows[16];
+    for (int c = 0; c < 16; ++c) rows[c] = levels.row(std::min(half + c, levels.count - 1));
+    for (int i = begin; i < end; i += ATOMS) unpack_tile(load, rows, i, tile + i - begin, stride);
+  }
+}
+
 }  // namespace
 
+void unpack_levels_tile_avx512(const LevelRows& levels, int begin, int end, uint16_t* tile, size_t stride) {
+  return levels.bits == 4 ? unpack_tile<4>(levels, begin, end, tile, stride)
+                          : unpack_tile<8>(levels, begin, end, tile, stride);
+}
 void multiply_levels_avx512(const LevelRows& levels, const float* x, int rows, float* sums) {
   multiply(levels, x, rows, sums);
 }

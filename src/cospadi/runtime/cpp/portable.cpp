@@ -60,6 +60,6 @@ void unpack_float(const Columns& columns, float* out) { unpack(columns, out, to_
 
 const Kernels portable_kernels = {"portable", [] { return true; }, multiply, nullptr, unpack_bf16, unpack_float,
                                   nullptr, multiply_levels_portable, nullptr, unpack_levels_portable,
-                                  unpack_levels_portable, nullptr};
+                                  unpack_levels_portable, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace cospadi

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "parallel.h"
 
 namespace cospadi {
 
@@ -41,19 +42,22 @@ inline uint16_t to_half(float value) {
 
 inline int runs(int d2) { return (d2 + RUN - 1) / RUN; }
 
-// A batch of rows of z as a kernel takes them, on the boundary of a cache line; with a scale for each column, if any.
+// A batch of rows of z as a kernel takes them, on the boundary of a cache line.
 template <class Entry>
 class Rows {
  public:
-  Rows(const void* z, int64_t first, int count, int k, int dtype, const float* scales = nullptr)
+  Rows(int64_t first, int count, int k)
       : first_(first),
         count_(count),
         padded_count_(static_cast<int>(std::bit_ceil(static_cast<unsigned>(count)))),
         memory_(static_cast<size_t>(padded_count_) * padded(k) + LINE, 0) {
     const auto address = reinterpret_cast<uintptr_t>(memory_.data());
     data_ = memory_.data() + (-address % 64) / sizeof(Entry);
-    for (int r = 0; r < count; ++r) {
-      const size_t from = static_cast<size_t>(first + r) * k;
+  }
+  // With a scale for each column, if any.
+  void fill(const void* z, int k, int dtype, const float* scales) {
+    for (int r = 0; r < count_; ++r) {
+      const size_t from = static_cast<size_t>(first_ + r) * k;
       for (int j = 0; j < k; j += ATOMS) {
         const int atoms = std::min(ATOMS, k - j);
         Entry* to = data_ + place_in_z(padded_count_, r, j);
@@ -117,11 +121,14 @@ inline void store(void* y, size_t at, float value, int dtype) {
 
 // All rows of z, in batches as kernels take them.
 template <class Entry>
-std::vector<Rows<Entry>> in_batches(const void* z, int64_t rows, int k, int dtype, const float* scales = nullptr) {
+std::vector<Rows<Entry>> in_batches(const void* z, int64_t rows, int k, int dtype, const float* scales = nullptr,
+                                    int threads = 1) {
   std::vector<Rows<Entry>> batches;
+  batches.reserve((rows + MAX_ROWS - 1) / MAX_ROWS);
   for (int64_t first = 0; first < rows; first += MAX_ROWS) {
-    batches.emplace_back(z, first, static_cast<int>(std::min<int64_t>(MAX_ROWS, rows - first)), k, dtype, scales);
+    batches.emplace_back(first, static_cast<int>(std::min<int64_t>(MAX_ROWS, rows - first)), k);
   }
+  parallel(static_cast<int>(batches.size()), threads, [&](int b) { batches[b].fill(z, k, dtype, scales); });
   return batches;
 }
 

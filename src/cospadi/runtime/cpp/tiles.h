@@ -1,0 +1,97 @@
+// Products of many rows: 32 outputs at a time are unpacked once, into a near cache, and multiplied with all rows.
+#pragma once
+
+#include <atomic>
+#include <new>
+
+#include "parallel.h"
+#include "rows.h"
+
+namespace cospadi {
+
+static_assert(TILE == RUN);
+
+// From so many rows on it pays to unpack.
+constexpr int TILED_ROWS = 9;
+
+// Entries of x, 4 MB, that every tile is multiplied with while they are in the last cache.
+constexpr int64_t NEAR = 2 << 20;
+
+// Entries from a tile's row to the next: whole cache lines, and no power of two, which would share few places of a cache.
+inline size_t tile_stride(int k) { return padded(k) + ATOMS; }
+
+// A thread's room for a tile and for sums, on boundaries of cache lines; kept for the next product.
+struct Room {
+  uint16_t* tile;
+  float* sums;
+};
+Room room_of_thread(size_t tile_entries, size_t sum_entries);
+
+// y (rows, d2) = x S in bf16, times a scale for each input and output, if any. unpack(first, count, begin, end, tile,
+// stride) makes a tile of outputs from `first` on and inputs from `begin` on, at most `deep` of them, a multiple of ATOMS;
+// stored(first, count) is the memory that it reads for all inputs of some outputs.
+template <class Unpack, class Stored>
+void multiply_through_tiles(const Kernels& kernels, const void* x, const float* inputs, void* y, int64_t rows, int d2,
+                            int k, const float* outputs, int threads, int deep, const Unpack& unpack,
+                            const Stored& stored) {
+  const int64_t parts = (rows * k + NEAR - 1) / NEAR, together = (rows + parts - 1) / parts;
+  if (parts > 1) {
+    for (int64_t first = 0; first < rows; first += together) {
+      const auto* some = static_cast<const uint16_t*>(x) + first * k;
+      auto* to = static_cast<uint16_t*>(y) + first * d2;
+      multiply_through_tiles(kernels, some, inputs, to, std::min(together, rows - first), d2, k, outputs, threads, deep,
+                             unpack, stored);
+    }
+    return;
+  }
+  std::atomic<bool> out_of_memory{false};
+  const auto batches = in_batches<uint16_t>(x, rows, k, BF16, inputs, threads);
+  const size_t stride = tile_stride(std::min(k, deep));
+  parallel(runs(d2), threads, [&](int run) {
+    const int first = run * TILE, count = std::min(TILE, d2 - first);
+    Room room;
+    try {
+      room = room_of_thread(TILE * stride, batches.size() * MAX_ROWS * TILE);
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+      return;
+    }
+    std::fill_n(room.sums, batches.size() * MAX_ROWS * TILE, 0.0f);
+    const int next = first + threads * TILE;  // most probably this thread's
+    Ahead ahead = next < d2 ? stored(next, std::min(TILE, d2 - next)) : Ahead{};
+    const size_t part = (ahead.count * deep + k - 1) / k;  // is fetched during the product with some inputs
+    for (int begin = 0; begin < k; begin += deep) {
+      const int end = std::min(k, begin + deep);
+      unpack(first, count, begin, end, room.tile, stride);
+      Ahead some{ahead.bytes, std::min(part, ahead.count)};
+      ahead = {ahead.bytes + some.count, ahead.count - some.count};
+      float* sums = room.sums;
+      for (const Rows<uint16_t>& batch : batches) {
+        const int padded_count = batch.padded_count();
+        const uint16_t* from = batch.data() + place_in_z(padded_count, 0, begin);
+        kernels.multiply_tile(room.tile, stride, padded(end - begin), from, padded_count, sums, some);
+        some.count = 0;
+        sums += MAX_ROWS * TILE;
+      }
+    }
+    const float* sums = room.sums;
+    for (const Rows<uint16_t>& batch : batches) {
+      for (int r = 0; r < batch.count(); ++r) {
+        uint16_t* to = static_cast<uint16_t*>(y) + static_cast<size_t>(batch.first() + r) * d2 + first;
+        const float* sum = sums + r * TILE;
+        for (int c = 0; c < count; ++c) to[c] = to_bf16(outputs ? sum[c] * outputs[first + c] : sum[c]);
+      }
+      sums += MAX_ROWS * TILE;
+    }
+  });
+  if (out_of_memory) throw std::bad_alloc();
+}
+
+#ifdef COSPADI_X86
+void interleave_avx512(uint16_t* tile, size_t stride, int width);
+void unpack_levels_tile_avx512(const LevelRows&, int begin, int end, uint16_t* tile, size_t stride);
+void multiply_tile_avx512(const uint16_t* tile, size_t stride, int width, const uint16_t* x, int rows, float* sums,
+                          Ahead ahead);
+#endif
+
+}  // namespace cospadi
