@@ -33,6 +33,14 @@ VOCABULARY = 260
 SHARED_MODELS = Path(__file__).resolve().parents[2] / "shared" / "models"
 
 
+LONG = ("test_memory", "test_quality", "test_ray", "test_resume", "test_examples", "test_refine", "test_triton")
+"""Files of few tests that take long. They go first, so that neither of two processes has to wait for one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture
 def shared_model() -> Callable[[str], Path]:
     """The folder of a trained model in `shared/`, which lies beside the repository."""

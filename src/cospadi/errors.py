@@ -18,6 +18,8 @@ class KernelError(RuntimeError):
 
 
 def first_line(error: BaseException) -> str:
-    """Another library's error in one line, without its final stop, to stand inside a sentence of ours."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")
+    """Another library's error in one line, without its final stop, to stand inside a sentence of ours; with the next
+    line where the first one only introduces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    introduced = lines[0].endswith(":") and len(lines) > 1
+    return (f"{lines[0]} {lines[1]}" if introduced else lines[0]).rstrip(".")

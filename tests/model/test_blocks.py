@@ -94,7 +94,7 @@ def test_weight_that_is_not_finite_is_named_when_its_block_is_read(
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.get_submodule("model.layers.2.mlp.gate_proj").weight.data[0, 0] = float("nan")
     model.save_pretrained(folder)
-    with pytest.raises(cospadi.UserError, match=r"model\.layers\.2\.mlp\.gate_proj\.weight holds NaN"):
+    with pytest.raises(cospadi.UserError, match=r"model\.layers\.2\.mlp\.gate_proj\.weight of .* holds NaN"):
         cospadi.compress(folder, quick, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

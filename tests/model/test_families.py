@@ -401,7 +401,9 @@ def test_pickled_weights_are_refused(make_model: Callable[..., Path], quick: dic
     dense = make_model()
     torch.save(load_file(dense / "model.safetensors"), dense / "pytorch_model.bin")
     (dense / "model.safetensors").unlink()
-    with pytest.raises(cospadi.UserError, match=r"no safetensors files\. Pickled weights are never loaded"):
+    with pytest.raises(
+        cospadi.UserError, match=r"no safetensors files, only pytorch_model.bin\. Pickled weights are never loaded"
+    ):
         cospadi.compress(dense, quick, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from cospadi.calibration.grams import adding_grams, gram_block, zero_gram
 from cospadi.calibration.spill import Spill, Spilled
+from cospadi.errors import UserError
 from cospadi.model.blocks import Blocks
 from cospadi.model.projections import read_by_linear
 
@@ -151,6 +152,7 @@ def learn_calls(blocks: Blocks, texts: Sequence[tuple[Tensor, int]], spill: Spil
             if count in compared:
                 continue
             seen, outputs = blocks_called(blocks.model, blocks.modules, batch.to(blocks.device), stop=False)
+            check_numbers(_first(outputs[-1]))
             if len(seen) != len(blocks) or seen[0][0].ndim != 3 or len(seen[0][0]) != count:
                 return None
             follow = zip(outputs, seen[1:], strict=False)
@@ -179,9 +181,21 @@ def _walks_as_it_runs(blocks: Blocks, calls: Calls, batch: Tensor, spill: Spill)
     return relative_difference(found, expected) <= SAME
 
 
+def check_numbers(output: Tensor) -> None:
+    """Refuse a model that computes what is no number.
+
+    Raises:
+        UserError: NaN is among it.
+    """
+    if output.isnan().any():
+        raise UserError("the model computes NaN from the first tokens on. Its weights or its config.json are damaged")
+
+
 def relative_difference(found: Tensor, expected: Tensor) -> float:
     """Of two tensors, in norm, over entries that are no masks (as large as their dtype has, or infinite); infinity
-    where these are not in the same places."""
+    where these are not in the same places, or one has NaN."""
+    if found.isnan().any() or expected.isnan().any():
+        return math.inf
     plain = expected.abs() < MASK
     if not torch.equal(plain, found.abs() < MASK):
         return math.inf

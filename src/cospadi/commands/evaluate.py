@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from cospadi.calibration.text import document_tokens, sequence_length
 from cospadi.errors import UserError
 from cospadi.jobs.progress import Stages
 from cospadi.model import load
+from cospadi.model.blocks import check_finite
 from cospadi.runtime.layer import Runtime, set_runtime
 
 
@@ -106,8 +107,21 @@ def evaluate_models(
         windows = text_windows(tokenizer, documents, asked, load.vocabulary(model))
         with stages.stage("evaluate", len(windows)) as progress:
             results.append((str(name), perplexity(model, windows, batch_size, progress.advance)))
+        if math.isnan(results[-1][1].value):
+            why_no_number(model, name)
         del model  # before the next one is loaded
     return results
+
+
+def why_no_number(model: nn.Module, name: str | Path) -> NoReturn:
+    """Say why a model computes NaN.
+
+    Raises:
+        UserError: the tensor that is not finite, or that all are.
+    """
+    for tensor, parameter in model.named_parameters():
+        check_finite(tensor, parameter, Path(name))
+    raise UserError(f"{name} computes NaN, though all of its tensors are finite. Its config.json may be damaged")
 
 
 def compare_models(
@@ -141,6 +155,9 @@ def compare_models(
     with stages.stage("evaluate", len(windows)) as progress:
         *losses, divergence = compared(first, second, windows, batch_size, progress.advance)
     found = [Perplexity(perplexity_of(loss), *windows.shape) for loss in losses]
+    for one, (opened_model, _), result in zip((model, reference), opened, found, strict=True):
+        if math.isnan(result.value):
+            why_no_number(opened_model, one)
     return [(str(model), found[0]), (str(reference), found[1])], divergence
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from cospadi.calibration.text import tokenize
+from cospadi.commands.evaluate import why_no_number
 from cospadi.errors import UserError
 from cospadi.model import load
 from cospadi.runtime.layer import Runtime, set_runtime
@@ -47,6 +48,9 @@ def continue_text(
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > COLDEST else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with torch.no_grad():
+        if network(input_ids=inputs).logits.isnan().any():
+            why_no_number(network, model)
     output = network.generate(
         input_ids=inputs,
         attention_mask=torch.ones_like(inputs),

@@ -96,13 +96,20 @@ def weight_files(folder: Path) -> list[Path]:
     every one there is but an adapter's. (Some public models carry a second copy of their weights under other names.)
 
     Raises:
-        CheckpointError: an index that is malformed or names a file outside the folder.
+        CheckpointError: an index that is malformed or names a file outside the folder, or what is no file.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_symlink() and not single.exists():
+        raise CheckpointError(f"{single} is a link to {single.readlink()}, which is not there")
     if single.exists():
+        if not single.is_file():
+            raise CheckpointError(f"{single} is no file")
         return [single]
     if index.exists():
-        named = read_json(index).get("weight_map")
+        content = read_json(index)
+        named = content.get("weight_map")
+        if not isinstance(content.get("metadata"), dict):  # transformers stops without one
+            raise CheckpointError(f'{index} has no "metadata", an object which may be empty')
         if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
             raise CheckpointError(f"{index} has no weight_map of tensor names to file names")
         for name in named.values():

@@ -44,6 +44,7 @@ class Blocks:
         unknown: tensors that the model has no place for -> their files.
         unstacked: whether experts have layers of their own.
         seconds_reading: what reading weights has taken so far.
+        folder: that the model was loaded from, if any.
     """
 
     model: nn.Module
@@ -52,6 +53,7 @@ class Blocks:
     unknown: Mapping[str, Path] = field(default_factory=dict)
     unstacked: bool = False
     seconds_reading: float = 0.0
+    folder: Path | None = None
 
     def __post_init__(self) -> None:
         """
@@ -61,7 +63,7 @@ class Blocks:
         self._finite: set[str] = set()
         for name, parameter in self.model.named_parameters():
             if not parameter.is_meta:
-                check_finite(name, parameter)
+                check_finite(name, parameter, self.folder)
         self.prefix, modules = decoder_blocks(self.model)
         self.modules = list(modules)
         self._passed_by = False
@@ -195,16 +197,20 @@ class Blocks:
                     # A copy, so that nothing keeps the file mapped.
                     tensors[name] = tensor.to(self.device, stored.dtype, copy=True)
         for name in set(names) - self._finite:
-            check_finite(name, tensors[name])
+            check_finite(name, tensors[name], self.stored[name].path)
             self._finite.add(name)
         return tensors
 
 
-def check_finite(name: str, tensor: Tensor) -> None:
+def check_finite(name: str, tensor: Tensor, place: Path | None = None) -> None:
     """Refuse what would make all that follows not a number.
+
+    Args:
+        place: the file or folder that it comes from, where that is known.
 
     Raises:
         UserError: it is not finite.
     """
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        raise UserError(f"tensor {name} holds NaN or infinity. Mend the model, or download it again")
+        where = f" of {place}" if place else ""
+        raise UserError(f"tensor {name}{where} holds NaN or infinity. Mend the model, or download it again")

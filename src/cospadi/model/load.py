@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,6 +31,7 @@ OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_state
 """What a forward pass gives back, whatever a model's configuration says."""
 
 MOST_LABELS = 10_000
+AT_LEAST_ONE = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 DEFAULT_POSITIONS = 2048
 DEMO = "demo"
 """Model name that stands for the built-in demo model."""
@@ -121,6 +122,24 @@ def source_folder(name: str) -> Path | None:
     return resolve(DEMO) if name == DEMO else model_cache(name)
 
 
+def check_numbers(folder: Path) -> None:
+    """Refuse a configuration with numbers that cannot be, before a library takes them for true.
+
+    Raises:
+        CheckpointError: it has such ones, or is no JSON.
+    """
+    path = folder / "config.json"
+    config = files.read_json(path)
+    labels = config.get("num_labels")
+    if isinstance(labels, int) and labels > MOST_LABELS:  # each would get a name
+        raise CheckpointError(f"{path} asks for {labels} labels, which no language model has")
+    for part in (config, config.get("text_config")):
+        for name in AT_LEAST_ONE:
+            value = part.get(name) if isinstance(part, dict) else None
+            if isinstance(value, int) and value < 1:
+                raise CheckpointError(f"{path} says {name} {value}; there is at least 1. Mend it, or download it again")
+
+
 def read_config(folder: Path) -> Any:
     """The model's configuration.
 
@@ -129,9 +148,7 @@ def read_config(folder: Path) -> Any:
     """
     from transformers import AutoConfig
 
-    labels = files.read_json(folder / "config.json").get("num_labels")
-    if isinstance(labels, int) and labels > MOST_LABELS:  # each would get a name
-        raise CheckpointError(f"{folder / 'config.json'} asks for {labels} labels, which no language model has")
+    check_numbers(folder)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, **OUTPUTS)
     except Exception as error:  # a config class may raise anything on values it does not expect
@@ -148,6 +165,11 @@ def load_config(folder: Path) -> Any:
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = (quantization if isinstance(quantization, dict) else quantization.to_dict()).get("quant_method")
+        if method is None:
+            raise CheckpointError(
+                f"{folder / 'config.json'} has a quantization_config without a quant_method. Take it out if the "
+                "weights are whole"
+            )
         raise UserError(f"{folder} is already quantized ({method}). Compress the original model instead")
     return config
 
@@ -187,7 +209,10 @@ def load_skeleton(
     if sizes is not None:
         check_blocks(config, folder, len(sizes))
     skeleton, unknown = _build(config, folder, text_only), {}
-    if all(path.exists() for path in safetensors.weight_files(folder)):  # there may be none
+    found = safetensors.weight_files(folder)
+    if Path(model).exists():
+        check_there(folder, found)
+    if all(path.exists() for path in found):  # of a hub's model there may be none yet
         unknown = unknown_tensors(skeleton, folder)
     return Skeleton(skeleton, sizes, unknown)
 
@@ -274,20 +299,38 @@ def load_blocks(folder: Path, device: torch.device, text_only: bool = False) -> 
     Raises: as `load_model`.
     """
     unknown = unknown_tensors(_build(_check_files(folder), folder, text_only), folder)
-    return Blocks(_from_pretrained(folder, text_only).to(device).eval(), device, unknown=unknown)
+    return Blocks(_from_pretrained(folder, text_only).to(device).eval(), device, unknown=unknown, folder=folder)
 
 
 def _check_files(folder: Path) -> Any:
     """The configuration of a folder that may hold a model."""
-    files = safetensors.weight_files(folder)
-    if not files:
-        raise UserError(
-            f"{folder} has no safetensors files. Pickled weights are never loaded: "
-            "convert them first (model.save_pretrained writes safetensors)"
-        )
+    check_there(folder, safetensors.weight_files(folder))
     config = read_config(folder)
     check_blocks(config, folder, len(safetensors.tensor_sizes(folder)))
     return config
+
+
+def check_there(folder: Path, found: Sequence[Path]) -> None:
+    """Refuse a folder some of whose files of weights (`safetensors.weight_files`) are not there, and name those that
+    nobody reads.
+
+    Raises:
+        UserError: there are none. CheckpointError: one that the index names is missing.
+    """
+    if not found:
+        pickled = [path.name for path in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))]
+        raise UserError(
+            f"{folder} has no safetensors files"
+            + (f", only {pickled[0]}. Pickled weights are never loaded: convert them first" if pickled else ". ")
+            + (" (model.save_pretrained writes safetensors)" if pickled else "Download the model's weights")
+        )
+    for path in found:
+        if not path.is_file():
+            raise CheckpointError(f"{path}, which the index names, is not there. Download it again")
+    spare = set(safetensors.all_safetensors(folder)) - set(found)
+    for path in sorted(path for path in spare if not path.name.startswith(safetensors.ADAPTER)):
+        count = len(safetensors.tensor_index(path))
+        log.warning("%s is no part of the model, as transformers reads it: its %d tensors are left out", path, count)
 
 
 def _from_pretrained(folder: Path, text_only: bool, **options: Any) -> nn.Module:
@@ -345,7 +388,7 @@ def _on_disk(folder: Path, skeleton: Skeleton, device: torch.device, converted: 
         )
         for name, entry in compat.take_from_accelerate(model).items()
     }
-    return Blocks(model, device, stored, skeleton.unknown)
+    return Blocks(model, device, stored, skeleton.unknown, folder=folder)
 
 
 @contextmanager
@@ -430,10 +473,11 @@ def load_tokenizer(folder: Path) -> Any:
     """The model's tokenizer.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none. CheckpointError: config.json is damaged.
     """
     from transformers import AutoTokenizer
 
+    check_numbers(folder)  # which it reads, too
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # malformed files make transformers raise anything

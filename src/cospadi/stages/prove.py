@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cospadi import compat
-from cospadi.calibration.walk import relative_difference
+from cospadi.calibration.walk import check_numbers, relative_difference
 from cospadi.errors import OutputError, first_line
 from cospadi.experts import parameter_of
 from cospadi.format import safetensors
@@ -56,13 +56,19 @@ def expect(job: Job, pieces: Sequence[Piece], names: frozenset[str]) -> Expected
 
     Args:
         names: `names_to_hold`.
+
+    Raises:
+        UserError: it computes what is no number.
     """
     model, tokens = job.blocks.model, job.sequences
     if tokens is None:
         count = min(WITHOUT_TEXT, load.vocabulary(model), load.positions(model.config))
         tokens = torch.arange(count)[None]
     with _replaced(job, pieces):
-        return Expected(names, tokens[:1], *_run(job, model, tokens[:1]))
+        logits, means = _run(job, model, tokens[:1])
+    if job.sequences is None:  # else that would have been seen when the model was opened
+        check_numbers(logits)
+    return Expected(names, tokens[:1], logits, means)
 
 
 def names_to_hold(job: Job) -> frozenset[str]:

@@ -12,9 +12,6 @@ namespace cospadi {
 Parallel openmp = nullptr;
 
 Room room_of_thread(size_t tile_entries, size_t sum_entries) {
-  struct alignas(64) Line {
-    uint8_t bytes[64];
-  };
   thread_local std::vector<Line> tile, sums;
   const auto grow = [](std::vector<Line>& lines, size_t bytes) {
     if (lines.size() * sizeof(Line) < bytes) lines.resize((bytes + sizeof(Line) - 1) / sizeof(Line));

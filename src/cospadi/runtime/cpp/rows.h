@@ -15,9 +15,9 @@ enum Dtype { FLOAT = 0, BF16 = 1, HALF = 2 };
 constexpr int RUN = MAX_COLUMNS;  // columns a task takes
 
 inline uint16_t to_bf16(float value) {
-  uint32_t pattern = std::bit_cast<uint32_t>(value);
-  if ((pattern & 0x7FFFFFFF) > 0x7F800000) return static_cast<uint16_t>(pattern >> 16 | 0x40);
-  return static_cast<uint16_t>((pattern + 0x7FFF + (pattern >> 16 & 1)) >> 16);
+  const uint32_t pattern = std::bit_cast<uint32_t>(value), rounded = pattern + 0x7FFF + (pattern >> 16 & 1);
+  const bool nan = (pattern & 0x7FFFFFFF) > 0x7F800000;
+  return static_cast<uint16_t>((nan ? pattern | 0x400000 : rounded) >> 16);  // no branch: loops take many at once
 }
 
 inline float half_to_float(uint16_t half) {
@@ -46,16 +46,15 @@ inline int runs(int d2) { return (d2 + RUN - 1) / RUN; }
 template <class Entry>
 class Rows {
  public:
-  Rows(int64_t first, int count, int k)
-      : first_(first),
-        count_(count),
-        padded_count_(static_cast<int>(std::bit_ceil(static_cast<unsigned>(count)))),
-        memory_(static_cast<size_t>(padded_count_) * padded(k) + LINE, 0) {
-    const auto address = reinterpret_cast<uintptr_t>(memory_.data());
-    data_ = memory_.data() + (-address % 64) / sizeof(Entry);
+  // In memory for as many entries as `entries` says.
+  Rows(int64_t first, int count, Entry* data)
+      : first_(first), count_(count), padded_count_(std::bit_ceil(static_cast<unsigned>(count))), data_(data) {}
+  static size_t entries(int count, int k) {
+    return static_cast<size_t>(std::bit_ceil(static_cast<unsigned>(count))) * padded(k);
   }
   // With a scale for each column, if any.
   void fill(const void* z, int k, int dtype, const float* scales) {
+    if (k % ATOMS || count_ != padded_count_) std::fill_n(data_, entries(count_, k), Entry{0});
     for (int r = 0; r < count_; ++r) {
       const size_t from = static_cast<size_t>(first_ + r) * k;
       for (int j = 0; j < k; j += ATOMS) {
@@ -75,8 +74,6 @@ class Rows {
   int padded_count() const { return padded_count_; }  // with rows of zeros
 
  private:
-  static constexpr size_t LINE = 64 / sizeof(Entry);
-
   static void copy(const void* z, size_t at, int count, int dtype, Entry* to) {
     if (dtype == FLOAT || sizeof(Entry) == 2) {
       std::memcpy(to, static_cast<const Entry*>(z) + at, sizeof(Entry) * count);
@@ -107,7 +104,6 @@ class Rows {
 
   int64_t first_;
   int count_, padded_count_;
-  std::vector<Entry> memory_;  // moves with its contents in place, so data_ stays right
   Entry* data_;
 };
 
@@ -119,14 +115,25 @@ inline void store(void* y, size_t at, float value, int dtype) {
   }
 }
 
-// All rows of z, in batches as kernels take them.
+// Memory of a cache line.
+struct alignas(64) Line {
+  uint8_t bytes[64];
+};
+
+// All rows of z, in batches as kernels take them. Their memory is this thread's, until it makes others of that type: what
+// is given back to the system has to be cleared by it for each product.
 template <class Entry>
 std::vector<Rows<Entry>> in_batches(const void* z, int64_t rows, int k, int dtype, const float* scales = nullptr,
                                     int threads = 1) {
+  thread_local std::vector<Line> room;
+  const size_t lines = Rows<Entry>::entries(MAX_ROWS, k) * sizeof(Entry) / sizeof(Line);  // of a batch
+  const size_t count = (rows + MAX_ROWS - 1) / MAX_ROWS;
+  if (room.size() < count * lines) room.resize(count * lines);
   std::vector<Rows<Entry>> batches;
-  batches.reserve((rows + MAX_ROWS - 1) / MAX_ROWS);
+  batches.reserve(count);
   for (int64_t first = 0; first < rows; first += MAX_ROWS) {
-    batches.emplace_back(first, static_cast<int>(std::min<int64_t>(MAX_ROWS, rows - first)), k);
+    auto* data = reinterpret_cast<Entry*>(room.data() + batches.size() * lines);
+    batches.emplace_back(first, static_cast<int>(std::min<int64_t>(MAX_ROWS, rows - first)), data);
   }
   parallel(static_cast<int>(batches.size()), threads, [&](int b) { batches[b].fill(z, k, dtype, scales); });
   return batches;
