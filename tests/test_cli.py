@@ -449,6 +449,10 @@ def test_a_job_whose_standard_output_is_closed_or_full_ends_well(dense_folder: P
 # Flags
 
 
+def test_version(run: Callable[..., Answer]) -> None:
+    assert run("--version").out == f"cospadi {cospadi.__version__}\n"
+
+
 def test_every_field_of_the_recipe_has_a_flag_that_tells_its_default(run: Callable[..., Answer]) -> None:
     for command in ("compress", "plan"):
         text = "".join(run(command, "--help").out.split())  # lines break inside of words that have a hyphen

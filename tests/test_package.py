@@ -85,6 +85,7 @@ def test_every_public_name_is_there() -> None:
     ("words", "code"),
     [
         (["--help"], 0),
+        (["--version"], 0),
         (["compress", "--help"], 0),
         (["plan", "MODEL", "--ratoi", "0.2"], 2),
         (["compress", "MODEL", "-o", "DIR", "--ratio", "2"], 2),

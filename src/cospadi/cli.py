@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast, get_a
 
 import typer
 
+from cospadi.__about__ import __version__
 from cospadi.errors import UserError
 from cospadi.recipe import CACHE_BYTES, MOST, Recipe
 
@@ -41,6 +42,22 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Make large language models smaller after training, by calibration-guided sparse dictionary learning.",
 )
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"cospadi {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _any_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    pass
+
 
 GB = 10**9
 LONGEST_MESSAGE = 1000
