@@ -14,6 +14,8 @@ from cospadi.errors import UserError
 from cospadi.model import load
 from cospadi.runtime.layer import Runtime, set_runtime
 
+LOOKED_AT = 256
+"""Tokens of the prompt whose logits must be numbers."""
 COLDEST = 1e-6
 """Below this temperature logits, divided by it, might no longer be finite."""
 
@@ -49,7 +51,7 @@ def continue_text(
     sampling = {"do_sample": True, "temperature": temperature} if temperature > COLDEST else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.no_grad():
-        if network(input_ids=inputs).logits.isnan().any():
+        if network(input_ids=inputs[:, :LOOKED_AT]).logits.isnan().any():
             why_no_number(network, model)
     output = network.generate(
         input_ids=inputs,
