@@ -449,6 +449,23 @@ def test_a_job_whose_standard_output_is_closed_or_full_ends_well(dense_folder: P
 # Flags
 
 
+def test_ctrl_c_while_torch_is_imported_ends_at_once() -> None:
+    """Half of torch would be left for what runs after the exception. The signal comes when its first module does."""
+    script = (
+        "import importlib.abc, os, signal, sys\n"
+        "class Finder(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch.nn':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "sys.argv = ['cospadi', 'compress', 'demo', '-o', '/nowhere/out']\n"
+        "from cospadi_cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "Stopped.\n")
+
+
 def test_version(run: Callable[..., Answer]) -> None:
     assert run("--version").out == f"cospadi {cospadi.__version__}\n"
 
@@ -584,7 +601,7 @@ def bad_files(tmp_path: Path) -> Path:
         ("latin1.txt", ["latin1.txt is not UTF-8 text"]),
         ("empty.jsonl", ["empty.jsonl is empty"]),
         ("wrong.jsonl", ["wrong.jsonl, line ", "has no field 'text'", "body, id", "--calibration-field"]),
-        ("number.jsonl", [", field 'text', holds int, no text and no list"]),
+        ("number.jsonl", [", field 'text', holds a number, no text and no list"]),
         ("broken.jsonl", ["broken.jsonl, line 51, is not valid JSON: Unterminated string starting at column 10"]),
         ("broken.json", ["broken.json, line 3, is not valid JSON", "column 1"]),
         ("object.json", ["object.json, line 1, is not valid JSON", "one object a line, or one list"]),

@@ -425,6 +425,7 @@ def doctor(as_json: Json = False) -> None:
 def main() -> None:
     """Entry point: exit code 0, 2 for the user's mistake, 1 for ours, 130 after Ctrl-C."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGINT, _interrupt)
     _fill_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no characters
@@ -457,6 +458,16 @@ def main() -> None:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         _fail(f"{type(error).__name__}: {first}\nThis is a fault of cospadi. COSPADI_TRACEBACK=1 shows where", 1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupt(*_: object) -> None:
+    """Ctrl-C. While torch is imported nothing is begun, and half of it would be left for what runs after the exception:
+    the process ends at once."""
+    torch = sys.modules.get("torch")
+    if torch is not None and getattr(torch.__spec__, "_initializing", False):
+        os.write(2, b"Stopped.\n")
+        os._exit(130)
+    raise KeyboardInterrupt
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -325,12 +325,18 @@ def has_adapters(model: nn.Module) -> bool:
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
-def attach_lora(layer: type[nn.Module], adapter: type[nn.Module], before_merging: Callable[[nn.Module], None]) -> None:
+def attach_lora(
+    layer: type[nn.Module],
+    adapter: type[nn.Module],
+    before_merging: Callable[[nn.Module], None],
+    left_out: Callable[[str], bool],
+) -> None:
     """Have every LoRA of PEFT, of any `LoraConfig` and also of "all-linear", take layers of a class for linear ones.
 
     Args:
         adapter: what is put around such a layer; PEFT's documentation says what it must be.
         before_merging: called with a model whose adapters are about to be merged.
+        left_out: whether "all-linear" does not mean a layer of that name.
 
     Waits for a registry of layers for all configs. PEFT documents `LoraConfig._register_custom_module`, as an
     experiment: one config at a time, and "all-linear" does not ask it.
@@ -338,6 +344,7 @@ def attach_lora(layer: type[nn.Module], adapter: type[nn.Module], before_merging
     from peft import LoraModel
     from peft.tuners import tuners_utils
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import transformers_weight_conversion
 
     create, check = LoraModel._create_new_module, LoraModel._check_merge_allowed
     include = tuners_utils._maybe_include_all_linear_layers
@@ -360,12 +367,14 @@ def attach_lora(layer: type[nn.Module], adapter: type[nn.Module], before_merging
                 f"{name}.base_layer" for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
             }
             found = {name for name, module in model.named_modules() if isinstance(module, layer)}
-            peft_config.target_modules |= found - inside
+            named = peft_config.target_modules | (found - inside)
+            peft_config.target_modules = {name for name in named if not left_out(name)}
         return peft_config
 
     LoraModel._create_new_module = staticmethod(create_new_module)
     LoraModel._check_merge_allowed = check_merge_allowed
     tuners_utils._maybe_include_all_linear_layers = include_all_linear_layers
+    transformers_weight_conversion._maybe_include_all_linear_layers = include_all_linear_layers
 
 
 # multiprocessing

@@ -138,6 +138,11 @@ def restack(model: nn.Module) -> None:
             compat.experts_implementation(module, "eager")
 
 
+def has_adapters(module: nn.Module) -> bool:
+    """Whether something was put around a layer of a stack."""
+    return isinstance(module, Stack) and any(hasattr(layer, "base_layer") for layer in module.children())
+
+
 def layer_name(parameter: str, expert: int) -> str:
     """The name in a module of experts of the layer that holds an expert's part of a stacked parameter."""
     return f"{SEPARATE}.{parameter}.{expert}"

@@ -160,10 +160,11 @@ def test_other_fields(tmp_path: Path) -> None:
     path.write_text("\n".join(json.dumps({"body": "a b c d e f", "id": 1}) for _ in range(10)))
     assert len(token_sequences(words, recipe(path, calibration_field="body"), 100)) == 4
     with pytest.raises(
-        UserError, match=r"line \d+, has no field 'text', 'content' or 'messages'; its fields are body, id"
+        UserError,
+        match=r"line \d+, has no field 'text', 'content', 'messages' or 'conversations'; its fields are body, id",
     ):
         token_sequences(words, recipe(path), 100)
-    with pytest.raises(UserError, match="holds int, no text"):
+    with pytest.raises(UserError, match="holds a number, no text"):
         token_sequences(words, recipe(path, calibration_field="id"), 100)
 
 
@@ -324,7 +325,9 @@ def test_rows_of_chats(row: dict[str, object], suffix: str, tmp_path: Path) -> N
         ({"messages": [{"role": "user"}]}, "message 0, has role. A message has a role and a content"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "message 0, holds image, and only text"),
         ({"conversations": [{"from": "parrot", "value": "hello"}]}, "message 0, is from 'parrot', which is none of"),
-        ({"text": {"a": 1}}, "field 'text', holds dict, no text and no list of messages"),
+        ({"text": {"a": 1}}, "field 'text', holds an object, no text and no list of messages"),
+        ({"messages": '[{"role": "user", "content": "hi"}]'}, "field 'messages', holds a text and no list of messages"),
+        ({"story": "once"}, "has no field 'text', 'content', 'messages' or 'conversations'; its fields are story"),
     ],
 )
 def test_rows_that_are_no_chats_are_refused(row: dict[str, object], told: str, tmp_path: Path) -> None:
@@ -332,6 +335,23 @@ def test_rows_that_are_no_chats_are_refused(row: dict[str, object], told: str, t
     path.write_text(json.dumps(row))
     with pytest.raises(UserError, match=told):
         documents.file_documents(path)
+
+
+def test_rows_of_two_kinds_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "mixed.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n{"text": "hello"}\n')
+    with pytest.raises(UserError, match="line 2, has no field 'messages', which rows before it have"):
+        documents.file_documents(path)
+
+
+def test_a_chat_a_line_needs_no_field_and_null_is_none(tmp_path: Path) -> None:
+    chat, path = [{"role": "user", "content": "hi"}], tmp_path / "chats.JSONL"
+    path.write_text(f"{json.dumps(chat)}\n\n{json.dumps(chat)}\n")
+    assert [document.messages for document in documents.file_documents(path)] == [chat, chat]  # type: ignore[union-attr]
+    path.write_text(json.dumps([{"text": "one"}, {"text": "two"}]))  # one list of all rows
+    assert documents.file_documents(path) == ["one", "two"]
+    path.write_text('{"text": null, "content": "there"}')
+    assert documents.file_documents(path) == ["there"]
 
 
 def test_special_tokens_of_a_template_are_not_doubled(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_families import tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -26,6 +27,21 @@ FORMS: dict[str, dict[str, Any]] = {
     "low rank": {"ratio": 0.3, "solver": "svd", "share": "layers:2"},
 }
 LEARNS = {"r": 4, "task_type": "CAUSAL_LM"}
+
+
+def test_experts_are_adapted_by_name_and_never_merged_in_silence(tmp_path: Path) -> None:
+    tiny_model("mixtral").save_pretrained(tmp_path / "in")
+    cospadi.compress(tmp_path / "in", {"metric": "weights", "iterations": 1, "ratio": 0.3}, tmp_path / "out")
+    everything = get_peft_model(load(tmp_path / "out"), LoraConfig(target_modules="all-linear"))
+    adapted = {name.rpartition(".")[2] for name, module in everything.named_modules() if hasattr(module, "base_layer")}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate"}  # the router, too, as PEFT has it of dense ones
+    everything.get_base_model().dequantize()
+    everything.merge_and_unload()
+    some = get_peft_model(load(tmp_path / "out"), LoraConfig(target_modules=["down_proj.0", "q_proj"]))
+    before = logits(some, torch.arange(1, 9)[None])
+    with pytest.raises(UserError, match=r"adapters lie on experts \(.*down_proj\)"):
+        some.get_base_model().dequantize()
+    assert torch.equal(logits(some, torch.arange(1, 9)[None]), before)
 
 
 @pytest.fixture(scope="module", params=FORMS)

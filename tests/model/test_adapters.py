@@ -170,3 +170,29 @@ def test_an_adapter_that_does_not_fit_is_refused(
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     check_mistake(run(*words), "has no adapter_model.safetensors", "Pickled adapters are never loaded")
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
+
+
+def test_an_adapter_of_a_compressed_model_is_refused_with_what_helps(
+    adapter: Path, compressed_folder: Path, run: Callable[..., Answer], tmp_path: Path
+) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(compressed_folder)
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    check_mistake(run("generate", adapter, "a"), f"adapter of {compressed_folder}, a compressed model", "dequantize")
+    answer = run("compress", adapter, "-o", tmp_path / "out", "--merge-adapter", *FREE)
+    check_mistake(answer, f"{compressed_folder}, is a compressed model", "dequantize")
+
+
+def test_an_adapter_of_a_shared_embedding_is_refused(
+    make_llama: Callable[..., Path], run: Callable[..., Answer], tmp_path: Path
+) -> None:
+    """It would change the head as well."""
+    import peft
+
+    base = make_llama(tie_word_embeddings=True)
+    model = load.load_model(base, torch.device("cpu"))
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules=["q_proj", "embed_tokens"]))  # type: ignore[arg-type]
+    wrapped.peft_config["default"].base_model_name_or_path = str(base)
+    wrapped.save_pretrained(str(tmp_path / "ad"))
+    answer = run("compress", tmp_path / "ad", "-o", tmp_path / "out", "--merge-adapter", *FREE)
+    check_mistake(answer, "changes model.embed_tokens, whose weight another layer of its base shares")

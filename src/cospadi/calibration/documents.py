@@ -5,12 +5,13 @@ A local file is read by this file alone: no library's cache has a part in it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
@@ -29,6 +30,9 @@ ROWS = (".jsonl", ".json", ".parquet")
 
 FIELDS = ("text", "content", "messages", "conversations")
 """Where a row's document is looked for, in this order."""
+
+CHATS = ("messages", "conversations")
+"""Those of them that hold chats."""
 
 SPEAKERS = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
@@ -74,13 +78,14 @@ def calibration_documents(recipe: Recipe, length: int) -> Iterator[Document]:
     if source is None:
         return _hub_documents(DEFAULT_DATASET, recipe)
     path = local_path(source, "calibration file")
-    if path.suffix == ".txt" or (path.suffix in ROWS and path.exists()):
+    suffix = path.suffix.lower()
+    if suffix == ".txt" or (suffix in ROWS and path.exists()):
         check_file(path, "calibration file")
-        if path.suffix == ".txt":
+        if suffix == ".txt":
             return _passages(read_text(path, "calibration file"), recipe.seed, length)
         rows = shuffled(read_rows(path, "calibration file"), recipe.seed)
         return _documents(rows, f"calibration text {path}", recipe.calibration_field, "--calibration-field")
-    if path.exists() or path.suffix in ROWS or source.startswith((".", "/", "~")):
+    if path.exists() or suffix in ROWS or source.startswith((".", "/", "~")):
         reason = "is not a .txt, .jsonl, .json or .parquet file" if path.exists() else "does not exist"
         raise UserError(f"calibration file {path} {reason}")
     return _hub_documents(source, recipe)
@@ -95,7 +100,7 @@ def file_documents(path: Path, field: str | None = None) -> list[Document]:
     Raises:
         UserError: a file that cannot be read, or without the field.
     """
-    if path.suffix not in ROWS:
+    if path.suffix.lower() not in ROWS:
         if field is not None:
             raise UserError(f"--text-field {field} is of rows, and {path} is no {', '.join(ROWS)} file. Leave it out")
         return [read_text(path)]
@@ -177,7 +182,7 @@ def read_rows(path: Path, what: str) -> Iterator[Row]:
     Raises:
         UserError: where one cannot be read: which it is, and why.
     """
-    kind = path.suffix[1:]
+    kind = path.suffix[1:].lower()
     try:
         yield from _parquet_rows(path) if kind == "parquet" else _json_rows(path, f"{what} {path}")
     except UserError:
@@ -208,7 +213,7 @@ def _json_rows(path: Path, source: str) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as stream:
         first = next((character for line in stream for character in line if not character.isspace()), "")
         stream.seek(0)
-        if first == "[":
+        if first == "[" and not _is_list_a_line(stream):
             rows = enumerate(_parsed(stream.read(), source, 0), 1)
             yield from (_row(f"row {number}", row, source) for number, row in rows)
             return
@@ -241,9 +246,21 @@ def _parsed(text: str, source: str, line: int) -> Any:
 
 
 def _row(where: str, row: Any, source: str) -> Row:
+    if isinstance(row, list) and all(isinstance(message, dict) for message in row):
+        return Row(where, {CHATS[0]: row})
     if not isinstance(row, (dict, str)):
-        raise UserError(f"{source}, {where}, is no JSON object and no text but {_kind(row)}")
+        raise UserError(f"{source}, {where}, is no JSON object, no text and no chat but {_kind(row)}")
     return Row(where, {"text": row} if isinstance(row, str) else row)
+
+
+def _is_list_a_line(stream: TextIO) -> bool:
+    """Whether a file that begins with a list has one on its first line, and another on the next."""
+    lines = list(itertools.islice((line for line in stream if line.strip()), 2))
+    stream.seek(0)
+    try:
+        return len(lines) == 2 and all(isinstance(json.loads(line), list) for line in lines)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _kind(value: object) -> str:
@@ -284,14 +301,27 @@ def _documents(rows: Iterable[Row], source: str, field: str | None, flag: str) -
         field: None is the first of FIELDS that the first row has.
         flag: which names another.
     """
+    found = None
     for row in rows:
+        names = ", ".join(map(str, row.fields)) or "none"
         if field is None:
-            field = next((name for name in FIELDS if name in row.fields), None)
+            field = found = next((name for name in FIELDS if row.fields.get(name) is not None), None)
+        if found is not None and found not in row.fields:
+            raise UserError(
+                f"{source}, {row.where}, has no field '{found}', which rows before it have; its fields are {names}. "
+                f"All rows of a source have one field of text or chats, which {flag} names"
+            )
         if field is None or field not in row.fields:
-            wanted = f"field '{field}'" if field else f"field '{FIELDS[0]}', '{FIELDS[1]}' or '{FIELDS[2]}'"
-            names = ", ".join(map(str, row.fields)) or "none"
-            raise UserError(f"{source}, {row.where}, has no {wanted}; its fields are {names}. Name one with {flag}")
+            wanted = f"'{field}'" if field else ", ".join(f"'{name}'" for name in FIELDS[:-1]) + f" or '{FIELDS[-1]}'"
+            raise UserError(
+                f"{source}, {row.where}, has no field {wanted}; its fields are {names}. Name one with {flag}"
+            )
         value = row.fields[field]
+        if found in CHATS and isinstance(value, str):
+            raise UserError(
+                f"{source}, {row.where}, field '{found}', holds a text and no list of messages. Write it as a list, or "
+                f"name a field of text with {flag}"
+            )
         if isinstance(value, list):
             where = f"{source}, {row.where}"
             messages = [_message(message, f"{where}, field '{field}', message {n}") for n, message in enumerate(value)]
@@ -299,7 +329,8 @@ def _documents(rows: Iterable[Row], source: str, field: str | None, flag: str) -
                 yield Chat(messages, where)
         elif not isinstance(value, str):
             raise UserError(
-                f"{source}, {row.where}, field '{field}', holds {type(value).__name__}, no text and no list of messages"
+                f"{source}, {row.where}, field '{field}', holds {_kind(value)}, no text and no list of messages. Mend "
+                f"it, or name another field with {flag}"
             )
         elif value.strip():
             yield value

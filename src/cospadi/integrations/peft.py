@@ -12,6 +12,7 @@ from torch import nn
 
 from cospadi import compat
 from cospadi.errors import UserError
+from cospadi.experts import parameter_of
 from cospadi.runtime.layer import CompressedLinear
 
 KEEPS_THE_WEIGHT = (True, False, "gaussian", "eva", "orthogonal")
@@ -67,4 +68,7 @@ def refuse_to_merge(model: nn.Module) -> None:
             )
 
 
-compat.attach_lora(CompressedLinear, CompressedLoraLinear, refuse_to_merge)
+# "all-linear" leaves experts out, as PEFT does where they are one parameter; their names end in numbers, as blocks' do.
+compat.attach_lora(
+    CompressedLinear, CompressedLoraLinear, refuse_to_merge, left_out=lambda name: parameter_of(name) is not None
+)

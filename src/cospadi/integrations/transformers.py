@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cospadi import compat
 from cospadi.errors import CheckpointError, UserError
-from cospadi.experts import restack, unstack
+from cospadi.experts import has_adapters, restack, unstack
 from cospadi.format import manifest, safetensors, schema, verify
 from cospadi.format.safetensors import open_file
 from cospadi.format.schema import SENTINEL, StoredProjection
@@ -181,7 +181,7 @@ class CospadiQuantizer(HfQuantizer):
         """Of `model.dequantize()`: an ordinary dense model, in its own dtype where none is given.
 
         Raises:
-            UserError: layers are offloaded.
+            UserError: layers are offloaded, or experts have adapters.
         """
         return super().dequantize(model, dtype or model.dtype)
 
@@ -194,6 +194,12 @@ class CospadiQuantizer(HfQuantizer):
         ]
         if any(layer.weight_is_away() for _, _, layer in layers):
             raise UserError("layers are offloaded, and cannot be made dense there. Load the model into memory first")
+        adapted = next((name for name, module in model.named_modules() if has_adapters(module)), None)
+        if adapted is not None:
+            raise UserError(
+                f"adapters lie on experts ({adapted}), whose weights become one parameter when they are made dense, "
+                "which has no place for them. Keep the model compressed, or train adapters on other projections"
+            )
         for parent, name, layer in layers:
             setattr(parent, name, layer.to_linear(dtype))
         entries = self.quantization_config.parsed()

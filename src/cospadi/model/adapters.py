@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from cospadi.errors import UserError
 from cospadi.files import read_json
 from cospadi.format import safetensors
+from cospadi.format.manifest import MANIFEST
 from cospadi.format.safetensors import ADAPTER
 
 CONFIG = "adapter_config.json"
@@ -34,6 +36,14 @@ def check(folder: Path, merge: bool) -> None:
             raise UserError(f"{folder} holds no PEFT adapter ({CONFIG}, {WEIGHTS}). Leave --merge-adapter out")
         return
     if merge:
+        base = None
+        with suppress(UserError):  # which is told where the adapter is merged
+            base = base_of(folder)[0]
+        if base is not None and _is_compressed(base):
+            raise UserError(
+                f"the base of the adapter in {folder}, {base}, is a compressed model, whose stored values nothing can "
+                "be merged into. Make it dense (dequantize), merge there, save, and compress that"
+            )
         return
     first = "or merge it first (merge_and_unload of peft, then save_pretrained)"
     if has_model(folder):
@@ -45,9 +55,18 @@ def check(folder: Path, merge: bool) -> None:
         base = base_of(folder)[0]
     except UserError as error:
         raise UserError(f"{folder} is a PEFT adapter and no whole model, and {error}. Name it there, {first}") from None
+    if _is_compressed(base):
+        raise UserError(
+            f"{folder} is a PEFT adapter of {base}, a compressed model, whose stored values nothing can be merged "
+            "into. Load it with PeftModel.from_pretrained; or make the model dense (dequantize), merge there and save"
+        )
     raise UserError(
         f"{folder} is a PEFT adapter of {base}, and no whole model. Compress both merged with --merge-adapter, {first}"
     )
+
+
+def _is_compressed(base: Path | str) -> bool:
+    return (Path(base) / MANIFEST).is_file()
 
 
 def base_of(folder: Path) -> tuple[Path | str, str | None]:

@@ -44,15 +44,25 @@ def merge_adapter(folder: Path, into: Path, text_only: bool = False) -> Path:
     load.load_config(base)
     unknown = load.load_skeleton(base, text_only=text_only).unknown
     model: Any = load.load_model(base, torch.device("cpu"), text_only)
+    tied = compat.tied_weights(model)
+    shared = {name.removesuffix(".weight") for name in (*tied, *tied.values())}
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             wrapped = peft.PeftModel.from_pretrained(model, str(folder))
+        for name, module in model.named_modules():
+            if name in shared and hasattr(module, "merge"):  # peft's layer, and not its whole copy (modules_to_save)
+                raise UserError(
+                    f"the adapter in {folder} changes {name}, whose weight another layer of its base shares, and would "
+                    "change in both. Merge it into a model whose tie_word_embeddings is false"
+                )
         for warning in said:
             if "missing adapter keys" in str(warning.message):
                 raise ValueError(f"{warning.message!s:.300}")
         _check_all_is_used(folder, wrapped, peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False))
-        model = wrapped.merge_and_unload(safe_merge=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what peft warns of is looked at here
+            model = wrapped.merge_and_unload(safe_merge=True)
     except UserError:
         raise
     except Exception as error:  # peft raises many kinds where an adapter is not made for a model, or cannot be merged
