@@ -449,13 +449,14 @@ def test_a_job_whose_standard_output_is_closed_or_full_ends_well(dense_folder: P
 # Flags
 
 
-def test_ctrl_c_while_torch_is_imported_ends_at_once() -> None:
-    """Half of torch would be left for what runs after the exception. The signal comes when its first module does."""
+@pytest.mark.parametrize("module", ["torch.nn", "torch._refs"])
+def test_ctrl_c_while_torch_is_imported_ends_at_once(module: str) -> None:
+    """Half of torch would be left for what runs after the exception."""
     script = (
         "import importlib.abc, os, signal, sys\n"
         "class Finder(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, *_):\n"
-        "        if name == 'torch.nn':\n"
+        f"        if name == {module!r}:\n"
         "            os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, Finder())\n"
         "sys.argv = ['cospadi', 'compress', 'demo', '-o', '/nowhere/out']\n"

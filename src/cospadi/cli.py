@@ -461,10 +461,10 @@ def main() -> None:
 
 
 def _interrupt(*_: object) -> None:
-    """Ctrl-C. While torch is imported nothing is begun, and half of it would be left for what runs after the exception:
-    the process ends at once."""
-    torch = sys.modules.get("torch")
-    if torch is not None and getattr(torch.__spec__, "_initializing", False):
+    """Ctrl-C. While torch is imported, or a part of it, an exception would leave half of it to what runs after: the
+    process ends at once. What is finished of a job lies in its directory."""
+    parts = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "torch"]
+    if any(getattr(getattr(part, "__spec__", None), "_initializing", False) for part in parts):
         os.write(2, b"Stopped.\n")
         os._exit(130)
     raise KeyboardInterrupt
