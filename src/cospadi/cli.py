@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from types import NoneType
+from types import FrameType, NoneType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast, get_args, get_origin
 
 import typer
@@ -460,13 +460,14 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _interrupt(*_: object) -> None:
+def _interrupt(_number: int, frame: FrameType | None) -> None:
     """Ctrl-C. While torch is imported, or a part of it, an exception would leave half of it to what runs after: the
     process ends at once. What is finished of a job lies in its directory."""
-    parts = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "torch"]
-    if any(getattr(getattr(part, "__spec__", None), "_initializing", False) for part in parts):
-        os.write(2, b"Stopped.\n")
-        os._exit(130)
+    while frame is not None:
+        if frame.f_code.co_name == "<module>" and str(frame.f_globals.get("__name__")).partition(".")[0] == "torch":
+            os.write(2, b"Stopped.\n")
+            os._exit(130)
+        frame = frame.f_back
     raise KeyboardInterrupt
 
 
