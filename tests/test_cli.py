@@ -450,7 +450,7 @@ def test_a_job_whose_standard_output_is_closed_or_full_ends_well(dense_folder: P
 
 
 @pytest.mark.parametrize("module", ["torch.nn", "torch._refs"])
-def test_ctrl_c_while_torch_is_imported_ends_at_once(module: str) -> None:
+def test_ctrl_c_while_torch_is_imported_ends_at_once(module: str, dense_folder: Path, tmp_path: Path) -> None:
     """Half of torch would be left for what runs after the exception."""
     script = (
         "import importlib.abc, os, signal, sys\n"
@@ -459,12 +459,16 @@ def test_ctrl_c_while_torch_is_imported_ends_at_once(module: str) -> None:
         f"        if name == {module!r}:\n"
         "            os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, Finder())\n"
-        "sys.argv = ['cospadi', 'compress', 'demo', '-o', '/nowhere/out']\n"
+        f"sys.argv = {['cospadi', 'compress', str(dense_folder), '-o', str(tmp_path / 'out'), *FREE]}\n"
         "from cospadi_cli import main\n"
         "main()\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "Stopped.\n")
+    assert not list(tmp_path.iterdir())
+    behind = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-c", script]  # as a script's `command &`
+    assert subprocess.run(behind, capture_output=True, text=True).returncode == 0
+    assert (tmp_path / "out").is_dir()
 
 
 def test_version(run: Callable[..., Answer]) -> None:
@@ -743,8 +747,9 @@ def test_overwrite_replaces_nothing_but_models(
         (tmp_path / "out" / entry).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / entry).write_text("{}")
     before = sorted(tmp_path.rglob("*"))
-    answer = run("compress", dense_folder, "-o", tmp_path / "out", *FREE, "--overwrite")
-    check_mistake(answer, f"output folder {tmp_path / 'out'} {told}", "remove it yourself")
+    for more in ([], ["--overwrite"]):
+        answer = run("compress", dense_folder, "-o", tmp_path / "out", *FREE, *more)
+        check_mistake(answer, f"output folder {tmp_path / 'out'} {told}", "remove it yourself")
     assert sorted(tmp_path.rglob("*")) == before
     shutil.rmtree(tmp_path / "out")
     for _ in range(2):  # its own it does replace, with whatever came to lie in it

@@ -425,7 +425,10 @@ def doctor(as_json: Json = False) -> None:
 def main() -> None:
     """Entry point: exit code 0, 2 for the user's mistake, 1 for ours, 130 after Ctrl-C."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    signal.signal(signal.SIGINT, _interrupt)
+    if (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):  # a shell has it ignored of what it runs behind it
+        signal.signal(signal.SIGINT, _interrupt)
     _fill_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no characters

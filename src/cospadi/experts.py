@@ -138,7 +138,7 @@ def restack(model: nn.Module) -> None:
             compat.experts_implementation(module, "eager")
 
 
-def has_adapters(module: nn.Module) -> bool:
+def is_adapted(module: nn.Module) -> bool:
     """Whether something was put around a layer of a stack."""
     return isinstance(module, Stack) and any(hasattr(layer, "base_layer") for layer in module.children())
 

@@ -327,6 +327,7 @@ def test_rows_of_chats(row: dict[str, object], suffix: str, tmp_path: Path) -> N
         ({"conversations": [{"from": "parrot", "value": "hello"}]}, "message 0, is from 'parrot', which is none of"),
         ({"text": {"a": 1}}, "field 'text', holds an object, no text and no list of messages"),
         ({"messages": '[{"role": "user", "content": "hi"}]'}, "field 'messages', holds a text and no list of messages"),
+        ({"text": None}, "field 'text', holds null, no text and no list of messages"),
         ({"story": "once"}, "has no field 'text', 'content', 'messages' or 'conversations'; its fields are story"),
     ],
 )

@@ -130,16 +130,19 @@ def test_shards_and_their_index(
     folder = Path(shutil.copytree(make_model(max_shard_size="30KB"), tmp_path / "in"))
     index = folder / "model.safetensors.index.json"
     content = json.loads(index.read_text())
-    lines = (["compress", folder, "-o", tmp_path / "out", *QUICK], ["plan", folder, "--no-timing", *QUICK])
+    lines = (
+        ["compress", folder, "-o", tmp_path / "out", "--overwrite", *QUICK],
+        ["plan", folder, "--no-timing", *QUICK],
+    )
     lines = (*lines, ["eval", folder, "--text", text_file, "--length", "16"])
     index.write_text(json.dumps({"weight_map": content["weight_map"]}))
     for words in lines:
         check(run(*words), index, "metadata")
     index.write_text(json.dumps(content))
     save_file({"mtp.weight": torch.ones(3)}, folder / "mtp.safetensors")
-    answer = run(*lines[1])
+    answer = run(*lines[0])
     assert answer.code == 0, answer.err
-    assert "mtp.safetensors is no part of the model" in answer.err
+    assert answer.err.count("mtp.safetensors is no part of the model") == 1
     assert "its 1 tensors are left out" in answer.err
     last = sorted(folder.glob("model-*.safetensors"))[-1]
     last.unlink()

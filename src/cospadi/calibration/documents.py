@@ -305,7 +305,8 @@ def _documents(rows: Iterable[Row], source: str, field: str | None, flag: str) -
     for row in rows:
         names = ", ".join(map(str, row.fields)) or "none"
         if field is None:
-            field = found = next((name for name in FIELDS if row.fields.get(name) is not None), None)
+            there = [name for name in FIELDS if name in row.fields]
+            field = found = next((name for name in there if row.fields[name] is not None), there[0] if there else None)
         if found is not None and found not in row.fields:
             raise UserError(
                 f"{source}, {row.where}, has no field '{found}', which rows before it have; its fields are {names}. "

@@ -152,7 +152,7 @@ def learn_calls(blocks: Blocks, texts: Sequence[tuple[Tensor, int]], spill: Spil
             if count in compared:
                 continue
             seen, outputs = blocks_called(blocks.model, blocks.modules, batch.to(blocks.device), stop=False)
-            check_numbers(_first(outputs[-1]))
+            check_not_nan(_first(outputs[-1]))
             if len(seen) != len(blocks) or seen[0][0].ndim != 3 or len(seen[0][0]) != count:
                 return None
             follow = zip(outputs, seen[1:], strict=False)
@@ -181,7 +181,7 @@ def _walks_as_it_runs(blocks: Blocks, calls: Calls, batch: Tensor, spill: Spill)
     return relative_difference(found, expected) <= SAME
 
 
-def check_numbers(output: Tensor) -> None:
+def check_not_nan(output: Tensor) -> None:
     """Refuse a model that computes what is no number.
 
     Raises:

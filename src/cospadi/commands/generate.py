@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LogitsProcessorList
 
 from cospadi.calibration.text import tokenize
 from cospadi.commands.evaluate import why_no_number
@@ -14,8 +15,6 @@ from cospadi.errors import UserError
 from cospadi.model import load
 from cospadi.runtime.layer import Runtime, set_runtime
 
-LOOKED_AT = 256
-"""Tokens of the prompt whose logits must be numbers."""
 COLDEST = 1e-6
 """Below this temperature logits, divided by it, might no longer be finite."""
 
@@ -50,14 +49,18 @@ def continue_text(
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > COLDEST else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with torch.no_grad():
-        if network(input_ids=inputs[:, :LOOKED_AT]).logits.isnan().any():
+
+    def checked(_tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if scores.isnan().any():
             why_no_number(network, model)
+        return scores
+
     output = network.generate(
         input_ids=inputs,
         attention_mask=torch.ones_like(inputs),
         max_new_tokens=min(tokens, room - used),
         pad_token_id=pad,
+        logits_processor=LogitsProcessorList([checked]),
         **sampling,
     )
     text: str = tokenizer.decode(output[0], skip_special_tokens=True)

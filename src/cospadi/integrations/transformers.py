@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cospadi import compat
 from cospadi.errors import CheckpointError, UserError
-from cospadi.experts import has_adapters, restack, unstack
+from cospadi.experts import is_adapted, restack, unstack
 from cospadi.format import manifest, safetensors, schema, verify
 from cospadi.format.safetensors import open_file
 from cospadi.format.schema import SENTINEL, StoredProjection
@@ -194,7 +194,7 @@ class CospadiQuantizer(HfQuantizer):
         ]
         if any(layer.weight_is_away() for _, _, layer in layers):
             raise UserError("layers are offloaded, and cannot be made dense there. Load the model into memory first")
-        adapted = next((name for name, module in model.named_modules() if has_adapters(module)), None)
+        adapted = next((name for name, module in model.named_modules() if is_adapted(module)), None)
         if adapted is not None:
             raise UserError(
                 f"adapters lie on experts ({adapted}), whose weights become one parameter when they are made dense, "

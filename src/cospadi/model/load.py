@@ -32,6 +32,7 @@ OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_state
 
 MOST_LABELS = 10_000
 AT_LEAST_ONE = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+"""Numbers of a configuration that no language model has fewer of."""
 DEFAULT_POSITIONS = 2048
 DEMO = "demo"
 """Model name that stands for the built-in demo model."""
@@ -304,15 +305,19 @@ def load_blocks(folder: Path, device: torch.device, text_only: bool = False) -> 
 
 def _check_files(folder: Path) -> Any:
     """The configuration of a folder that may hold a model."""
-    check_there(folder, safetensors.weight_files(folder))
+    found = safetensors.weight_files(folder)
+    check_there(folder, found)
+    spare = set(safetensors.all_safetensors(folder)) - set(found)
+    for path in sorted(path for path in spare if not path.name.startswith(safetensors.ADAPTER)):
+        count = len(safetensors.tensor_index(path))
+        log.warning("%s is no part of the model, as transformers reads it: its %d tensors are left out", path, count)
     config = read_config(folder)
     check_blocks(config, folder, len(safetensors.tensor_sizes(folder)))
     return config
 
 
 def check_there(folder: Path, found: Sequence[Path]) -> None:
-    """Refuse a folder some of whose files of weights (`safetensors.weight_files`) are not there, and name those that
-    nobody reads.
+    """Refuse a folder some of whose files of weights (`safetensors.weight_files`) are not there.
 
     Raises:
         UserError: there are none. CheckpointError: one that the index names is missing.
@@ -327,10 +332,6 @@ def check_there(folder: Path, found: Sequence[Path]) -> None:
     for path in found:
         if not path.is_file():
             raise CheckpointError(f"{path}, which the index names, is not there. Download it again")
-    spare = set(safetensors.all_safetensors(folder)) - set(found)
-    for path in sorted(path for path in spare if not path.name.startswith(safetensors.ADAPTER)):
-        count = len(safetensors.tensor_index(path))
-        log.warning("%s is no part of the model, as transformers reads it: its %d tensors are left out", path, count)
 
 
 def _from_pretrained(folder: Path, text_only: bool, **options: Any) -> nn.Module:

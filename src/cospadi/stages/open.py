@@ -335,8 +335,10 @@ def check_output(output: Path, overwrite: bool) -> None:
     Raises:
         UserError: it does.
     """
-    files.check_output(output, overwrite)
-    if output.is_dir() and (why := _why_no_model(output)) is not None:
+    why = _why_no_model(output) if output.is_dir() else None
+    if overwrite or why is None:  # else "pass --overwrite" would be bad advice
+        files.check_output(output, overwrite)
+    if why is not None:
         raise UserError(
             f"output folder {output} {why}: it is no model's, and --overwrite replaces nothing else. Name another, or "
             "remove it yourself"
