@@ -36,7 +36,7 @@ from cospadi.format.dictionaries import DICTIONARIES
 from cospadi.format.form import Form
 from cospadi.runtime import cpu, op
 from cospadi.runtime.layer import CompressedLinear
-from cospadi.runtime.levels import WIDTHS, Levels, pack_levels
+from cospadi.runtime.levels import Levels, pack_levels
 
 RESULTS = Path(__file__).parent / "results" / "linear"
 MODELS = {
@@ -88,13 +88,13 @@ def run(
 def levels(
     shape: Annotated[list[str] | None, typer.Option(help="d1xd2, repeatable")] = None,
     model: Annotated[list[str] | None, typer.Option(help=", ".join(MODELS))] = None,
-    bits: Annotated[list[int] | None, typer.Option(help="of a level in memory, repeatable  [default: 4, 8]")] = None,
+    bits: Annotated[list[int] | None, typer.Option(help="of a level, repeatable  [default: 3, 4, 5, 6, 8]")] = None,
     threads: int = 2,
     seconds: Annotated[float, typer.Option(help="time for each comparison, about")] = 2.0,
 ) -> None:
     """Measure the rows that are missing of levels of a code, as they lie in memory."""
     shapes = _shapes(shape, model, threads)
-    for one_shape, one_bits in product(shapes, bits or WIDTHS):
+    for one_shape, one_bits in product(shapes, bits or (3, 4, 5, 6, 8)):
         path = RESULTS / f"{one_shape}-levels-{one_bits}-{threads}.json"
         if not path.exists():
             d1, d2 = map(int, one_shape.split("x"))
@@ -107,7 +107,8 @@ def measure_levels(d1: int, d2: int, bits: int, seconds: float) -> dict[str, Any
     """One shape with levels of so many bits in memory: milliseconds of dense, ours and a plain read of what is ours."""
     wanted, spread = 4 * last_level_cache(), 2.0**bits / 8
     numbers = (spread * torch.randn(d2, d1)).round().clamp(1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1).to(torch.int16)
-    first = pack_levels(numbers, torch.rand(d2), torch.rand(d1), bits)
+    widths = torch.full((d2,), bits, dtype=torch.int32)
+    first = pack_levels(numbers, torch.rand(d2), torch.rand(d1), widths)
     copies = [Levels(*(part.clone() for part in first)) for _ in range(wanted // _nbytes(first.packed) + 2)]
     weights = [torch.randn(d2, d1, dtype=torch.bfloat16) for _ in range(wanted // (2 * d1 * d2) + 2)]
     figures = []
@@ -116,7 +117,7 @@ def measure_levels(d1: int, d2: int, bits: int, seconds: float) -> dict[str, Any
         calls = {
             "dense": partial(_call, weights, torch.nn.functional.linear, x),
             "ours": partial(_call, copies, op.level_matmul, x),
-            "read": partial(_call, copies, lambda _, levels: levels.packed.view(torch.int64).sum(), x),
+            "read": partial(_call, copies, lambda _, levels: levels.packed.view(torch.int32).sum(), x),
         }
         figures.append({"rows": count, "ms": {name: 1e3 * t for name, t in take_turns(calls, seconds).items()}})
     return {

@@ -43,8 +43,8 @@ def library() -> ctypes.CDLL | None:
     found.cospadi_multiply.argtypes = [pointer, pointer, ctypes.c_int64, number, *stored, number, number]
     found.cospadi_unpack.argtypes = [pointer, number, number, number, *stored, number, number]
     found.cospadi_multiply_dense.argtypes = [pointer, pointer, ctypes.c_int64, pointer, number, number, number, number]
-    # packed levels, bits, what is beside them
-    levels: list[Any] = [pointer, number, pointer, pointer, pointer]
+    # packed levels, their places, what is beside them
+    levels: list[Any] = [pointer] * 5
     found.cospadi_multiply_levels.argtypes = [
         *(pointer, pointer, ctypes.c_int64, number),
         *levels,
@@ -52,9 +52,9 @@ def library() -> ctypes.CDLL | None:
     ]
     found.cospadi_unpack_levels.argtypes = [pointer, *[number] * 3, *levels, *[number] * 3]
     found.cospadi_unpack_levels.restype = None
-    found.cospadi_count_large.argtypes = [pointer, *[number] * 3, pointer, number]
+    found.cospadi_count_large.argtypes = [pointer, number, number, pointer, number]
     found.cospadi_count_large.restype = None
-    found.cospadi_pack_levels.argtypes = [pointer, *[number] * 3, *[pointer] * 4, number]
+    found.cospadi_pack_levels.argtypes = [pointer, number, number, *[pointer] * 5, number]
     found.cospadi_pack_levels.restype = None
     found.cospadi_quantize.argtypes = [*[pointer] * 7, number, number, pointer, pointer, *[number] * 4]
     # d2, d1, rows, cols, block_rows

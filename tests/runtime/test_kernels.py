@@ -268,10 +268,10 @@ int cospadi_multiply(const void*, void*, int64_t, int, const uint8_t*, const uin
                      int, int, int);
 int cospadi_unpack(void*, int, int, int, const uint8_t*, const uint8_t*, size_t, const int32_t*, int, int, int, int,
                    int);
-int cospadi_multiply_levels(const void*, void*, int64_t, int, const uint8_t*, int, const int32_t*, const int32_t*,
-                            const float*, int, int, const float*, const float*, int, int);
-void cospadi_unpack_levels(void*, int, int, int, const uint8_t*, int, const int32_t*, const int32_t*, const float*, int,
-                           int, int);
+int cospadi_multiply_levels(const void*, void*, int64_t, int, const uint8_t*, const int32_t*, const int32_t*,
+                            const int32_t*, const float*, int, int, const float*, const float*, int, int);
+void cospadi_unpack_levels(void*, int, int, int, const uint8_t*, const int32_t*, const int32_t*, const int32_t*,
+                           const float*, int, int, int);
 int cospadi_rans_decode(const uint8_t*, const int64_t*, int, int, int64_t, int64_t, const int16_t*, const int16_t*,
                         int64_t, int, const uint32_t*, int16_t*, int, int);
 }
@@ -297,14 +297,18 @@ int decode_noise(int level, std::mt19937& random) {
   }
   return 0;
 }
-// Products with levels, and something beside every third output.
+// Products with levels, of 2 bits to 8 from row to row, and something beside every third output.
 int multiply_levels(int level, std::mt19937& random) {
-  for (int bits : {4, 8}) {
+  for (int bits : {2, 5, 8}) {
     for (int d1 : {1, 31, 64, 100, 300, 2080}) {
       for (int d2 : {1, 33}) {
-        const int row = (d1 + 31) / 32 * 32 * bits / 8, beside = (d2 + 2) / 3;
-        std::unique_ptr<uint8_t[]> packed(new uint8_t[d2 * row]);
-        for (int i = 0; i < d2 * row; ++i) packed[i] = random();
+        const int unit = (d1 + 31) / 32 * 4, beside = (d2 + 2) / 3;
+        std::unique_ptr<int32_t[]> places(new int32_t[d2 + 1]);
+        places[0] = 0;
+        for (int j = 0; j < d2; ++j) places[j + 1] = places[j] + 2 + (bits - 2 + j) % 7;
+        const int bytes = places[d2] * unit + 64;
+        std::unique_ptr<uint8_t[]> packed(new uint8_t[bytes]);
+        for (int i = 0; i < bytes; ++i) packed[i] = random() & 0x7F;
         std::unique_ptr<int32_t[]> offsets(new int32_t[d2 + 1]), columns(new int32_t[beside]);
         std::unique_ptr<float[]> rest(new float[beside]), outputs(new float[d2]), inputs(new float[d1]);
         offsets[0] = 0;
@@ -319,19 +323,19 @@ int multiply_levels(int level, std::mt19937& random) {
         for (int i = 0; i < d1; ++i) inputs[i] = 0.5;
         std::unique_ptr<float[]> matrix(new float[d2 * d1]);
         const auto unpack = [&](void* to, int dtype) {
-          cospadi_unpack_levels(to, dtype, 0, d2, packed.get(), bits, offsets.get(), columns.get(), rest.get(), d1, 1,
-                                level);
+          cospadi_unpack_levels(to, dtype, 0, d2, packed.get(), places.get(), offsets.get(), columns.get(), rest.get(),
+                                d1, 1, level);
         };
         unpack(matrix.get(), 0);
         std::unique_ptr<uint16_t[]> half_matrix(new uint16_t[d2 * d1]);
         unpack(half_matrix.get(), 1);
-        for (int rows : {1, 3, 9}) {
+        for (int rows : {1, 3, 26}) {
           std::unique_ptr<float[]> x(new float[rows * d1]), y(new float[rows * d2]);
           std::unique_ptr<uint16_t[]> halves(new uint16_t[rows * d1]), half_y(new uint16_t[rows * d2]);
           for (int i = 0; i < rows * d1; ++i) x[i] = static_cast<float>(random() % 7), halves[i] = 0x3F80;
           const auto multiply = [&](const void* from, void* to, int dtype) {
-            return cospadi_multiply_levels(from, to, rows, dtype, packed.get(), bits, offsets.get(), columns.get(),
-                                           rest.get(), d2, d1, outputs.get(), inputs.get(), 1, level);
+            return cospadi_multiply_levels(from, to, rows, dtype, packed.get(), places.get(), offsets.get(),
+                                           columns.get(), rest.get(), d2, d1, outputs.get(), inputs.get(), 1, level);
           };
           if (multiply(x.get(), y.get(), 0)) return 7;
           for (int r = 0; r < rows; ++r) {

@@ -19,7 +19,17 @@ from cospadi import CompressedLinear, native
 from cospadi.format.codecs.ec import EC
 from cospadi.format.form import Form
 from cospadi.runtime import cpu, op
-from cospadi.runtime.levels import Levels, dense, pack_levels, padded, read_levels
+from cospadi.runtime.levels import (
+    BESIDE_BITS,
+    MARGIN,
+    WIDTHS,
+    Levels,
+    choose_widths,
+    dense,
+    pack_levels,
+    padded,
+    read_levels,
+)
 
 BUILT = pytest.mark.skipif(not cpu.AVAILABLE, reason="the CPU kernels were not built: no C++ compiler here")
 CODED = Form("identity", "full", "ec")
@@ -37,49 +47,74 @@ def matrix(numbers: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
     return numbers.double() * inputs * outputs[:, None]
 
 
+def each_width(d2: int, start: int = 0) -> Tensor:
+    """Widths of rows, one after another."""
+    return WIDTHS[0] + (start + torch.arange(d2, dtype=torch.int32)) % len(WIDTHS)
+
+
+def fits(numbers: Tensor, bits: Tensor | int) -> Tensor:
+    """Which levels so many bits hold: in two's complement, but -128."""
+    most = 2.0 ** (torch.as_tensor(bits) - 1)
+    return (numbers >= -most) & (numbers < most) & (numbers > -128)
+
+
 @settings(deadline=None)
-@given(st.integers(1, 40), st.integers(1, 70), st.sampled_from([4, 8]), st.floats(0.1, 3000), st.integers(0, 99))
-def test_packing_loses_nothing(d2: int, d1: int, bits: int, spread: float, seed: int) -> None:
+@given(st.integers(1, 40), st.integers(1, 70), st.integers(0, 6), st.floats(0.1, 3000), st.integers(0, 99))
+def test_packing_loses_nothing(d2: int, d1: int, start: int, spread: float, seed: int) -> None:
     numbers, outputs, inputs = example(d2, d1, spread, seed)
-    levels = pack_levels(numbers, outputs, inputs, bits)
-    assert levels.bits == bits
-    assert levels.packed.nbytes == d2 * padded(d1) * bits // 8
-    torch.testing.assert_close(dense(levels).double(), matrix(numbers, outputs, inputs), rtol=1e-6, atol=0)
-    inside = (numbers >= -(2 ** (bits - 1))) & (numbers < 2 ** (bits - 1))
-    assert len(levels.rest) == len(levels.columns) == int(levels.offsets[-1]) == int((~inside).sum())
+    for widths in (each_width(d2, start), choose_widths(numbers)[0], 4, 8):
+        levels = pack_levels(numbers, outputs, inputs, widths)
+        total = d2 * widths if isinstance(widths, int) else int(widths.sum())
+        assert levels.bits == pytest.approx(total / d2)
+        assert levels.packed.nbytes == padded(d1) * total // 8 + MARGIN
+        torch.testing.assert_close(dense(levels).double(), matrix(numbers, outputs, inputs), rtol=1e-6, atol=0)
+        inside = fits(numbers, widths if isinstance(widths, int) else widths[:, None])
+        assert len(levels.rest) == len(levels.columns) == int(levels.offsets[-1]) == int((~inside).sum())
+
+
+@settings(deadline=None)
+@given(st.integers(1, 20), st.integers(1, 300), st.floats(0.1, 100), st.integers(0, 99))
+def test_each_row_takes_the_least_memory(d2: int, d1: int, spread: float, seed: int) -> None:
+    numbers, _, _ = example(d2, d1, spread, seed)
+    widths, counts = choose_widths(numbers)
+    each = torch.stack([padded(d1) * bits + BESIDE_BITS * (~fits(numbers, bits)).sum(1) for bits in WIDTHS])
+    assert torch.equal(padded(d1) * widths + BESIDE_BITS * counts, each.min(0).values)
 
 
 @BUILT
-@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("spread", [1.0, 6.0, 90.0])
-def test_the_library_packs_as_torch_does(bits: int, spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    for d2, d1 in ((1, 1), (5, 33), (70, 64), (3, 300)):
+def test_the_library_packs_as_torch_does(spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    for d2, d1 in ((1, 1), (5, 33), (70, 64), (8, 300)):
         given = example(d2, d1, spread)
-        ours = pack_levels(*given, bits)
-        with monkeypatch.context() as patched:
-            patched.setattr(native, "library", lambda: None)
-            plain = pack_levels(*given, bits)
-        for one, other in zip(ours, plain, strict=True):
-            assert one.dtype == other.dtype
-            assert torch.equal(one, other)
+        for widths in (each_width(d2), 4):
+            ours = pack_levels(*given, widths)
+            with monkeypatch.context() as patched:
+                patched.setattr(native, "library", lambda: None)
+                plain = pack_levels(*given, widths)
+            for one, other in zip(ours, plain, strict=True):
+                assert one.dtype == other.dtype
+                assert torch.equal(one, other)
 
 
-def test_half_bytes_lie_as_kernels_expect_them() -> None:
-    numbers = torch.arange(-8, 24, dtype=torch.int16).remainder(16) - 8
-    levels = pack_levels(numbers[None], torch.ones(1), torch.ones(32), 4)
-    low, high = levels.packed[0] & 15, levels.packed[0] >> 4
-    assert torch.equal(torch.cat([low, high]).to(torch.int16), numbers & 15)
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_levels_lie_as_kernels_expect_them(bits: int) -> None:
+    """A stream of bits, the lowest ones first."""
+    numbers = torch.arange(64, dtype=torch.int16).remainder(2**bits - 1) - (2 ** (bits - 1) - 1)
+    levels = pack_levels(numbers[None], torch.ones(1), torch.ones(64), torch.tensor([bits], dtype=torch.int32))
+    stream = sum((int(number) & (2**bits - 1)) << bits * i for i, number in enumerate(numbers))
+    assert bytes(levels.packed.tolist()) == stream.to_bytes(8 * bits, "little") + bytes(MARGIN)
 
 
 @BUILT
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("bits", "spread"), [(4, 2.0), (4, 5.0), (8, 30.0), (8, 90.0)])
+@pytest.mark.parametrize("start", [0, 2, 4])
+@pytest.mark.parametrize("spread", [2.0, 20.0])
 @pytest.mark.parametrize(("d2", "d1"), [(1, 1), (3, 7), (40, 33), (65, 64), (31, 200), (100, 515), (33, 2100)])
-def test_products(level: str, dtype: torch.dtype, bits: int, spread: float, d2: int, d1: int) -> None:
+def test_products(level: str, dtype: torch.dtype, start: int, spread: float, d2: int, d1: int) -> None:
     numbers, outputs, inputs = example(d2, d1, spread)
-    levels, weight = pack_levels(numbers, outputs, inputs, bits), matrix(numbers, outputs, inputs)
-    for rows in (1, 2, 3, 8, 11, 16, 17, 40):
+    levels, weight = pack_levels(numbers, outputs, inputs, each_width(d2, start)), matrix(numbers, outputs, inputs)
+    for rows in (1, 2, 3, 8, 11, 17, 25, 40):
         x = torch.randn(rows, d1, generator=torch.Generator().manual_seed(rows)).to(dtype)
         assert_product(cpu.level_matmul(x, levels, native.levels()[level]), x, weight.T)
 
@@ -88,7 +123,7 @@ def test_products(level: str, dtype: torch.dtype, bits: int, spread: float, d2: 
 def test_more_rows_than_stay_in_a_cache() -> None:
     numbers, outputs, inputs = example(40, 4100, 2.0)
     x = torch.randn(1100, 4100, generator=torch.Generator().manual_seed(0)).bfloat16()
-    y = cpu.level_matmul(x, pack_levels(numbers, outputs, inputs, 4))
+    y = cpu.level_matmul(x, pack_levels(numbers, outputs, inputs, each_width(40)))
     wanted = x.float() @ matrix(numbers, outputs, inputs).float().T
     assert (y.float() - wanted).norm() < 5e-3 * wanted.norm()
     assert ((y.float() - wanted).norm(dim=1) < 0.01 * wanted.norm(dim=1)).all()
@@ -98,7 +133,7 @@ def test_more_rows_than_stay_in_a_cache() -> None:
 @pytest.mark.parametrize("shape", [(0, 20), (2, 0, 20), (20,), (2, 3, 20), (1, 1, 20)])
 def test_leading_shapes(shape: tuple[int, ...]) -> None:
     numbers, outputs, inputs = example(9, 20, 2.0)
-    levels = pack_levels(numbers, outputs, inputs, 4)
+    levels = pack_levels(numbers, outputs, inputs, each_width(9))
     x = torch.randn(shape)
     expected = x.double() @ matrix(numbers, outputs, inputs).T
     torch.testing.assert_close(op.level_matmul(x, levels).double(), expected, rtol=1e-5, atol=1e-5)
@@ -110,7 +145,11 @@ def test_leading_shapes(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("rows", [1, 16, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_threads_do_not_change_a_bit(rows: int, dtype: torch.dtype) -> None:
-    levels, x, before = pack_levels(*example(300, 100, 3.0), 4), torch.randn(rows, 100), torch.get_num_threads()
+    levels, x, before = (
+        pack_levels(*example(300, 100, 3.0), each_width(300)),
+        torch.randn(rows, 100),
+        torch.get_num_threads(),
+    )
     x = x.to(dtype)
     try:
         torch.set_num_threads(1)
@@ -124,26 +163,30 @@ def test_threads_do_not_change_a_bit(rows: int, dtype: torch.dtype) -> None:
 @BUILT
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are protected through Linux's libc")
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("bits", [4, 8])
-def test_no_byte_past_a_buffer_is_read(level: str, bits: int) -> None:
+def test_no_byte_past_a_buffer_is_read(level: str) -> None:
     """A read into the protected page would kill the process."""
     keep: list[mmap.mmap] = []
     for d2, d1 in ((1, 1), (5, 7), (3, 100), (33, 257), (64, 512)):
-        numbers, outputs, inputs = example(d2, d1, 2.0**bits / 3)
-        packed = pack_levels(numbers, outputs, inputs, bits)
-        levels = Levels(*(at_the_end_of_a_page(part, keep) if part.numel() else part for part in packed))
-        for dtype in TOLERANCE:
-            for rows in (3, 40):
-                x = at_the_end_of_a_page(torch.randn(rows, d1).to(dtype), keep)
-                y = cpu.level_matmul(x, levels, native.levels()[level])
-                assert_product(y, x, matrix(numbers, outputs, inputs).T)
+        numbers, outputs, inputs = example(d2, d1, 20.0)
+        for start in range(len(WIDTHS)):
+            packed = pack_levels(numbers, outputs, inputs, each_width(d2, start))
+            levels = Levels(*(at_the_end_of_a_page(part, keep) if part.numel() else part for part in packed))
+            for dtype in TOLERANCE:
+                for rows in (3, 40):
+                    x = at_the_end_of_a_page(torch.randn(rows, d1).to(dtype), keep)
+                    y = cpu.level_matmul(x, levels, native.levels()[level])
+                    assert_product(y, x, matrix(numbers, outputs, inputs).T)
 
 
-@pytest.mark.parametrize(("spread", "bits"), [(2.0, 4), (30.0, 8), (300.0, None)])
-def test_levels_take_the_least_memory_that_nearly_all_fit_in(spread: float, bits: int | None) -> None:
+@pytest.mark.parametrize(("spread", "least", "most"), [(0.4, 2, 3), (2.0, 3.5, 4), (30.0, 7.5, 8), (300.0, None, None)])
+def test_levels_take_the_least_memory_that_nearly_all_fit_in(
+    spread: float, least: float | None, most: float | None
+) -> None:
     stored = random_code(50, 70, torch.Generator().manual_seed(0), spread=spread)
     levels, expected = read_levels(stored), EC.decode(stored, [50, 70])
-    assert (levels.bits if isinstance(levels, Levels) else None) == bits
+    assert isinstance(levels, Levels) == (least is not None)
+    if isinstance(levels, Levels) and least is not None and most is not None:
+        assert least <= levels.bits <= most
     found = dense(levels) if isinstance(levels, Levels) else levels
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
@@ -179,8 +222,8 @@ def test_the_layer_multiplies_what_is_stored(
     expected = x.double() @ layer.dense_weight(torch.float64).T + layer.bias.double()
     assert y.dtype == dtype
     assert (y.double() - expected).norm() <= tolerance * expected.norm()
-    bytes_a_weight = {2.0: 0.5, 30.0: 1, 300.0: dtype.itemsize}[spread]
-    beside = 4 * (30 + 23 + 24) if spread < 300 else 0
+    bytes_a_weight = {2.0: 5 / 8, 30.0: 1, 300.0: dtype.itemsize}[spread]
+    beside = 4 * (30 + 23 + 24 + 24) + MARGIN if spread < 300 else 0
     kept = sum(tensor.nbytes for tensor in layer.kept_tensors())
     assert kept <= bytes_a_weight * 23 * 32 + beside + 8 * 0.01 * 23 * 30
 
@@ -191,7 +234,7 @@ def test_without_kernels_the_layer_is_the_same(without_kernels: None) -> None:
     assert layer.bias is not None
     expected = x.double() @ layer.dense_weight(torch.float64).T + layer.bias.double()
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
-    levels = pack_levels(*example(9, 20, 2.0), 4)
+    levels = pack_levels(*example(9, 20, 2.0), each_width(9))
     y = op.level_matmul(torch.ones(2, 20), levels)
     torch.testing.assert_close(y, dense(levels).sum(1).expand(2, -1), rtol=1e-5, atol=1e-5)
 
@@ -226,7 +269,7 @@ def test_compilers_take_the_layer_whole_once_it_is_prepared() -> None:
 @BUILT
 def test_op_passes_torch_checks() -> None:
     x = torch.randn(3, 20, requires_grad=True)
-    levels = pack_levels(*example(9, 20, 5.0), 4)
+    levels = pack_levels(*example(9, 20, 5.0), each_width(9))
     torch.library.opcheck(torch.ops.cospadi.level_matmul, (x, *levels))
 
 
@@ -265,7 +308,7 @@ def test_levels_are_there_for_a_compiler_after_whatever_changed_the_layer(monkey
     ):
         change()
         layer.set_runtime("auto", torch.float32)
-        assert len(layer.kept_tensors()) == 6
+        assert len(layer.kept_tensors()) == len(Levels._fields)
     calls = read.call_count
     x = torch.randn(2, 30)
     layer(x), layer(x.bfloat16())

@@ -199,7 +199,7 @@ def check_levels(shape: tuple[int, ...], d2: int, bits: int, spread: float, dtyp
     outputs, inputs = (0.5 + torch.rand(size, generator=generator) for size in (d2, shape[-1]))
     levels = Levels(*(part.to(DEVICE) for part in pack_levels(numbers, outputs, inputs, bits)))
     x = torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
-    assert kernels.can_multiply_levels(x, levels.packed, bits)
+    assert kernels.can_multiply_levels(x, levels)
     y, expected = kernels.level_matmul(x, levels), x.double() @ dense(levels).double().T
     assert y.dtype == dtype
     assert y.shape == expected.shape

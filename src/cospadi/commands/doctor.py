@@ -21,7 +21,7 @@ from cospadi.format.codecs import CODECS
 from cospadi.format.kinds import Numbers
 from cospadi.format.supports.mask import MASK
 from cospadi.runtime import cpu, op, reference
-from cospadi.runtime.levels import WIDTHS, Levels, pack_levels
+from cospadi.runtime.levels import EQUAL_WIDTHS, WIDTHS, Levels, pack_levels
 
 PACKAGES = ("torch", "transformers", "safetensors", "triton")
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -150,9 +150,11 @@ def _levels_are_right(product: Callable[[Tensor, Levels, int], Tensor], level: i
     """The same with levels of a code, in memory, some of which are too large for their bits."""
     generator = torch.Generator().manual_seed(0)
     outputs, inputs = (0.5 + torch.rand(size, generator=generator) for size in (70, 203))
-    for bits in WIDTHS:
-        numbers = (2.0**bits / 4 * torch.randn(70, 203, generator=generator)).round().to(torch.int16)
-        levels = pack_levels(numbers, outputs, inputs, bits)
+    every = WIDTHS[0] + torch.arange(70, dtype=torch.int32) % len(WIDTHS)
+    for widths in EQUAL_WIDTHS if product is _levels_on_gpu else [every]:
+        spread = 2.0 ** (torch.as_tensor(widths).float().view(-1, 1) - 2)
+        numbers = (spread * torch.randn(70, 203, generator=generator)).round().to(torch.int16)
+        levels = pack_levels(numbers, outputs, inputs, widths)
         weight = numbers.double() * inputs * outputs[:, None]
         for dtype, tolerance in TOLERANCES.items():
             for rows in (1, 3, 40):

@@ -147,9 +147,14 @@ def _through_tiles(
     return result
 
 
-def can_multiply_levels(x: Tensor, packed: Tensor, _bits: int) -> bool:
+def takes_levels(x: Tensor) -> bool:
+    """Whether `level_matmul` takes x with levels that lie as on CPU."""
+    return AVAILABLE and x.device.type == "cpu" and x.dtype in DTYPES
+
+
+def can_multiply_levels(x: Tensor, levels: Levels) -> bool:
     """Whether `level_matmul` takes these."""
-    return AVAILABLE and x.device.type == packed.device.type == "cpu" and x.dtype in DTYPES
+    return takes_levels(x) and levels.packed.device.type == "cpu" and len(levels.places) > 0
 
 
 def level_matmul(x: Tensor, levels: Levels, level: int | None = None) -> Tensor:
@@ -192,7 +197,7 @@ def unpack_levels(levels: Levels, begin: int, end: int, out: Tensor, level: int 
 
 def _pointers(levels: Levels) -> tuple[int, ...]:
     beside = levels.offsets.data_ptr(), levels.columns.data_ptr(), levels.rest.data_ptr()
-    return levels.packed.data_ptr(), levels.bits, *beside
+    return levels.packed.data_ptr(), levels.places.data_ptr(), *beside
 
 
 def _unpacked_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Levels of a code in memory: W = v N u, with N in bytes or half bytes and what is too large for them beside it."""
+"""Levels of a code in memory: W = v N u, N in the bits that a row's levels need, and what is too large beside it."""
 
 from __future__ import annotations
 
@@ -13,25 +13,40 @@ from cospadi.format.codecs.ec import EC
 GROUP = 32
 """Inputs that lie together; rows are padded to a multiple of them."""
 
-WIDTHS = (4, 8)
-"""Bits that a level may have in memory."""
+MARGIN = 64
+"""Bytes after the last row, which kernels may read."""
+
+WIDTHS = range(2, 9)
+"""Bits that the levels of a row may have in memory."""
+
+EQUAL_WIDTHS = (4, 8)
+"""Those of all rows where the GPU's kernels read them."""
+
+BESIDE_BITS = 64
+"""What a level beside the others takes."""
 
 MOST_BESIDE = 0.01
-"""Of levels, that may be too large for their bits: each takes 8 bytes and a product of its own."""
+"""Of all levels: more make a product slower than a dense one."""
+
+_CHUNK = 1 << 22
+"""Levels that are unpacked at once."""
 
 
 class Levels(NamedTuple):
     """A matrix W (d2, d1): W_ji = outputs_j (N_ji + what is beside it) inputs_i.
 
     Attributes:
-        packed: N, uint8 (d2, bytes of a row). With 8 bits a level is an int8; with 4 half a byte, in two's complement:
-            of 32 levels, byte b has number b in its low half, and b + 16 in its high one. Rows end with zeros.
+        packed: N, uint8 (bytes,), row after row, and MARGIN bytes. Row j is a little-endian stream of levels, in two's
+            complement of w_j bits, which zeros fill up to a multiple of GROUP. Of 8 bits -128 is not used.
+        places: int32 (d2 + 1,): w_0 + ... + w_(j-1). A row's bytes are GROUP / 8 w_j for each GROUP of inputs. Empty
+            where all rows have one of EQUAL_WIDTHS, which the GPU's kernels ask for and the CPU's do not know.
         outputs, inputs: float32 (d2,) and (d1,).
         offsets: int32 (d2 + 1,): what is beside row j are the entries from offsets[j] to offsets[j + 1] of
         columns, rest: int32 and float32, an input each and how much its level is larger than N says.
     """
 
     packed: Tensor
+    places: Tensor
     outputs: Tensor
     inputs: Tensor
     offsets: Tensor
@@ -39,9 +54,9 @@ class Levels(NamedTuple):
     rest: Tensor
 
     @property
-    def bits(self) -> int:
-        """Of a level."""
-        return 8 * self.packed.shape[1] // padded(len(self.inputs))
+    def bits(self) -> float:
+        """Of a level, on average over the rows."""
+        return 8 * (len(self.packed) - MARGIN) / (len(self.outputs) * padded(len(self.inputs)))
 
 
 def padded(d1: int) -> int:
@@ -56,59 +71,96 @@ def read_levels(stored: Tensor) -> Levels | Tensor:
         CheckpointError: it is damaged.
     """
     numbers, outputs, inputs = EC.decode_levels(stored)
-    for bits in WIDTHS:
-        counts = _count_large(numbers, bits)
-        if int(counts.sum()) <= MOST_BESIDE * numbers.numel():
-            return pack_levels(numbers, outputs, inputs, bits, counts)
+    most = MOST_BESIDE * numbers.numel()
+    if numbers.device.type == "cpu":
+        widths, counts = choose_widths(numbers)
+        if int(counts.sum()) <= most:
+            return pack_levels(numbers, outputs, inputs, widths)
+    else:
+        counts = _count_large(numbers).sum(1)
+        for bits in EQUAL_WIDTHS:
+            if int(counts[bits - WIDTHS[0]]) <= most:
+                return pack_levels(numbers, outputs, inputs, bits)
     return numbers * inputs * outputs[:, None]
 
 
-def _count_large(numbers: Tensor, bits: int) -> Tensor:
-    """Levels of each row that are too large for so many bits, int32 (d2,)."""
-    found = native.library()
+def choose_widths(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """The bits by which each row of levels int16 (d2, d1) takes the least memory, and how many of its levels are too
+    large for them, both int32 (d2,)."""
+    counts = _count_large(numbers)
+    widths = torch.tensor(WIDTHS, dtype=torch.int32, device=numbers.device)[:, None]
+    best = (padded(numbers.shape[1]) * widths + BESIDE_BITS * counts).argmin(0, keepdim=True)
+    return widths[0] + best[0].int(), counts.gather(0, best)[0]
+
+
+def _count_large(numbers: Tensor) -> Tensor:
+    """Levels of each row that are too large for so many bits, int32 (widths, d2)."""
+    found, (d2, d1) = native.library(), numbers.shape
     if found is None or numbers.device.type != "cpu":
-        return (_held(numbers, bits) != numbers).sum(1).int()
-    (d2, d1), counts = numbers.shape, torch.empty(len(numbers), dtype=torch.int32)
-    found.cospadi_count_large(numbers.data_ptr(), d2, d1, bits, counts.data_ptr(), torch.get_num_threads())
+        return torch.stack([(_held(numbers, bits) != numbers).sum(1) for bits in WIDTHS]).int()
+    counts = torch.empty(len(WIDTHS), d2, dtype=torch.int32)
+    found.cospadi_count_large(numbers.data_ptr(), d2, d1, counts.data_ptr(), torch.get_num_threads())
     return counts
 
 
-def _held(numbers: Tensor, bits: int) -> Tensor:
+def _held(numbers: Tensor, bits: int | Tensor) -> Tensor:
     """The nearest levels that so many bits hold."""
-    return numbers.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    most = 2 ** (torch.as_tensor(bits, device=numbers.device) - 1) - 1
+    least = torch.where(most == 127, -127, -most - 1)
+    return numbers.clamp(least.to(numbers.dtype), most.to(numbers.dtype))
 
 
-def pack_levels(numbers: Tensor, outputs: Tensor, inputs: Tensor, bits: int, counts: Tensor | None = None) -> Levels:
-    """Levels int16 (d2, d1), contiguous, in so many bits; `counts`, if known, are those of `_count_large`."""
+def pack_levels(numbers: Tensor, outputs: Tensor, inputs: Tensor, widths: Tensor | int) -> Levels:
+    """Levels int16 (d2, d1), contiguous, in so many bits by row, int32 (d2,), or one of EQUAL_WIDTHS for all."""
     (d2, d1), device = numbers.shape, numbers.device
-    counts = _count_large(numbers, bits) if counts is None else counts
-    offsets = torch.zeros(d2 + 1, dtype=torch.int32, device=device)
-    offsets[1:] = counts.cumsum(0)
+    equal, large = isinstance(widths, int), _count_large(numbers)
+    widths = torch.as_tensor(widths, dtype=torch.int32, device=device).expand(d2)
+    counts = large.gather(0, widths.long()[None] - WIDTHS[0])[0]
+    places, offsets = (torch.nn.functional.pad(each.cumsum(0), (1, 0)).int() for each in (widths, counts))
+    unit, total = padded(d1) // 8, int(offsets[-1])
+    packed = torch.zeros(int(places[-1]) * unit + MARGIN, dtype=torch.uint8, device=device)
+    columns = torch.empty(total, dtype=torch.int32, device=device)
+    rest = torch.empty(total, dtype=torch.float32, device=device)
+    levels = Levels(packed, places[:0].clone() if equal else places, outputs, inputs, offsets, columns, rest)
     found = native.library()
     if found is not None and device.type == "cpu":
-        packed = torch.empty(d2, padded(d1) * bits // 8, dtype=torch.uint8)
-        columns, beside = torch.empty(int(offsets[-1]), dtype=torch.int32), torch.empty(int(offsets[-1]))
-        to = [part.data_ptr() for part in (packed, offsets, columns, beside)]
-        found.cospadi_pack_levels(numbers.data_ptr(), d2, d1, bits, *to, torch.get_num_threads())
-        return Levels(packed, outputs, inputs, offsets, columns, beside)
-    kept = _held(numbers, bits).to(torch.int8)
-    rest = numbers - kept
-    rows, columns = rest.nonzero(as_tuple=True)
-    packed = torch.nn.functional.pad(kept, (0, padded(d1) - d1)).view(torch.uint8)
-    if bits == 4:
-        low, high = packed.view(d2, -1, 2, GROUP // 2).unbind(2)
-        packed = ((low & 15) | (high << 4)).reshape(d2, -1)
-    return Levels(packed, outputs, inputs, offsets, columns.int(), rest[rows, columns].float())
+        to = [part.data_ptr() for part in (packed, places, offsets, columns, rest)]
+        found.cospadi_pack_levels(numbers.data_ptr(), d2, d1, *to, torch.get_num_threads())
+        return levels
+    kept = _held(numbers, widths[:, None])
+    beside = numbers - kept
+    rows, found_columns = beside.nonzero(as_tuple=True)
+    columns.copy_(found_columns)
+    rest.copy_(beside[rows, found_columns])
+    eights = torch.nn.functional.pad(kept, (0, padded(d1) - d1)).view(d2, -1, 8)
+    for bits in WIDTHS:
+        (rows,) = (widths == bits).nonzero(as_tuple=True)
+        words = torch.zeros(len(rows), unit, dtype=torch.int64, device=device)
+        for i in range(8):
+            words |= (eights[rows, :, i].long() & (2**bits - 1)) << bits * i
+        each = words.view(torch.uint8).view(len(rows), unit, 8)[:, :, :bits].reshape(len(rows), unit * bits)
+        packed[(places[rows].long() * unit)[:, None] + torch.arange(bits * unit, device=device)] = each
+    return levels
 
 
 def dense(levels: Levels) -> Tensor:
     """W, float32 (d2, d1)."""
-    packed, (d2, d1) = levels.packed, (len(levels.outputs), len(levels.inputs))
-    if levels.bits == 4:
-        halves = torch.stack([packed << 4, packed & 240]).view(torch.int8) >> 4
-        packed = halves.view(2, d2, -1, GROUP // 2).permute(1, 2, 0, 3).reshape(d2, -1)
-    numbers = packed.view(torch.int8)[:, :d1].float()
-    counts = levels.offsets.diff().long()
-    rows = torch.repeat_interleave(torch.arange(d2, device=numbers.device), counts)
+    d2, d1, device = len(levels.outputs), len(levels.inputs), levels.packed.device
+    unit, places = padded(d1) // 8, levels.places.long()
+    if not len(places):
+        places = torch.arange(d2 + 1, device=device) * round(levels.bits)
+    places, widths = places[:-1], places.diff()
+    numbers = torch.empty(d2, d1, device=device)
+    step = max(1, _CHUNK // padded(d1))
+    eight = torch.arange(8, device=device)
+    for first in range(0, d2, step):
+        place, width = places[first : first + step, None, None], widths[first : first + step, None, None]
+        byte = place * unit + torch.arange(unit, device=device)[:, None] * width + eight
+        words = levels.packed[byte].view(torch.int64)
+        sign = 1 << (width - 1)
+        some = (((words >> width * eight) & (2 * sign - 1)) ^ sign) - sign
+        numbers[first : first + step] = some.flatten(1)[:, :d1]
+    counts, each = levels.offsets.diff().long(), torch.arange(d2, device=device)
+    rows = torch.repeat_interleave(each, counts, output_size=len(levels.columns))
     numbers.index_put_((rows, levels.columns.long()), levels.rest, accumulate=True)
     return numbers * levels.inputs * levels.outputs[:, None]

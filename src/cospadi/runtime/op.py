@@ -21,7 +21,7 @@ from cospadi.errors import KernelError
 from cospadi.format.codecs import CODECS
 from cospadi.format.supports import SUPPORTS
 from cospadi.runtime import cpu, reference
-from cospadi.runtime.levels import WIDTHS, Levels, dense
+from cospadi.runtime.levels import Levels, dense
 
 log = logging.getLogger("cospadi")
 
@@ -216,7 +216,7 @@ _sparse_matmul.register_autograd(_backward, setup_context=_setup_context)
 
 def takes_levels(x: Tensor) -> bool:
     """Whether levels are multiplied as integers here."""
-    return all(_kernels(x).can_multiply_levels(x, x, bits) for bits in WIDTHS)
+    return bool(_kernels(x).takes_levels(x))
 
 
 def level_matmul(x: Tensor, levels: Levels) -> Tensor:
@@ -230,16 +230,32 @@ def level_matmul(x: Tensor, levels: Levels) -> Tensor:
 
 
 def _multiply_levels(
-    x: Tensor, packed: Tensor, outputs: Tensor, inputs: Tensor, offsets: Tensor, columns: Tensor, rest: Tensor
+    x: Tensor,
+    packed: Tensor,
+    places: Tensor,
+    outputs: Tensor,
+    inputs: Tensor,
+    offsets: Tensor,
+    columns: Tensor,
+    rest: Tensor,
 ) -> Tensor:
-    levels = Levels(packed, outputs, inputs, offsets, columns, rest)
-    if _kernels(x).can_multiply_levels(x, packed, levels.bits):
+    levels = Levels(packed, places, outputs, inputs, offsets, columns, rest)
+    if _kernels(x).can_multiply_levels(x, levels):
         try:
             y: Tensor = _kernels(x).level_matmul(x, levels)
             return y
         except KernelError as error:
             _warn(str(error))
-    return torch.nn.functional.linear(x, dense(levels).to(x.dtype))
+    return torch.nn.functional.linear(x, _weight(levels).to(x.dtype))
+
+
+def _weight(levels: Levels) -> Tensor:
+    """W, float32 (d2, d1)."""
+    if not cpu.can_multiply_levels(levels.inputs, levels):
+        return dense(levels)
+    numbers = torch.empty(len(levels.outputs), len(levels.inputs))
+    cpu.unpack_levels(levels, 0, len(numbers), numbers)
+    return numbers.mul_(levels.inputs).mul_(levels.outputs[:, None])
 
 
 _level_matmul = torch.library.custom_op("cospadi::level_matmul", _multiply_levels, mutates_args=())
@@ -247,9 +263,45 @@ _level_matmul = torch.library.custom_op("cospadi::level_matmul", _multiply_level
 
 @_level_matmul.register_fake
 def _(
-    x: Tensor, packed: Tensor, outputs: Tensor, inputs: Tensor, offsets: Tensor, columns: Tensor, rest: Tensor
+    x: Tensor,
+    packed: Tensor,
+    places: Tensor,
+    outputs: Tensor,
+    inputs: Tensor,
+    offsets: Tensor,
+    columns: Tensor,
+    rest: Tensor,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], len(outputs)))
+
+
+@torch.library.custom_op("cospadi::level_gradient", mutates_args=())
+def _level_gradient(
+    grad: Tensor,
+    packed: Tensor,
+    places: Tensor,
+    outputs: Tensor,
+    inputs: Tensor,
+    offsets: Tensor,
+    columns: Tensor,
+    rest: Tensor,
+) -> Tensor:
+    """Gradient of x, an op of its own since compilers do not see how wide the rows are."""
+    return grad @ _weight(Levels(packed, places, outputs, inputs, offsets, columns, rest)).to(grad.dtype)
+
+
+@_level_gradient.register_fake
+def _(
+    grad: Tensor,
+    packed: Tensor,
+    places: Tensor,
+    outputs: Tensor,
+    inputs: Tensor,
+    offsets: Tensor,
+    columns: Tensor,
+    rest: Tensor,
+) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], len(inputs)))
 
 
 def _keep_levels(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -257,8 +309,7 @@ def _keep_levels(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _through_levels(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    weight = dense(Levels(*ctx.saved_tensors)).to(grad.dtype)
-    return grad @ weight, None, None, None, None, None, None
+    return _level_gradient(grad, *ctx.saved_tensors), *[None] * len(Levels._fields)
 
 
 _level_matmul.register_autograd(_through_levels, setup_context=_keep_levels)

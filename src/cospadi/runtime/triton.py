@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cospadi.errors import KernelError, first_line
-from cospadi.runtime.levels import Levels
+from cospadi.runtime.levels import EQUAL_WIDTHS, Levels, padded
 
 try:
     import triton.language as tl
@@ -118,15 +118,19 @@ def sparse_matmul(z: Tensor, support: Tensor, values: Tensor, offsets: Tensor, k
     return y
 
 
-def can_multiply_levels(x: Tensor, packed: Tensor, bits: int) -> bool:
-    """Whether `level_matmul` takes these: CUDA tensors (under the interpreter CPU tensors)."""
+def takes_levels(x: Tensor) -> bool:
+    """Whether `level_matmul` takes x: CUDA tensors (under the interpreter CPU tensors)."""
     return (
         AVAILABLE
         and x.device.type == ("cpu" if INTERPRETED else "cuda")
-        and packed.device == x.device
         and x.dtype in DTYPES
-        and (x.dtype, "levels", bits) not in _failed
+        and all((x.dtype, "levels", bits) not in _failed for bits in EQUAL_WIDTHS)
     )
+
+
+def can_multiply_levels(x: Tensor, levels: Levels) -> bool:
+    """Whether `level_matmul` takes these, of which all rows have one of EQUAL_WIDTHS."""
+    return takes_levels(x) and levels.packed.device == x.device and not len(levels.places)
 
 
 def level_matmul(x: Tensor, levels: Levels) -> Tensor:
@@ -140,19 +144,19 @@ def level_matmul(x: Tensor, levels: Levels) -> Tensor:
     if y.numel() == 0:
         return y
     rows = x.reshape(-1, d1)
-    count = len(rows)
+    count, bits = len(rows), round(levels.bits)
     steps = levels.outputs, levels.inputs, levels.offsets, levels.columns, levels.rest
     arguments = (
-        *(rows, rows.stride(0), rows.stride(1), levels.packed, levels.packed.shape[1], *steps, y, count, d1, d2),
+        *(rows, rows.stride(0), rows.stride(1), levels.packed, padded(d1) * bits // 8, *steps, y, count, d1, d2),
     )
-    with _launching(x, "levels", levels.bits) as (dtype, operand):
+    with _launching(x, "levels", bits) as (dtype, operand):
         if count <= DECODE_ROWS:
             level_kernels.few[lambda meta: (-(-d2 // meta["N"]),)](
-                *arguments, M=1 << (count - 1).bit_length(), BITS=levels.bits
+                *arguments, M=1 << (count - 1).bit_length(), BITS=bits
             )
         else:
             level_kernels.many[lambda meta: (-(-count // meta["M"]) * -(-d2 // meta["N"]),)](
-                *arguments, _bucket(count), BITS=levels.bits, OPERAND=operand, ROUND=dtype
+                *arguments, _bucket(count), BITS=bits, OPERAND=operand, ROUND=dtype
             )
     return y
 

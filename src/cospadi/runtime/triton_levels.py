@@ -1,7 +1,7 @@
 """Triton kernels of y = ((x u) N^T) v for small integers N in memory (`runtime/levels.py`); `triton.py` launches them.
 
-With 4 bits the byte b of 32 levels has number b in its low half and b + 16 in its high one: two products, each with
-half of x. What is too large for its bits lies beside, contiguous for the outputs of a program.
+All rows have 4 bits, or all 8. With 4 bits byte b has number 2 b in its low half and 2 b + 1 in its high one: two
+products, each with half of x. What is too large for its bits lies beside, contiguous for the outputs of a program.
 
 Names: M rows of x, N outputs and T bytes along a row of levels in one tile.
 """
@@ -108,9 +108,8 @@ def _few(
         if BITS == 8:
             sums += _signed(stored, 8)[None, :, :] * _scaled(x_rows, x_column, inputs, exist, byte, d1)[:, None, :]
         else:
-            place = byte // 16 * 32 + byte % 16
-            low = _scaled(x_rows, x_column, inputs, exist, place, d1)
-            high = _scaled(x_rows, x_column, inputs, exist, place + 16, d1)
+            low = _scaled(x_rows, x_column, inputs, exist, 2 * byte, d1)
+            high = _scaled(x_rows, x_column, inputs, exist, 2 * byte + 1, d1)
             sums += _signed(stored & 15, 4)[None, :, :] * low[:, None, :]
             sums += _signed(stored >> 4, 4)[None, :, :] * high[:, None, :]
     beside = _beside(x_rows, x_column, inputs, exist, offsets, columns, rest, output, inside, d1, tl.float32)
@@ -158,11 +157,10 @@ def _many(
             right = _signed(stored, 8).to(OPERAND)
             sums = tl.dot(left, tl.trans(right), sums, input_precision="ieee")
         else:
-            place = byte // 16 * 32 + byte % 16
-            left = _scaled(x_rows, x_column, inputs, exist, place, d1).to(ROUND).to(OPERAND)
+            left = _scaled(x_rows, x_column, inputs, exist, 2 * byte, d1).to(ROUND).to(OPERAND)
             right = _signed(stored & 15, 4).to(OPERAND)
             sums = tl.dot(left, tl.trans(right), sums, input_precision="ieee")
-            left = _scaled(x_rows, x_column, inputs, exist, place + 16, d1).to(ROUND).to(OPERAND)
+            left = _scaled(x_rows, x_column, inputs, exist, 2 * byte + 1, d1).to(ROUND).to(OPERAND)
             right = _signed(stored >> 4, 4).to(OPERAND)
             sums = tl.dot(left, tl.trans(right), sums, input_precision="ieee")
     sums += _beside(x_rows, x_column, inputs, exist, offsets, columns, rest, output, inside, d1, ROUND)

@@ -55,17 +55,21 @@ struct Columns {
   uint64_t bit(int c) const { return static_cast<uint64_t>(offsets[c]) * value_bits - first_bit; }
 };
 
+// Bits that a level may have.
+constexpr int LEAST_BITS = 2, MOST_BITS = 8;
+
 // A run of outputs of a matrix of small integers (levels), in rows of `width` of them: a multiple of ATOMS, zeros after
-// the last input. A level is an int8, or half a byte: of 32 levels, byte b has number b in its low half, b + 16 in its
-// high one, both in two's complement.
+// the last input. A row is a little-endian stream of levels in two's complement, of so many bits each as `places` grows
+// by there. MARGIN bytes after the last one may be read.
 struct LevelRows {
   int count;
   int width;
-  int bits;  // 4 or 8
   const uint8_t* levels;
+  const int32_t* places;
 
-  size_t row_bytes() const { return static_cast<size_t>(width) / 8 * bits; }
-  const uint8_t* row(int c) const { return levels + c * row_bytes(); }
+  int bits(int c) const { return places[c + 1] - places[c]; }
+  const uint8_t* row(int c) const { return levels + static_cast<size_t>(places[c]) * (width / 8); }
+  LevelRows run(int first, int rows) const { return {rows, width, levels, places + first}; }
 };
 
 // One instruction set's way of doing it.

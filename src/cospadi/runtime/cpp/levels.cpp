@@ -8,16 +8,16 @@
 namespace cospadi {
 namespace {
 
+// Eight levels fill a byte for each of their bits.
+constexpr int EIGHT = 8;
+
 // 32 levels of a row from input i on.
-inline void load(const LevelRows& levels, const uint8_t* row, int i, int8_t* to) {
-  if (levels.bits == 8) {
-    std::memcpy(to, row + i, ATOMS);
-    return;
-  }
-  for (int b = 0; b < ATOMS / 2; ++b) {
-    const uint8_t both = row[i / 2 + b];
-    to[b] = static_cast<int8_t>(static_cast<uint8_t>(both << 4)) >> 4;
-    to[b + ATOMS / 2] = static_cast<int8_t>(both) >> 4;
+inline void load(const uint8_t* row, int bits, int i, int8_t* to) {
+  const uint64_t mask = (1u << bits) - 1, sign = 1u << (bits - 1);
+  for (int q = 0; q < ATOMS; q += EIGHT) {
+    uint64_t word;
+    std::memcpy(&word, row + (i + q) / EIGHT * bits, sizeof(word));
+    for (int b = 0; b < EIGHT; ++b) to[q + b] = static_cast<int8_t>(((word >> b * bits & mask) ^ sign) - sign);
   }
 }
 
@@ -26,15 +26,16 @@ void unpack(const LevelRows& levels, int inputs, Entry* out, Convert convert) {
   int8_t some[ATOMS];
   for (int c = 0; c < levels.count; ++c, out += inputs) {
     for (int i = 0; i < inputs; i += ATOMS) {
-      load(levels, levels.row(c), i, some);
+      load(levels.row(c), levels.bits(c), i, some);
       for (int j = i; j < std::min(inputs, i + ATOMS); ++j) out[j] = convert(some[j - i]);
     }
   }
 }
 
-// The nearest level that so many bits hold.
+// The nearest level that so many bits hold; -128 is none.
 inline int16_t held(int16_t level, int bits) {
-  const int16_t most = static_cast<int16_t>((1 << (bits - 1)) - 1), least = static_cast<int16_t>(-most - 1);
+  const int16_t most = static_cast<int16_t>((1 << (bits - 1)) - 1);
+  const int16_t least = static_cast<int16_t>(bits < MOST_BITS ? -most - 1 : -most);
   return std::min(std::max(level, least), most);
 }
 
@@ -66,7 +67,7 @@ void multiply(const LevelRows& all, Multiply<Entry> multiply_rows, const Rest& r
   const auto batches = in_batches<Entry>(x, rows, d1, dtype, inputs);
   parallel(runs(all.count), threads, [&](int run) {
     const int first = run * RUN;
-    const LevelRows levels{std::min(RUN, all.count - first), all.width, all.bits, all.row(first)};
+    const LevelRows levels = all.run(first, std::min(RUN, all.count - first));
     float sums[MAX_ROWS * RUN];
     for (const Rows<Entry>& batch : batches) {
       const int padded_count = batch.padded_count();
@@ -94,7 +95,7 @@ void multiply_levels_portable(const LevelRows& levels, const float* x, int rows,
     for (int c = 0; c < levels.count; ++c) {
       float partial[ROWS][ATOMS] = {};
       for (int i = 0; i < levels.width; i += ATOMS) {
-        load(levels, levels.row(c), i, some);
+        load(levels.row(c), levels.bits(c), i, some);
         for (int r = 0; r < ROWS; ++r) {
           for (int j = 0; j < ATOMS; ++j) partial[r][j] += x[place_in_z(ROWS, r, i) + j] * some[j];
         }
@@ -122,15 +123,15 @@ using namespace cospadi;
 
 // y (rows, d2) = ((x inputs) N^T) outputs for x (rows, d1), contiguous and of `dtype`; sums are made in float. N (d2, d1)
 // is `levels`, in rows as `LevelRows` says, and the rest of those that are too large for so many bits.
-EXPORT int cospadi_multiply_levels(const void* x, void* y, int64_t rows, int dtype, const uint8_t* levels, int bits,
-                                   const int32_t* offsets, const int32_t* columns, const float* rest, int d2, int d1,
+EXPORT int cospadi_multiply_levels(const void* x, void* y, int64_t rows, int dtype, const uint8_t* levels,
+                                   const int32_t* places, const int32_t* offsets, const int32_t* columns, const float* rest, int d2, int d1,
                                    const float* outputs, const float* inputs, int threads, int level) try {
   const Kernels& kernels = kernels_of(level);
-  const LevelRows all{d2, padded(d1), bits, levels};
+  const LevelRows all{d2, padded(d1), levels, places};
   const Rest beside{offsets, columns, rest};
-  if (dtype == BF16 && kernels.multiply_tile && rows >= TILED_ROWS) {
+  if (dtype == BF16 && kernels.multiply_tile && rows >= TILED_LEVEL_ROWS) {
     const auto unpack = [&](int first, int count, int begin, int end, uint16_t* tile, size_t stride) {
-      kernels.unpack_levels_tile(LevelRows{count, all.width, bits, all.row(first)}, begin, end, tile, stride);
+      kernels.unpack_levels_tile(all.run(first, count), begin, end, tile, stride);
       for (int c = 0; c < count; ++c) {
         for (int32_t e = offsets[first + c]; e < offsets[first + c + 1]; ++e) {
           if (columns[e] < begin || columns[e] >= end) continue;
@@ -139,7 +140,9 @@ EXPORT int cospadi_multiply_levels(const void* x, void* y, int64_t rows, int dty
         }
       }
     };
-    const auto stored = [&](int first, int count) { return Ahead{all.row(first), count * all.row_bytes()}; };
+    const auto stored = [&](int first, int count) {
+      return Ahead{all.row(first), static_cast<size_t>(all.row(first + count) - all.row(first))};
+    };
     multiply_through_tiles(kernels, x, inputs, y, rows, d2, d1, outputs, threads, DEEP, unpack, stored);
   } else if (dtype == BF16 && kernels.multiply_levels_bf16) {
     multiply<uint16_t>(all, kernels.multiply_levels_bf16, beside, outputs, inputs, x, y, rows, d1, dtype, threads);
@@ -151,26 +154,29 @@ EXPORT int cospadi_multiply_levels(const void* x, void* y, int64_t rows, int dty
   return OUT_OF_MEMORY;
 }
 
-// How many levels of each row (of d2, int16) are too large for so many bits.
-EXPORT void cospadi_count_large(const int16_t* levels, int d2, int d1, int bits, int32_t* counts, int threads) {
+// How many levels of each row (of d2, int16) are too large for LEAST_BITS and so on: counts (widths, d2).
+EXPORT void cospadi_count_large(const int16_t* levels, int d2, int d1, int32_t* counts, int threads) {
   parallel(runs(d2), threads, [&](int run) {
     for (int j = run * RUN; j < std::min(d2, (run + 1) * RUN); ++j) {
       const int16_t* row = levels + static_cast<size_t>(j) * d1;
-      int32_t count = 0;
-      for (int i = 0; i < d1; ++i) count += held(row[i], bits) != row[i];
-      counts[j] = count;
+      for (int bits = LEAST_BITS; bits <= MOST_BITS; ++bits) {
+        int32_t count = 0;
+        for (int i = 0; i < d1; ++i) count += held(row[i], bits) != row[i];
+        counts[static_cast<size_t>(bits - LEAST_BITS) * d2 + j] = count;
+      }
     }
   });
 }
 
 // Levels (d2, d1) in rows as `LevelRows` says, and what is beside them, where `offsets` says.
-EXPORT void cospadi_pack_levels(const int16_t* levels, int d2, int d1, int bits, uint8_t* packed,
+EXPORT void cospadi_pack_levels(const int16_t* levels, int d2, int d1, uint8_t* packed, const int32_t* places,
                                 const int32_t* offsets, int32_t* columns, float* rest, int threads) {
-  const LevelRows all{d2, padded(d1), bits, packed};
+  const LevelRows all{d2, padded(d1), packed, places};
   parallel(runs(d2), threads, [&](int run) {
     for (int j = run * RUN; j < std::min(d2, (run + 1) * RUN); ++j) {
       const int16_t* row = levels + static_cast<size_t>(j) * d1;
-      uint8_t* to = packed + j * all.row_bytes();
+      const int bits = all.bits(j);
+      uint8_t* to = packed + (all.row(j) - packed);
       int32_t e = offsets[j];
       for (int i = 0; i < d1; i += ATOMS) {
         int16_t some[ATOMS] = {}, kept[ATOMS], difference = 0;
@@ -184,12 +190,12 @@ EXPORT void cospadi_pack_levels(const int16_t* levels, int d2, int d1, int bits,
           columns[e] = i + b;
           rest[e++] = static_cast<float>(some[b] - kept[b]);
         }
-        if (bits == 8) {
-          for (int b = 0; b < ATOMS; ++b) to[i + b] = static_cast<uint8_t>(kept[b]);
-        } else {
-          for (int b = 0; b < ATOMS / 2; ++b) {
-            to[i / 2 + b] = static_cast<uint8_t>((kept[b] & 15) | (kept[b + ATOMS / 2] & 15) << 4);
+        for (int q = 0; q < ATOMS; q += EIGHT, to += bits) {
+          uint64_t word = 0;
+          for (int b = 0; b < EIGHT; ++b) {
+            word |= (static_cast<uint64_t>(static_cast<uint16_t>(kept[q + b])) & ((1u << bits) - 1)) << b * bits;
           }
+          std::memcpy(to, &word, bits);
         }
       }
     }
@@ -197,16 +203,16 @@ EXPORT void cospadi_pack_levels(const int16_t* levels, int d2, int d1, int bits,
 }
 
 // Rows `begin` to `end` of N, of `dtype` FLOAT or BF16.
-EXPORT void cospadi_unpack_levels(void* out, int dtype, int begin, int end, const uint8_t* levels, int bits,
-                                  const int32_t* offsets, const int32_t* columns, const float* rest, int d1, int threads,
-                                  int level) {
+EXPORT void cospadi_unpack_levels(void* out, int dtype, int begin, int end, const uint8_t* levels,
+                                  const int32_t* places, const int32_t* offsets, const int32_t* columns,
+                                  const float* rest, int d1, int threads, int level) {
   const Kernels& kernels = kernels_of(level);
-  const LevelRows all{end, padded(d1), bits, levels};
+  const LevelRows all{end, padded(d1), levels, places};
   const auto fill = [&](auto* to, auto unpack_some, auto add) {
     parallel(runs(end - begin), threads, [&](int run) {
       const int first = begin + run * RUN, count = std::min(RUN, end - first);
       auto* own = to + static_cast<size_t>(first - begin) * d1;
-      unpack_some(LevelRows{count, all.width, bits, all.row(first)}, d1, own);
+      unpack_some(all.run(first, count), d1, own);
       for (int c = 0; c < count; ++c, own += d1) {
         for (int32_t e = offsets[first + c]; e < offsets[first + c + 1]; ++e) add(own[columns[e]], rest[e]);
       }

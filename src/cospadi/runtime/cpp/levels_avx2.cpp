@@ -15,31 +15,43 @@ inline Thirty2 floats(__m128i low, __m128i high) {
   return {floats(low), floats(_mm_srli_si128(low, 8)), floats(high), floats(_mm_srli_si128(high, 8))};
 }
 
-// 32 levels of a row from input i on.
-template <int BITS>
-inline Thirty2 load(const uint8_t* row, int i) {
-  const auto at = [&](int byte) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + byte)); };
-  if constexpr (BITS == 8) {
-    return floats(at(i), at(i + 16));
-  } else {
-    const __m128i both = at(i / 2), half = _mm_set1_epi8(15), sign = _mm_set1_epi8(8);
-    const auto extended = [&](__m128i unsigned_) { return _mm_sub_epi8(_mm_xor_si128(unsigned_, sign), sign); };
-    return floats(extended(_mm_and_si128(both, half)), extended(_mm_and_si128(_mm_srli_epi16(both, 4), half)));
+// Reads levels of so many bits.
+struct Load {
+  explicit Load(int bits) : bits(bits) {}
+  int bits;
+  uint64_t places = 0x0101010101010101u * ((1u << bits) - 1);
+  __m128i sign = _mm_set1_epi8(static_cast<char>(1 << (bits - 1)));
+
+  // Eight of them, each in the low bits of a byte.
+  long long eight(const uint8_t* at) const {
+    uint64_t word;
+    std::memcpy(&word, at, sizeof(word));
+    return static_cast<long long>(_pdep_u64(word, places));
   }
-}
+  __m128i sixteen(const uint8_t* at) const {
+    const __m128i unsigned_ = _mm_set_epi64x(eight(at + bits), eight(at));
+    return _mm_sub_epi8(_mm_xor_si128(unsigned_, sign), sign);
+  }
+  // 32 levels of a row from input i on.
+  Thirty2 operator()(const uint8_t* row, int i) const {
+    const uint8_t* at = row + i / 8 * bits;
+    return floats(sixteen(at), sixteen(at + 2 * bits));
+  }
+};
 
 // Chains of sums hide the latency of adding where rows are few.
-template <int BITS, int ROWS>
+template <int ROWS>
 void multiply(const LevelRows& levels, const float* x, float* sums) {
   constexpr int CHAINS = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;
   for (int c = 0; c < levels.count; ++c) {
     const uint8_t* row = levels.row(c);
+    const Load load(levels.bits(c));
     __m256 sum[ROWS][CHAINS];
     for (auto& own : sum) {
       for (__m256& one : own) one = _mm256_setzero_ps();
     }
     for (int i = 0; i < levels.width; i += ATOMS) {
-      const Thirty2 weights = load<BITS>(row, i);
+      const Thirty2 weights = load(row, i);
       for (int r = 0; r < ROWS; ++r) {
         const float* own = x + place_in_z(ROWS, r, i);
         for (int q = 0; q < 4; ++q) {
@@ -55,12 +67,13 @@ void multiply(const LevelRows& levels, const float* x, float* sums) {
   }
 }
 
-template <int BITS, class Entry>
+template <class Entry>
 void unpack(const LevelRows& levels, int inputs, Entry* out) {
   alignas(32) Entry some[ATOMS];
   for (int c = 0; c < levels.count; ++c, out += inputs) {
+    const Load load(levels.bits(c));
     for (int i = 0; i < inputs; i += ATOMS) {
-      const Thirty2 weights = load<BITS>(levels.row(c), i);
+      const Thirty2 weights = load(levels.row(c), i);
       Entry* to = inputs - i < ATOMS ? some : out + i;
       for (int q = 0; q < 4; ++q) {
         if constexpr (sizeof(Entry) == 4) {
@@ -76,17 +89,10 @@ void unpack(const LevelRows& levels, int inputs, Entry* out) {
   }
 }
 
-template <class Entry>
-void unpack(const LevelRows& levels, int inputs, Entry* out) {
-  return levels.bits == 4 ? unpack<4>(levels, inputs, out) : unpack<8>(levels, inputs, out);
-}
-
 }  // namespace
 
 void multiply_levels_avx2(const LevelRows& levels, const float* x, int rows, float* sums) {
-  with_rows(rows, [&](auto count) {
-    return levels.bits == 4 ? multiply<4, count>(levels, x, sums) : multiply<8, count>(levels, x, sums);
-  });
+  with_rows(rows, [&](auto count) { multiply<count>(levels, x, sums); });
 }
 
 void unpack_levels_avx2(const LevelRows& levels, int inputs, uint16_t* out) { unpack(levels, inputs, out); }

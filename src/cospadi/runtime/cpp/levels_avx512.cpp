@@ -1,4 +1,7 @@
-// Products with small integers, 32 at a time; those of bf16 in pairs.
+// Products with small integers, 64 at a time; those of bf16 in pairs.
+#include <array>
+#include <bit>
+
 #include "avx512.h"
 #include "levels.h"
 #include "tiles.h"
@@ -6,186 +9,219 @@
 namespace cospadi {
 namespace {
 
-// 32 levels of a row as floats, or in pairs as bf16; all exact.
-template <int BITS>
-struct Load;
+// Levels of a step. Eight of them fill a byte for each of their bits.
+constexpr int STEP = 64, EIGHT = 8;
 
-template <>
-struct Load<8> {
-  static __m512 floats(const uint8_t* from) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-  }
-  __m512 low(const uint8_t* row, int i) const { return floats(row + i); }
-  __m512 high(const uint8_t* row, int i) const { return floats(row + i + 16); }
-  __m512i bf16(const uint8_t* row, int i) const {
-    return (__m512i)_mm512_cvtne2ps_pbh(floats(row + i + 16), floats(row + i));
-  }
+// How levels of so many bits become bf16, all exact.
+struct alignas(64) Table {
+  // First, the bytes of each eight; those of 32 levels to the lower halves of quarters, of the other 32 to the upper ones.
+  std::array<uint8_t, STEP> bytes;
+  // Then from which bit on a level is read. Bits above it are the next ones.
+  std::array<uint8_t, STEP> shifts;
+  // Then its bf16, in halves: of NARROW bits by the six low bits of what was read, of 7 bits by the seven low ones, of 8
+  // by its size; the sign is put to it.
+  std::array<uint8_t, 2 * STEP> low, high;
 };
 
-// By tables of the sixteen.
-template <>
-struct Load<4> {
-  __m512 as_floats = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
-  __m512i as_bf16 = (__m512i)_mm512_cvtne2ps_pbh(as_floats, as_floats);
+constexpr int NARROW = 6;
 
-  static __m128i both(const uint8_t* row, int i) {
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + i / 2));
+constexpr Table table_of(int bits) {
+  Table table{};
+  for (int p = 0; p < STEP; ++p) {
+    const int eight = p / 16 + p % 16 / EIGHT * 4, b = p % EIGHT;
+    table.bytes[p] = static_cast<uint8_t>(eight * bits + b);
+    table.shifts[p] = static_cast<uint8_t>(b * bits);
   }
-  __m512 low(const uint8_t* row, int i) const {  // of an index, its low four bits count
-    return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(both(row, i)), as_floats);
+  for (int read = 0; read < 2 * STEP; ++read) {
+    const int sign = bits < MOST_BITS ? 1 << (bits - 1) : 0, level = ((read & ((1 << bits) - 1)) ^ sign) - sign;
+    const uint32_t pattern = std::bit_cast<uint32_t>(static_cast<float>(level));
+    table.low[read] = static_cast<uint8_t>(pattern >> 16);
+    table.high[read] = static_cast<uint8_t>(pattern >> 24);
   }
-  __m512 high(const uint8_t* row, int i) const {
-    return _mm512_permutexvar_ps(_mm512_srli_epi32(_mm512_cvtepu8_epi32(both(row, i)), 4), as_floats);
-  }
-  __m512i bf16(const uint8_t* row, int i) const {  // the low five, of which the table has two of each
-    const __m256i bytes = _mm256_castsi128_si256(both(row, i));
-    const __m256i halves = _mm256_inserti128_si256(bytes, _mm_srli_epi16(both(row, i), 4), 1);
-    return _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(halves), as_bf16);
-  }
+  return table;
+}
+
+constexpr Table TABLES[] = {table_of(2), table_of(3), table_of(4), table_of(5), table_of(6), table_of(7), table_of(8)};
+
+// What `Load` looks up.
+enum Kind { SIX, SEVEN, EIGHT_BITS };
+
+struct Pair {
+  __m512i first, second;
 };
 
-// Chains of sums hide the latency of adding where rows are few.
-template <int BITS, int ROWS, class Entry>
-void multiply(const LevelRows& levels, const Entry* x, float* sums) {
-  constexpr int CHAINS = ROWS <= 2 ? 4 : ROWS == 4 ? 2 : 1;
-  const Load<BITS> load;
-  for (int c = 0; c < levels.count; ++c) {
-    const uint8_t* row = levels.row(c);
-    __m512 sum[CHAINS][ROWS];
-    for (auto& chain : sum) {
-      for (__m512& one : chain) one = _mm512_setzero_ps();
+// Reads 64 levels of so many bits.
+template <Kind KIND>
+class Load {
+ public:
+  explicit Load(int bits) : bits_(bits) {
+    const Table& table = TABLES[bits - LEAST_BITS];
+    bytes_ = _mm512_load_si512(table.bytes.data());
+    shifts_ = _mm512_load_si512(table.shifts.data());
+    for (int half = 0; half < 2; ++half) {
+      low_[half] = _mm512_load_si512(table.low.data() + half * STEP);
+      high_[half] = _mm512_load_si512(table.high.data() + half * STEP);
     }
-    const auto step = [&](int i, __m512* chain) {
-      _mm_prefetch(reinterpret_cast<const char*>(row + i * BITS / 8) + AHEAD, _MM_HINT_T0);
-      const Entry* own = x + static_cast<size_t>(i) * ROWS;
-      if constexpr (sizeof(Entry) == 2) {
-        const __m512bh weights = (__m512bh)load.bf16(row, i);
-        for (int r = 0; r < ROWS; ++r, own += ATOMS) {
-          chain[r] = _mm512_dpbf16_ps(chain[r], (__m512bh)_mm512_loadu_si512(own), weights);
-        }
-      } else {
-        const __m512 low = load.low(row, i), high = load.high(row, i);
-        for (int r = 0; r < ROWS; ++r, own += ATOMS) {
-          chain[r] = _mm512_fmadd_ps(_mm512_loadu_ps(own), low, chain[r]);
-          chain[r] = _mm512_fmadd_ps(_mm512_loadu_ps(own + 16), high, chain[r]);
-        }
-      }
-    };
-    int i = 0;
-    for (; i + CHAINS * ATOMS <= levels.width; i += CHAINS * ATOMS) {
-      for (int chain = 0; chain < CHAINS; ++chain) step(i + chain * ATOMS, sum[chain]);
-    }
-    for (; i < levels.width; i += ATOMS) step(i, sum[0]);
-    for (int r = 0; r < ROWS; ++r) {
-      for (int chain = 1; chain < CHAINS; ++chain) sum[0][r] = _mm512_add_ps(sum[0][r], sum[chain][r]);
-      sums[c * ROWS + r] = _mm512_reduce_add_ps(sum[0][r]);
-    }
+  }
+  // Those of a row from input i on, as bf16: 32 each.
+  Pair operator()(const uint8_t* row, int i) const {
+    const __m512i stored = _mm512_loadu_si512(row + static_cast<ptrdiff_t>(i / EIGHT) * bits_);
+    __m512i read = _mm512_permutexvar_epi8(bytes_, stored);
+    if constexpr (KIND != EIGHT_BITS) read = _mm512_multishift_epi64_epi8(shifts_, read);
+    const __m512i low = look_up(low_, read), high = look_up(high_, read);
+    return {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
+  }
+
+ private:
+  static __m512i look_up(const __m512i (&table)[2], __m512i read) {
+    if constexpr (KIND == SIX) return _mm512_permutexvar_epi8(read, table[0]);
+    if constexpr (KIND == SEVEN) return _mm512_permutex2var_epi8(table[0], read, table[1]);
+    return _mm512_permutex2var_epi8(table[0], _mm512_abs_epi8(read), table[1]);
+  }
+
+  int bits_;
+  __m512i bytes_, shifts_, low_[2], high_[2];
+};
+
+// Eight bits: the sign, which a table of sizes lacks, is that of what was read.
+template <>
+inline Pair Load<EIGHT_BITS>::operator()(const uint8_t* row, int i) const {
+  const __m512i read = _mm512_permutexvar_epi8(bytes_, _mm512_loadu_si512(row + i));
+  const __m512i low = look_up(low_, read), size = look_up(high_, read);
+  const __m512i high = _mm512_ternarylogic_epi64(size, read, _mm512_set1_epi8(-128), 0xF8);  // size | (read & sign)
+  return {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
+}
+
+// Calls body(load) with what reads levels of so many bits.
+template <class Body>
+void with_load(int bits, const Body& body) {
+  if (bits <= NARROW) return body(Load<SIX>(bits));
+  if (bits < MOST_BITS) return body(Load<SEVEN>(bits));
+  return body(Load<EIGHT_BITS>(bits));
+}
+
+// Sixteen numbers of bf16 as floats.
+inline __m512 floats(__m256i bf16) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16); }
+inline __m512 low_floats(__m512i bf16) { return floats(_mm512_castsi512_si256(bf16)); }
+inline __m512 high_floats(__m512i bf16) { return floats(_mm512_extracti64x4_epi64(bf16, 1)); }
+
+// sums[r] += x[r] times 32 levels.
+template <int ROWS>
+inline void add(__m512i levels, const uint16_t* x, __m512 (&sums)[ROWS]) {
+  for (int r = 0; r < ROWS; ++r) {
+    sums[r] = _mm512_dpbf16_ps(sums[r], (__m512bh)_mm512_loadu_si512(x + r * ATOMS), (__m512bh)levels);
   }
 }
+
+template <int ROWS>
+inline void add(__m512i levels, const float* x, __m512 (&sums)[ROWS]) {
+  const __m512 low = low_floats(levels), high = high_floats(levels);
+  for (int r = 0; r < ROWS; ++r) {
+    sums[r] = _mm512_fmadd_ps(_mm512_loadu_ps(x + r * ATOMS), low, sums[r]);
+    sums[r] = _mm512_fmadd_ps(_mm512_loadu_ps(x + r * ATOMS + 16), high, sums[r]);
+  }
+}
+
+// Adds what some inputs give to one output. Chains of sums hide the latency of adding where rows are few.
+template <int ROWS, class Loader, class Entry>
+inline void multiply(const Loader& load, int bits, const uint8_t* row, int begin, int end, const Entry* x,
+                     __m512 (&sums)[ROWS]) {
+  constexpr int CHAINS = ROWS <= 2 ? 4 : ROWS == 4 ? 2 : 1, STEPS = CHAINS == 4 ? 2 : 1;
+  __m512 sum[CHAINS][ROWS];
+  for (auto& chain : sum) {
+    for (__m512& one : chain) one = _mm512_setzero_ps();
+  }
+  int i = begin;
+  for (; i + STEPS * STEP <= end; i += STEPS * STEP) {
+    for (int step = 0; step < STEPS; ++step) {
+      const int at = i + step * STEP;
+      _mm_prefetch(reinterpret_cast<const char*>(row + at / EIGHT * bits) + AHEAD, _MM_HINT_T0);
+      const Pair levels = load(row, at);
+      const Entry* own = x + static_cast<size_t>(at) * ROWS;
+      add(levels.first, own, sum[2 * step % CHAINS]);
+      add(levels.second, own + ATOMS * ROWS, sum[(2 * step + 1) % CHAINS]);
+    }
+  }
+  for (; i < end; i += STEP) {
+    const Pair levels = load(row, i);
+    const Entry* own = x + static_cast<size_t>(i) * ROWS;
+    add(levels.first, own, sum[0]);
+    if (i + ATOMS < end) add(levels.second, own + ATOMS * ROWS, sum[1 % CHAINS]);
+  }
+  for (int r = 0; r < ROWS; ++r) {
+    for (const auto& chain : sum) sums[r] = _mm512_add_ps(sums[r], chain[r]);
+  }
+}
+
+// Entries of x that are multiplied with some outputs while they are in the first cache, and these outputs.
+constexpr int NEAREST = 8192, TOGETHER = 8;
 
 template <class Entry>
 void multiply(const LevelRows& levels, const Entry* x, int rows, float* sums) {
   with_rows(rows, [&](auto count) {
-    return levels.bits == 4 ? multiply<4, count>(levels, x, sums) : multiply<8, count>(levels, x, sums);
+    constexpr int ROWS = count, INPUTS = NEAREST / ROWS * 2 / sizeof(Entry);
+    for (int first = 0; first < levels.count; first += TOGETHER) {
+      const int last = std::min(levels.count, first + TOGETHER);
+      __m512 partial[TOGETHER][ROWS];
+      for (auto& own : partial) {
+        for (__m512& one : own) one = _mm512_setzero_ps();
+      }
+      for (int begin = 0; begin < levels.width; begin += INPUTS) {
+        const int end = std::min(levels.width, begin + INPUTS);
+        for (int c = first; c < last; ++c) {
+          with_load(levels.bits(c), [&](const auto& load) {
+            multiply<ROWS>(load, levels.bits(c), levels.row(c), begin, end, x, partial[c - first]);
+          });
+        }
+      }
+      for (int c = first; c < last; ++c) {
+        for (int r = 0; r < ROWS; ++r) sums[c * ROWS + r] = _mm512_reduce_add_ps(partial[c - first][r]);
+      }
+    }
   });
 }
 
-template <int BITS, class Entry>
-void unpack(const LevelRows& levels, int inputs, Entry* out) {
-  const Load<BITS> load;
-  for (int c = 0; c < levels.count; ++c, out += inputs) {
-    for (int i = 0; i < inputs; i += ATOMS) {
-      const uint8_t* row = levels.row(c);
-      const uint32_t lanes = lanes_left(inputs - i);
-      if constexpr (sizeof(Entry) == 2) {
-        _mm512_mask_storeu_epi16(out + i, lanes, load.bf16(row, i));
-      } else {
-        _mm512_mask_storeu_ps(out + i, static_cast<__mmask16>(lanes), load.low(row, i));
-        if (lanes >> 16) _mm512_mask_storeu_ps(out + i + 16, static_cast<__mmask16>(lanes >> 16), load.high(row, i));
+// Levels of a row, of inputs from `begin` to `end`, as so many entries.
+template <class Entry>
+void unpack_row(const LevelRows& levels, int c, int begin, int end, Entry* out) {
+  with_load(levels.bits(c), [&](const auto& load) {
+    for (int i = begin; i < end; i += STEP, out += STEP) {
+      const Pair pair = load(levels.row(c), i);
+      const __m512i both[] = {pair.first, pair.second};
+      for (int half = 0; half < 2; ++half) {
+        const int left = end - i - half * ATOMS;
+        if (left <= 0) break;
+        const uint32_t lanes = lanes_left(left);
+        Entry* to = out + half * ATOMS;
+        if constexpr (sizeof(Entry) == 2) {
+          _mm512_mask_storeu_epi16(to, lanes, both[half]);
+        } else {
+          _mm512_mask_storeu_ps(to, static_cast<__mmask16>(lanes), low_floats(both[half]));
+          if (lanes >> 16) _mm512_mask_storeu_ps(to + 16, static_cast<__mmask16>(lanes >> 16), high_floats(both[half]));
+        }
       }
     }
-  }
+  });
 }
 
 template <class Entry>
 void unpack(const LevelRows& levels, int inputs, Entry* out) {
-  return levels.bits == 4 ? unpack<4>(levels, inputs, out) : unpack<8>(levels, inputs, out);
-}
-
-// Sixteen bytes of each of sixteen rows, transposed by pairs: register q of `pairs` has bytes 4 q and 4 q + 1 of all of
-// them in its lower half, bytes 4 q + 2 and 4 q + 3 in its upper one.
-inline void transpose_pairs(const uint8_t* const (&rows)[16], size_t at, __m512i (&pairs)[4]) {
-  // Of eight rows: pairs 0 to 3 and pairs 4 to 7, sixteen bytes each.
-  static const __m512i first = [] {
-    alignas(64) uint16_t index[32];
-    for (int i = 0; i < 32; ++i) index[i] = static_cast<uint16_t>(i % 8 * 8 + i / 8);  // row i % 8, pair i / 8
-    return _mm512_load_si512(index);
-  }();
-  const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(4));
-  const auto load = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + at)); };
-  __m512i four[4];
-  for (int i = 0; i < 4; ++i) {
-    four[i] = _mm512_castsi128_si512(load(4 * i));
-    four[i] = _mm512_inserti32x4(four[i], load(4 * i + 1), 1);
-    four[i] = _mm512_inserti32x4(four[i], load(4 * i + 2), 2);
-    four[i] = _mm512_inserti32x4(four[i], load(4 * i + 3), 3);
-  }
-  const __m512i lower[2] = {_mm512_permutex2var_epi16(four[0], first, four[1]),
-                            _mm512_permutex2var_epi16(four[0], second, four[1])};
-  const __m512i upper[2] = {_mm512_permutex2var_epi16(four[2], first, four[3]),
-                            _mm512_permutex2var_epi16(four[2], second, four[3])};
-  const __m512i left = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), right = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-  for (int half = 0; half < 2; ++half) {
-    pairs[2 * half] = _mm512_permutex2var_epi64(lower[half], left, upper[half]);
-    pairs[2 * half + 1] = _mm512_permutex2var_epi64(lower[half], right, upper[half]);
-  }
-}
-
-inline void unpack_tile(const Load<4>& load, const uint8_t* const (&rows)[16], int i, uint16_t* to, size_t stride) {
-  __m512i pairs[4];
-  transpose_pairs(rows, i / 2, pairs);
-  const auto store = [&](int pair, __m256i bytes) {
-    _mm512_store_si512(to + pair * stride, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(bytes), load.as_bf16));
-  };
-  for (int q = 0; q < 4; ++q) {
-    const __m512i high = _mm512_srli_epi16(pairs[q], 4);
-    store(2 * q, _mm512_castsi512_si256(pairs[q]));
-    store(2 * q + 1, _mm512_extracti64x4_epi64(pairs[q], 1));
-    store(2 * q + 8, _mm512_castsi512_si256(high));
-    store(2 * q + 9, _mm512_extracti64x4_epi64(high, 1));
-  }
-}
-
-inline void unpack_tile(const Load<8>&, const uint8_t* const (&rows)[16], int i, uint16_t* to, size_t stride) {
-  const auto floats = [](__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); };
-  for (int half = 0; half < 2; ++half) {
-    __m512i pairs[4];
-    transpose_pairs(rows, i + 16 * half, pairs);
-    for (int q = 0; q < 4; ++q, to += 2 * stride) {
-      const __m512 low = floats(_mm512_castsi512_si128(pairs[q])), high = floats(_mm512_extracti32x4_epi32(pairs[q], 1));
-      _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-      const __m512 lower = floats(_mm512_extracti32x4_epi32(pairs[q], 2));
-      const __m512 upper = floats(_mm512_extracti32x4_epi32(pairs[q], 3));
-      _mm512_store_si512(to + stride, (__m512i)_mm512_cvtne2ps_pbh(upper, lower));
-    }
-  }
-}
-
-template <int BITS>
-void unpack_tile(const LevelRows& levels, int begin, int end, uint16_t* tile, size_t stride) {
-  const Load<BITS> load;
-  for (int half = 0; half < TILE; half += 16, tile += 16 * stride) {
-    const uint8_t* rows[16];
-    for (int c = 0; c < 16; ++c) rows[c] = levels.row(std::min(half + c, levels.count - 1));
-    for (int i = begin; i < end; i += ATOMS) unpack_tile(load, rows, i, tile + i - begin, stride);
-  }
+  for (int c = 0; c < levels.count; ++c, out += inputs) unpack_row(levels, c, 0, inputs, out);
 }
 
 }  // namespace
 
 void unpack_levels_tile_avx512(const LevelRows& levels, int begin, int end, uint16_t* tile, size_t stride) {
-  return levels.bits == 4 ? unpack_tile<4>(levels, begin, end, tile, stride)
-                          : unpack_tile<8>(levels, begin, end, tile, stride);
+  constexpr int INPUTS = NEAREST / 16;  // of so many outputs are in the first cache
+  for (int half = 0; half < TILE; half += 16, tile += 16 * stride) {
+    for (int i = begin; i < end; i += INPUTS) {
+      const int last = std::min(end, i + INPUTS);
+      for (int c = 0; c < std::min(16, levels.count - half); ++c) {
+        unpack_row(levels, half + c, i, padded(last), tile + c * stride + i - begin);
+      }
+      interleave_half_avx512(tile + i - begin, stride, last - i);
+    }
+  }
 }
 void multiply_levels_avx512(const LevelRows& levels, const float* x, int rows, float* sums) {
   multiply(levels, x, rows, sums);

@@ -11,8 +11,8 @@ namespace cospadi {
 
 static_assert(TILE == RUN);
 
-// From so many rows on it pays to unpack.
-constexpr int TILED_ROWS = 9;
+// From so many rows on it pays to unpack; and levels, which kernels unpack faster.
+constexpr int TILED_ROWS = 9, TILED_LEVEL_ROWS = 25;
 
 // Entries of x, 4 MB, that every tile is multiplied with while they are in the last cache.
 constexpr int64_t NEAR = 2 << 20;
@@ -89,6 +89,8 @@ void multiply_through_tiles(const Kernels& kernels, const void* x, const float* 
 
 #ifdef COSPADI_X86
 void interleave_avx512(uint16_t* tile, size_t stride, int width);
+// The same of the half of a tile.
+void interleave_half_avx512(uint16_t* half, size_t stride, int width);
 void unpack_levels_tile_avx512(const LevelRows&, int begin, int end, uint16_t* tile, size_t stride);
 void multiply_tile_avx512(const uint16_t* tile, size_t stride, int width, const uint16_t* x, int rows, float* sums,
                           Ahead ahead);

@@ -71,15 +71,17 @@ void multiply(const uint16_t* tile, size_t stride, int width, const uint16_t* x,
 
 }  // namespace
 
-void interleave_avx512(uint16_t* tile, size_t stride, int width) {
-  for (uint16_t* half = tile; half < tile + TILE * stride; half += LANES * stride) {
-    for (int i = 0; i < width; i += ATOMS) {
-      __m512i rows[LANES];
-      for (int p = 0; p < LANES; ++p) rows[p] = _mm512_load_si512(half + p * stride + i);
-      transpose(rows);
-      for (int p = 0; p < LANES; ++p) _mm512_store_si512(half + p * stride + i, rows[p]);
-    }
+void interleave_half_avx512(uint16_t* half, size_t stride, int width) {
+  for (int i = 0; i < width; i += ATOMS) {
+    __m512i rows[LANES];
+    for (int p = 0; p < LANES; ++p) rows[p] = _mm512_load_si512(half + p * stride + i);
+    transpose(rows);
+    for (int p = 0; p < LANES; ++p) _mm512_store_si512(half + p * stride + i, rows[p]);
   }
+}
+
+void interleave_avx512(uint16_t* tile, size_t stride, int width) {
+  for (int half = 0; half < TILE; half += LANES) interleave_half_avx512(tile + half * stride, stride, width);
 }
 
 void multiply_tile_avx512(const uint16_t* tile, size_t stride, int width, const uint16_t* x, int rows, float* sums,
