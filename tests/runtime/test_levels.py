@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import mmap
+import pickle
 import sys
 from unittest.mock import Mock
 
@@ -24,6 +25,7 @@ from cospadi.runtime.levels import (
     MARGIN,
     WIDTHS,
     Levels,
+    all_levels,
     choose_widths,
     dense,
     pack_levels,
@@ -264,6 +266,72 @@ def test_compilers_take_the_layer_whole_once_it_is_prepared() -> None:
     exported = torch.export.export(fresh, (x,))
     assert any("level_matmul" in str(node.target) for node in exported.graph.nodes)
     torch.testing.assert_close(exported.module()(x), expected)
+
+
+@pytest.fixture
+def replaced() -> CompressedLinear:
+    """A layer that keeps levels in place of their code."""
+    layer = make_layer()
+    layer.replaces_code = True
+    layer.prepare(torch.float32)
+    return layer
+
+
+@BUILT
+def test_levels_take_the_place_of_their_code_which_is_made_again(replaced: CompressedLinear) -> None:
+    layer, x = make_layer(), torch.randn(4, 30)
+    assert [name for name, _ in replaced.named_buffers()] == ["_like"]
+    assert len(replaced.kept_tensors()) == len(Levels._fields)
+    state = replaced.state_dict()
+    assert state.keys() == layer.state_dict().keys()
+    assert torch.equal(state["values"], layer.codes)
+    for copied in (replaced, copy.deepcopy(replaced), pickle.loads(pickle.dumps(replaced))):
+        assert torch.equal(copied(x), layer(x))
+        assert torch.equal(copied.codes, layer.codes)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        assert torch.equal(replaced.dense_weight(dtype), layer.dense_weight(dtype))
+    for runtime in ("unpacked", "dense", "packed", "auto"):
+        layer.set_runtime(runtime, torch.float32)
+        replaced.set_runtime(runtime, torch.float32)
+        assert (replaced.values is None) == (runtime != "packed")
+        torch.testing.assert_close(replaced(x), layer(x))
+    replaced.bfloat16().float()
+    assert replaced.values is None
+    assert torch.equal(replaced.codes, layer.codes)
+
+
+@BUILT
+def test_a_code_that_levels_stand_for_is_loaded_anew(replaced: CompressedLinear) -> None:
+    other, x = make_layer(), torch.randn(4, 30)
+    numbers = read_levels(other.codes)
+    assert isinstance(numbers, Levels)
+    changed = -all_levels(numbers).to(torch.int16)
+    other.codes.copy_(EC.put_back(EC.head(other.codes), changed))
+    replaced.load_state_dict(other.state_dict())
+    assert replaced.values is None
+    assert torch.equal(replaced(x), other(x))
+    assert torch.equal(replaced.codes, other.codes)
+    rest = {name: tensor for name, tensor in other.state_dict().items() if name != "values"}
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "values"'):
+        replaced.load_state_dict(rest)
+    assert replaced.load_state_dict(rest, strict=False).missing_keys == ["values"]
+    assert torch.equal(replaced(x), other(x))
+    wrong = other.state_dict() | {"values": other.codes[:-1]}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        replaced.load_state_dict(wrong)
+    assert torch.equal(replaced(x), other(x))
+
+
+@BUILT
+def test_a_compiler_takes_levels_in_place_of_their_code(replaced: CompressedLinear) -> None:
+    x = torch.randn(4, 30)
+    expected = replaced(x)
+    torch.testing.assert_close(torch.compile(replaced, fullgraph=True, backend="aot_eager")(x), expected)
+    torch.testing.assert_close(torch.export.export(replaced, (x,)).module()(x), expected)
+    learned = x.clone().requires_grad_()
+    torch.compile(replaced, fullgraph=True, backend="aot_eager")(learned).sum().backward()
+    assert learned.grad is not None
+    torch.testing.assert_close(learned.grad, replaced.dense_weight().sum(0).expand(4, -1))
 
 
 @BUILT

@@ -32,7 +32,7 @@ class CompressedLoraLinear(Linear):
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
         if isinstance(base_layer, CompressedLinear):  # without its dense weight
-            return base_layer.codes.device, base_layer.dtype
+            return base_layer.device, base_layer.dtype
         return super()._get_base_layer_device_and_dtype(base_layer)  # type: ignore[no-any-return]
 
     @property

@@ -170,8 +170,10 @@ class CospadiQuantizer(HfQuantizer):
         return recorded
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        one_place = len(set(getattr(model, "hf_device_map", {}).values())) <= 1
         for module in model.modules():
             if isinstance(module, CompressedLinear):
+                module.replaces_code = one_place  # what is offloaded comes and goes as it is stored
                 module.prepare(model.dtype)
         model.save_pretrained = SavePretrained(model)
         meet_peft()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cospadi import compat
 from cospadi.errors import CheckpointError, UserError
+from cospadi.format.codecs.ec import EC
 from cospadi.format.form import Form
 from cospadi.runtime import op
 from cospadi.runtime.levels import Levels, read_levels
@@ -37,6 +38,13 @@ class _OpenGroups(threading.local):
 
 
 _open_groups = _OpenGroups()
+
+
+class _Decoded(NamedTuple):
+    """A code, decoded: its head (`Ec.head`) and its levels."""
+
+    head: Tensor
+    levels: Levels
 
 
 def reuse_products(parent: nn.Module, layers: Sequence[CompressedLinear], group: str) -> None:
@@ -108,7 +116,9 @@ class CompressedLinear(nn.Module):
         bias: (d2,) or None.
 
     z = x D is an ordinary linear product, and so is y = z S where S is a parameter; else it is the op
-    `cospadi::sparse_matmul`. What is kept beside the packed form `set_runtime` decides.
+    `cospadi::sparse_matmul`, or `cospadi::level_matmul`. What is kept beside the packed form `set_runtime` decides.
+    Where `replaces_code` says so, levels that a code was decoded to are kept in its place: there is no such buffer
+    then, and `codes` encodes them again, to the same bytes, so that writing to what it returns is in vain.
 
     Args:
         in_features: d1. out_features: d2.
@@ -120,6 +130,7 @@ class CompressedLinear(nn.Module):
     """
 
     runtime: Runtime = "auto"
+    replaces_code = False
     group: str | None = None
 
     def __init__(
@@ -155,6 +166,7 @@ class CompressedLinear(nn.Module):
         self.register_buffer("_like", torch.empty(0, dtype=dtype, device=device), persistent=False)  # as x
         self._offsets: tuple[Hashable, Tensor] | None = None
         self._kept: tuple[tuple[Any, ...], Tensor | Levels] | None = None
+        self._decoded_code: _Decoded | None = None
 
     support: Tensor | None
     _like: Tensor
@@ -173,14 +185,33 @@ class CompressedLinear(nn.Module):
         return self._like.dtype
 
     @property
+    def device(self) -> torch.device:
+        """Of what is stored."""
+        return self._like.device
+
+    @property
     def atoms(self) -> Tensor | None:
         atoms: Tensor | None = getattr(self, self.names.dictionary)
         return atoms
 
     @property
     def codes(self) -> Tensor:
-        codes: Tensor = getattr(self, self.names.values)
-        return codes
+        stored = self._stored
+        if stored is not None:
+            return stored
+        assert self._decoded_code is not None
+        head, levels = self._decoded_code
+        return EC.put_back(head, op.unpack_levels(levels).to(torch.int16))
+
+    @property
+    def _stored(self) -> Tensor | None:
+        """The parameter or buffer of the codes; None where their levels stand in its place."""
+        stored: Tensor | None = getattr(self, self.names.values)
+        return stored
+
+    @property
+    def _levels(self) -> Levels | None:
+        return None if self._decoded_code is None else self._decoded_code.levels
 
     @property
     def values_shape(self) -> list[int]:
@@ -189,7 +220,7 @@ class CompressedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d1) -> (..., d2), in x's dtype."""
-        atoms, support, values, bias = self.atoms, self.support, self.codes, self.bias
+        atoms, support, values, bias = self.atoms, self.support, self._stored, self.bias
         trainable = isinstance(values, nn.Parameter)
         learns = torch.is_grad_enabled() and atoms is not None and atoms.requires_grad
         if self.runtime == "dense" and not trainable and not learns:
@@ -197,18 +228,26 @@ class CompressedLinear(nn.Module):
             if isinstance(weight, Tensor):
                 return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
         z = x if atoms is None else _multiply(x, atoms, self.group)
-        if trainable and support is None:
+        if isinstance(values, nn.Parameter) and support is None:
             return nn.functional.linear(z, values.to(x.dtype), None if bias is None else bias.to(x.dtype))
         kind, codec = self.form.support, None if trainable else self.form.values
-        unpacked = None
-        if not trainable and (
-            self.runtime == "unpacked"
-            or (self.runtime == "auto" and not op.has_kernel(z, support, values, kind, codec))
+        unpacked: Tensor | Levels | None = None if self.runtime == "unpacked" else self._levels
+        if (
+            unpacked is None
+            and not trainable
+            and (
+                self.runtime == "unpacked"
+                or (self.runtime == "auto" and (values is None or not op.has_kernel(z, support, values, kind, codec)))
+            )
         ):
             unpacked = self._keep(z, self._unpacked)
+            unpacked = self._levels if unpacked is None else unpacked
         if isinstance(unpacked, Levels):
             y = op.level_matmul(z, unpacked)
             return y if bias is None else y + bias.to(y.dtype)
+        if values is None:
+            assert unpacked is not None
+            return nn.functional.linear(z, unpacked, None if bias is None else bias.to(z.dtype))
         offsets = None if trainable else self.column_offsets()
         y = op.sparse_matmul(z, support, values, offsets, self.out_features, self.k, kind, codec, unpacked)
         return y if bias is None else y + bias.to(y.dtype)
@@ -235,7 +274,7 @@ class CompressedLinear(nn.Module):
         return self._kept[1]
 
     def _factors(self) -> list[Tensor]:
-        return [tensor for tensor in (self.atoms, self.support, self.codes) if tensor is not None]
+        return [tensor for tensor in (self.atoms, self.support, self._stored) if tensor is not None]
 
     def _versions(self) -> Hashable:
         return tuple(map(_version, self._factors()))
@@ -243,7 +282,7 @@ class CompressedLinear(nn.Module):
     def _unpacked(self, dtype: torch.dtype) -> Tensor | Levels:
         """What is kept of S where no kernel reads it as it is stored: levels as integers where there is a kernel for
         these, unless too many of them are large or all is to be unpacked; else a dense matrix."""
-        if self.form.codec.coded and self.runtime == "auto" and op.takes_levels(self.codes.new_empty(0, dtype=dtype)):
+        if self.form.codec.coded and self.runtime == "auto" and op.takes_levels(self._like.new_empty(0, dtype=dtype)):
             levels = read_levels(self.codes)
             return levels.to(dtype) if isinstance(levels, Tensor) else levels
         return self.coefficients(dtype)
@@ -256,14 +295,25 @@ class CompressedLinear(nn.Module):
             dtype: of x.
         """
         self.column_offsets()
-        if self.runtime == "auto" and self.form.codec.coded:
+        if self.runtime == "auto" and self.form.codec.coded and self._levels is None:
             with suppress(CheckpointError):  # of a tensor that is not filled yet: the first call tells
-                self._keep(self.codes.new_empty(0, dtype=dtype), self._unpacked)
+                kept = self._keep(self._like.new_empty(0, dtype=dtype), self._unpacked)
+                if self.replaces_code and isinstance(kept, Levels):
+                    self._decoded_code = _Decoded(EC.head(self.codes), kept)
+                    self._kept = None
+                    delattr(self, self.names.values)  # a buffer that is None confuses torch.export
+                    setattr(self, self.names.values, None)
+
+    def _put_code_back(self) -> None:
+        codes = self.codes
+        delattr(self, self.names.values)
+        self.register_buffer(self.names.values, codes)
+        self._decoded_code = None
 
     def kept_tensors(self) -> list[Tensor]:
         """What is in memory beside parameters and buffers."""
-        found = [kept[1] for kept in (self._kept, self._offsets) if kept is not None]
-        return [tensor for one in found for tensor in ([one] if isinstance(one, Tensor) else one)]
+        found = [self._levels, *(kept[1] for kept in (self._kept, self._offsets) if kept is not None)]
+        return [tensor for one in found for tensor in ([one] if isinstance(one, Tensor) else one or [])]
 
     def set_runtime(self, runtime: Runtime, dtype: torch.dtype | None = None) -> None:
         """See `cospadi.runtime.layer.set_runtime`.
@@ -274,11 +324,13 @@ class CompressedLinear(nn.Module):
         """
         if runtime != self.runtime:
             self.runtime, self._kept = runtime, None
+        if runtime == "packed" and self._levels is not None:
+            self._put_code_back()
         dtype = dtype if self.atoms is None else self.atoms.dtype
         if dtype is not None and runtime == "auto":
             self.prepare(dtype)
-        if runtime in ("unpacked", "dense") and dtype is not None and not isinstance(self.codes, nn.Parameter):
-            like = self.codes.new_empty(0, dtype=dtype)
+        if runtime in ("unpacked", "dense") and dtype is not None and not isinstance(self._stored, nn.Parameter):
+            like = self._like.new_empty(0, dtype=dtype)
             self._keep(like, self._weight if runtime == "dense" else self.coefficients)
 
     def column_offsets(self) -> Tensor | None:
@@ -301,6 +353,8 @@ class CompressedLinear(nn.Module):
 
     def coefficients(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """S transposed as a dense matrix (d2, k), exact in float32 and bf16."""
+        if self._levels is not None:
+            return op.level_weight(self._levels).to(dtype)
         values, form = self.codes, self.form
         codec = None if isinstance(values, nn.Parameter) else form.values
         offsets = self.column_offsets()
@@ -336,10 +390,10 @@ class CompressedLinear(nn.Module):
         Raises:
             UserError: they are levels, in whose place no other numbers can be put; or they are offloaded.
         """
-        values = self.codes
+        values = self._stored
         if isinstance(values, nn.Parameter):
             return values
-        if self.form.codec.levels:
+        if values is None or self.form.codec.levels:
             raise UserError(f"values {self.form.values} are levels, which cannot be trained")
         if values.is_meta:
             raise UserError("values are offloaded, and cannot be trained there. Load the model into memory to train it")
@@ -369,26 +423,35 @@ class CompressedLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         dtype = self._dtype_of_levels()
-        self._kept = self._offsets = None
         name = prefix + self.names.values
-        if isinstance(self.codes, nn.Parameter) and not self.form.trainable and name in state_dict:
+        if self._levels is not None and name in state_dict:
+            self._put_code_back()
+        self._kept = self._offsets = None
+        if isinstance(self._stored, nn.Parameter) and not self.form.trainable and name in state_dict:
             state_dict = state_dict | {name: self._decoded(state_dict[name])}
         super()._load_from_state_dict(state_dict, prefix, *args)
+        _, strict, missing, *_ = args
+        if strict and self._stored is None:
+            missing.append(name)
         if dtype is not None:
             self.prepare(dtype)
 
     def _dtype_of_levels(self) -> torch.dtype | None:
         """Of x, where levels are kept, which are to be made anew with the code."""
+        if self._levels is not None:
+            return self.dtype
         return self._kept[0][0] if self._kept is not None and isinstance(self._kept[1], Levels) else None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        stored, counted = self.codes, self._offsets is not None
+        dtype = self._dtype_of_levels()
+        if self._levels is not None and fn(self._like).device != self._levels.packed.device:
+            self._put_code_back()
+        stored, counted = self._stored, self._offsets is not None
         self._offsets = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if not isinstance(stored, nn.Parameter) and self.codes.dtype != stored.dtype:
+        if stored is not None and not isinstance(stored, nn.Parameter) and self.codes.dtype != stored.dtype:
             # a change of dtype is not for what is stored
             setattr(self, self.names.values, stored.to(self.codes.device))
-        dtype = self._dtype_of_levels()
         if self._kept is not None and self._kept[0][-1] != self._versions():
             self._kept = None  # of tensors that were replaced
         # A compiler that meets the layer next could not keep what it makes.

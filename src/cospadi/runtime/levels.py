@@ -145,6 +145,11 @@ def pack_levels(numbers: Tensor, outputs: Tensor, inputs: Tensor, widths: Tensor
 
 def dense(levels: Levels) -> Tensor:
     """W, float32 (d2, d1)."""
+    return all_levels(levels) * levels.inputs * levels.outputs[:, None]
+
+
+def all_levels(levels: Levels) -> Tensor:
+    """N and what is beside it, float32 (d2, d1)."""
     d2, d1, device = len(levels.outputs), len(levels.inputs), levels.packed.device
     unit, places = padded(d1) // 8, levels.places.long()
     if not len(places):
@@ -162,5 +167,4 @@ def dense(levels: Levels) -> Tensor:
         numbers[first : first + step] = some.flatten(1)[:, :d1]
     counts, each = levels.offsets.diff().long(), torch.arange(d2, device=device)
     rows = torch.repeat_interleave(each, counts, output_size=len(levels.columns))
-    numbers.index_put_((rows, levels.columns.long()), levels.rest, accumulate=True)
-    return numbers * levels.inputs * levels.outputs[:, None]
+    return numbers.index_put_((rows, levels.columns.long()), levels.rest, accumulate=True)

@@ -21,7 +21,7 @@ from cospadi.errors import KernelError
 from cospadi.format.codecs import CODECS
 from cospadi.format.supports import SUPPORTS
 from cospadi.runtime import cpu, reference
-from cospadi.runtime.levels import Levels, dense
+from cospadi.runtime.levels import Levels, all_levels
 
 log = logging.getLogger("cospadi")
 
@@ -246,16 +246,20 @@ def _multiply_levels(
             return y
         except KernelError as error:
             _warn(str(error))
-    return torch.nn.functional.linear(x, _weight(levels).to(x.dtype))
+    return torch.nn.functional.linear(x, level_weight(levels).to(x))
 
 
-def _weight(levels: Levels) -> Tensor:
-    """W, float32 (d2, d1)."""
+def unpack_levels(levels: Levels) -> Tensor:
+    """N and what is beside it, float32 (d2, d1)."""
     if not cpu.can_multiply_levels(levels.inputs, levels):
-        return dense(levels)
+        return all_levels(levels)
     numbers = torch.empty(len(levels.outputs), len(levels.inputs))
-    cpu.unpack_levels(levels, 0, len(numbers), numbers)
-    return numbers.mul_(levels.inputs).mul_(levels.outputs[:, None])
+    return cpu.unpack_levels(levels, 0, len(numbers), numbers)
+
+
+def level_weight(levels: Levels) -> Tensor:
+    """W, float32 (d2, d1)."""
+    return unpack_levels(levels).mul_(levels.inputs).mul_(levels.outputs[:, None])
 
 
 _level_matmul = torch.library.custom_op("cospadi::level_matmul", _multiply_levels, mutates_args=())
@@ -287,7 +291,7 @@ def _level_gradient(
     rest: Tensor,
 ) -> Tensor:
     """Gradient of x, an op of its own since compilers do not see how wide the rows are."""
-    return grad @ _weight(Levels(packed, places, outputs, inputs, offsets, columns, rest)).to(grad.dtype)
+    return grad @ level_weight(Levels(packed, places, outputs, inputs, offsets, columns, rest)).to(grad.dtype)
 
 
 @_level_gradient.register_fake

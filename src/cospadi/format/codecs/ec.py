@@ -110,15 +110,43 @@ class Ec(Codec):
         header[4:8].view(np.int8)[:] = [least for _, least, _ in packed]
         header[8:12].view("<f4")[:] = unit
         header[12:].view("<u4")[:] = d2, k
-        inner = offsets[1:-1].numpy().astype("<u4").view(np.uint8)
-        parts = [header, *(stream for _, _, stream in packed), inner, stream.numpy()]
-        return torch.from_numpy(np.concatenate(parts)).to(device)
+        head = np.concatenate([header, *(stream for _, _, stream in packed)])
+        return _join(torch.from_numpy(head), stream, offsets).to(device)
+
+    def head(self, stored: Tensor) -> Tensor:
+        """What is stored but the levels: header, steps and widths."""
+        return stored[: self._content(stored)[1]].clone()
+
+    def put_back(self, head: Tensor, levels: Tensor) -> Tensor:
+        """What was stored, from its head and the levels, int16 (d2, k): the same bytes."""
+        found, _ = self._content(head)
+        height = block_rows(len(found.rows), len(found.cols))
+        stream, offsets = rans.encode(levels.cpu(), found.rows, found.cols, height, found.lanes)
+        return _join(head.cpu(), stream, offsets).to(head.device)
 
     def content(self, stored: Tensor) -> Content:
         """What is stored, taken apart.
 
         Raises:
             ValueError: it cannot be read; the message reads like "ends before its blocks begin".
+        """
+        found, place = self._content(stored)
+        d2 = len(found.rows)
+        start = place + 4 * (-(-d2 // block_rows(d2, len(found.cols))) - 1)
+        if len(stored) < start:
+            raise ValueError("ends before its blocks begin")
+        content = stored.cpu().contiguous()
+        inner = content[place:start].numpy().copy().view("<u4").astype(np.int64)
+        offsets = torch.from_numpy(np.concatenate([[0], inner, [len(content) - start]]))
+        if not (offsets.diff() >= 4 * found.lanes).all():
+            raise ValueError("has blocks that do not follow each other")
+        return found._replace(offsets=offsets, stream=content[start:])
+
+    def _content(self, stored: Tensor) -> tuple[Content, int]:
+        """What is stored but the levels, and where these begin.
+
+        Raises:
+            ValueError: it cannot be read.
         """
         d2, k = self._sizes(stored)
         content = stored.cpu().contiguous().numpy()
@@ -133,23 +161,10 @@ class Ec(Codec):
                 raise ValueError("ends before its steps and widths do")
             found.append(_unpack(size, int(least), content[place:end], count))
             place = end
-        start = place + 4 * (-(-d2 // block_rows(d2, k)) - 1)
-        if len(content) < start:
-            raise ValueError("ends before its blocks begin")
-        inner = content[place:start].copy().view("<u4").astype(np.int64)
-        offsets = torch.from_numpy(np.concatenate([[0], inner, [len(content) - start]]))
-        if not (offsets.diff() >= 4 * lanes).all():
-            raise ValueError("has blocks that do not follow each other")
         outputs, inputs, rows, cols = found
-        return Content(
-            lanes,
-            step_of(outputs),
-            unit * step_of(inputs),
-            rows - outputs,
-            cols - inputs,
-            offsets,
-            torch.from_numpy(content[start:]),
-        )
+        empty = torch.empty(0, dtype=torch.int64)
+        parts = step_of(outputs), unit * step_of(inputs), rows - outputs, cols - inputs, empty, stored[:0]
+        return Content(lanes, *parts), place
 
     def decode_levels(self, stored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """N transposed, int16 (d2, k), and the steps of outputs and inputs, float32, on the stored tensor's device.
@@ -200,6 +215,12 @@ class Ec(Codec):
             raise ValueError(f"has {len(stored)} bytes, fewer than a header")
         d2, k = stored[12:HEADER].cpu().contiguous().numpy().view("<u4")
         return int(d2), int(k)
+
+
+def _join(head: Tensor, stream: Tensor, offsets: Tensor) -> Tensor:
+    """What is stored."""
+    inner = torch.from_numpy(offsets[1:-1].numpy().astype("<u4").view(np.uint8))
+    return torch.cat([head, inner, stream])
 
 
 def _pack(numbers: Tensor) -> tuple[int, int, np.ndarray]:
