@@ -3,19 +3,22 @@
     python benchmarks/gpu.py
     python benchmarks/gpu.py --shape 2048x8192 --ratio 0.4 --bits 14 --dictionary identity --json gpu.json
 
-Needs an NVIDIA GPU and Triton; exits with 2 where they are missing and with 1 where a result is wrong.
+Needs an NVIDIA GPU and Triton; exits with 2 where they are missing and with 1 where a result is wrong or a part has
+failed; the other parts run all the same.
 
 First every kernel is held to products in float64, at real and at odd shapes. Then each step is timed in bf16: dense
-F.linear, z = x D, y = z S by the kernel, and both. One CUDA graph holds a call for each of several copies of the
-weights, which together exceed four times the L2 cache, so that each call finds its weights in memory; its replays are
-timed by CUDA events. A figure is the median over replays, the spread half the distance of the quartiles. GB/s are
-weight bytes as stored over time; the bandwidth beside them is that of a copy of 1 GiB, read and write counted.
+F.linear, z = x D, y = z S by the kernel, and both; and levels of a code, as they lie in a GPU's memory. One CUDA
+graph holds a call for each of several copies of the weights, which together exceed four times the L2 cache, so that
+each call finds its weights in memory; its replays are timed by CUDA events. A figure is the median over replays, the
+spread half the distance of the quartiles. GB/s are weight bytes as stored over time; the bandwidth beside them is
+that of a copy of 1 GiB, read and write counted.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import traceback
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -32,6 +35,7 @@ from cospadi.format.dictionaries import DICTIONARIES
 from cospadi.format.form import Form
 from cospadi.runtime import reference
 from cospadi.runtime import triton as kernels
+from cospadi.runtime.levels import EQUAL_WIDTHS, Levels, dense, pack_levels
 
 SHAPES = ["2048x512", "2048x2048", "2048x8192", "8192x2048", "4096x14336", "14336x4096"]
 ROWS = [1, 4, 16, 128, 512, 2048]
@@ -93,36 +97,43 @@ def main(
     device = torch.device("cuda")
     properties = torch.cuda.get_device_properties(device)
     print(f"{properties.name}, torch {torch.__version__}\n")
-    checks = check(device)
-    report: dict[str, Any] = {"device": properties.name, "torch": torch.__version__, "checks": checks}
-    if not check_only:
-        report["copy_gb_s"] = copy_bandwidth(device, replays)
-        cold = CACHES * int(properties.L2_cache_size)
+    cold, shapes, counts = CACHES * int(properties.L2_cache_size), shape or SHAPES, rows or ROWS
+    report: dict[str, Any] = {"device": properties.name, "torch": torch.__version__, "failed": {}}
+
+    def part(name: str, run: Callable[[], Any]) -> None:
+        try:
+            report[name] = run()
+        except Exception:  # whatever a driver, a compiler or this script meets
+            report["failed"][name] = traceback.format_exc()
+            print(f"\n{name} failed:\n{report['failed'][name]}", flush=True)
+
+    def timed() -> list[dict[str, Any]]:
+        given = ratio or [0.2, 0.4, 0.5], bits or [14, 16], dictionary or list(DICTIONARIES), counts
+        heading("D", "ratio", "bits", "k", "rows", "dense", "x D", "z S", "both", "x dense", "bytes x dense")
+        return [row for one in shapes for row in time_shape(one, *given, cold, replays, report["copy_gb_s"], device)]
+
+    def timed_levels() -> list[dict[str, Any]]:
+        heading("bits", "rows", "dense", "levels", "x dense", "bytes x dense")
+        return [row for one in shapes for row in time_levels(one, counts, cold, replays, report["copy_gb_s"], device)]
+
+    def heading(*columns: str) -> None:
         print(
             f"\nCopy bandwidth {report['copy_gb_s']:.0f} GB/s; weights of at least {cold / 2**20:.0f} MiB in turn; "
-            "microseconds, with spread; x dense: how many times faster than dense, or smaller\n"
+            "microseconds, with spread; x dense: how many times faster than dense, or smaller; GB/s of S or levels\n"
         )
-        columns = ["d1 x d2", "D", "ratio", "bits", "k", "rows", "dense", "x D", "z S", "both"]
-        columns += ["x dense", "bytes x dense", "z S GB/s", "of copy"]
+        columns = ("d1 x d2", *columns, "GB/s", "of copy")
         print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-        report["rows"] = [
-            row
-            for one in shape or SHAPES
-            for row in time_shape(
-                one,
-                ratio or [0.2, 0.4, 0.5],
-                bits or [14, 16],
-                dictionary or list(DICTIONARIES),
-                rows or ROWS,
-                cold,
-                replays,
-                report["copy_gb_s"],
-                device,
-            )
-        ]
+
+    part("checks", lambda: check(device))
+    part("level_checks", lambda: check_levels(device))
+    if not check_only:
+        part("copy_gb_s", lambda: copy_bandwidth(device, replays))
+        part("rows", timed)
+        part("level_rows", timed_levels)
     if save:
         save.write_text(json.dumps(report, indent=1) + "\n")
-    if not all(one["right"] for one in checks):
+    checks = [*report.get("checks", []), *report.get("level_checks", [])]
+    if report["failed"] or not all(one["right"] for one in checks):
         raise typer.Exit(1)
 
 
@@ -155,6 +166,69 @@ def check(
                     {"shape": shape, "ratio": ratio, "bits": bits, "dtype": name, "error": worst, "right": right}
                 )
     return found
+
+
+def random_levels(d1: int, d2: int, bits: int, device: torch.device) -> Levels:
+    """Levels of so many bits, of which a few lie beside the others."""
+    numbers = (2.0**bits / 6 * torch.randn(d2, d1, device=device)).round().to(torch.int16)
+    outputs, inputs = (0.5 + torch.rand(size, device=device) for size in (d2, d1))
+    return pack_levels(numbers, outputs, inputs, bits)
+
+
+def check_levels(
+    device: torch.device, shapes: list[tuple[str, float]] = CHECKED, row_counts: list[int] = CHECKED_ROWS
+) -> list[dict[str, Any]]:
+    """The same of levels of a code."""
+    print("\n| d1 x d2 | bits of levels | dtype | worst error | allowed | |\n|---|---|---|---|---|---|")
+    found = []
+    for (shape, _), bits, (dtype, allowed) in product(shapes, EQUAL_WIDTHS, TOLERANCE.items()):
+        d1, d2 = map(int, shape.split("x"))
+        levels = random_levels(d1, d2, bits, device)
+        weight, worst, repeatable = dense(levels).double(), 0.0, True
+        allowed *= 2  # x times the steps of the inputs is rounded, too
+        for count in row_counts:
+            x = torch.randn(count, d1, device=device).to(dtype)
+            y, expected = kernels.level_matmul(x, levels), x.double() @ weight.T
+            worst = max(worst, float((y.double() - expected).norm() / expected.norm()))
+            repeatable &= torch.equal(y, kernels.level_matmul(x, levels))
+        right, name = worst <= allowed and repeatable, str(dtype).removeprefix("torch.")
+        verdict = "ok" if right else "WRONG" if repeatable else "NOT REPEATABLE"
+        print(f"| {shape} | {bits} | {name} | {worst:.2e} | {allowed:.2e} | {verdict} |", flush=True)
+        found.append({"shape": shape, "levels": bits, "dtype": name, "error": worst, "right": right})
+    return found
+
+
+def time_levels(
+    shape: str, row_counts: list[int], cold: int, replays: int, bandwidth: float, device: torch.device
+) -> list[dict[str, Any]]:
+    """Time levels of one projection; print and return a row for each width and number of rows."""
+    d1, d2 = map(int, shape.split("x"))
+    found = []
+    weights = _copies(torch.randn(d2, d1, device=device, dtype=torch.bfloat16), 2 * d1 * d2, cold)
+    for bits in EQUAL_WIDTHS:
+        levels = random_levels(d1, d2, bits, device)
+        size = sum(part.nbytes for part in levels)
+        copies = [Levels(*(part.clone() for part in levels)) for _ in range(cold // size + 1)]
+        for count in row_counts:
+            x = torch.randn(count, d1, device=device, dtype=torch.bfloat16)
+            times = {
+                "dense": _time([_linear(x, weight) for weight in weights], replays),
+                "levels": _time([_levels(x, one) for one in copies], replays),
+            }
+            reached, speedup = size / times["levels"][0] / 1e9, times["dense"][0] / times["levels"][0]
+            row = {"shape": shape, "levels": bits, "rows": count, "seconds": times, "dense_bytes": 2 * d1 * d2}
+            found.append(row | {"bytes": size, "speedup": speedup, "gb_s": reached})
+            shown = " | ".join(f"{middle * 1e6:.1f} ± {spread * 1e6:.1f}" for middle, spread in times.values())
+            print(
+                f"| {shape} | {bits} | {count} | {shown} | {speedup:.2f} | {2 * d1 * d2 / size:.2f} | {reached:.0f} | "
+                f"{reached / bandwidth:.0%} |",
+                flush=True,
+            )
+    return found
+
+
+def _levels(x: Tensor, levels: Levels) -> Callable[[], Tensor]:
+    return lambda: kernels.level_matmul(x, levels)
 
 
 def time_shape(
