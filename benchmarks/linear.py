@@ -48,6 +48,7 @@ MODELS = {
 
 DECODE_ROWS, PREFILL_ROWS = (1, 4, 16), (128, 512)
 RHO = 2.0
+TORCH_GROUP = 64
 app = typer.Typer(add_completion=False)
 
 
@@ -104,13 +105,15 @@ def levels(
 
 
 def measure_levels(d1: int, d2: int, bits: int, seconds: float) -> dict[str, Any]:
-    """One shape with levels of so many bits in memory: milliseconds of dense, ours and a plain read of what is ours."""
+    """One shape with levels of so many bits in memory: milliseconds of dense, ours, a plain read of what is ours, and
+    torch's own product of as many bits."""
     wanted, spread = 4 * last_level_cache(), 2.0**bits / 8
     numbers = (spread * torch.randn(d2, d1)).round().clamp(1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1).to(torch.int16)
     widths = torch.full((d2,), bits, dtype=torch.int32)
     first = pack_levels(numbers, torch.rand(d2), torch.rand(d1), widths)
     copies = [Levels(*(part.clone() for part in first)) for _ in range(wanted // _nbytes(first.packed) + 2)]
     weights = [torch.randn(d2, d1, dtype=torch.bfloat16) for _ in range(wanted // (2 * d1 * d2) + 2)]
+    torchs, product = _torch_integers(d1, d2, bits, wanted)
     figures = []
     for count in (*DECODE_ROWS, *PREFILL_ROWS):
         x = torch.randn(count, d1, dtype=torch.bfloat16)
@@ -119,11 +122,32 @@ def measure_levels(d1: int, d2: int, bits: int, seconds: float) -> dict[str, Any
             "ours": partial(_call, copies, op.level_matmul, x),
             "read": partial(_call, copies, lambda _, levels: levels.packed.view(torch.int32).sum(), x),
         }
+        if torchs:
+            calls["torch"] = partial(_call, torchs, product, x)
         figures.append({"rows": count, "ms": {name: 1e3 * t for name, t in take_turns(calls, seconds).items()}})
     return {
         "shape": f"{d1}x{d2}", "levels": bits, "dense_bytes": 2 * d1 * d2, "bytes": sum(map(_nbytes, first)),
         "figures": figures, "level": native.best_level(), "processor": processor(), "torch": torch.__version__,
     }  # fmt: skip
+
+
+def _torch_integers(
+    d1: int, d2: int, bits: int, wanted: int
+) -> tuple[list[tuple[Tensor, Tensor]], Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]]:
+    """Copies of weights for torch's own products with integers, those that torchao calls, and the product: of 8 bits
+    with a scale an output, of 4 bits with a scale and a zero for each TORCH_GROUP inputs; none for other bits."""
+    aten = torch.ops.aten
+    copies = range(wanted // (d1 * d2 * bits // 8) + 2)
+    if bits == 8:
+        bytes_ = torch.randint(-127, 128, (d2, d1), dtype=torch.int8)
+        scales = torch.rand(d2, dtype=torch.bfloat16)
+        return [(bytes_.clone(), scales) for _ in copies], lambda x, own: aten._weight_int8pack_mm(x, *own)
+    if bits == 4:
+        packed = aten._convert_weight_to_int4pack_for_cpu(torch.randint(0, 16, (d2, d1), dtype=torch.int32), 1)
+        steps = torch.rand(d1 // TORCH_GROUP, d2, 2, dtype=torch.bfloat16)
+        product = aten._weight_int4pack_mm_for_cpu
+        return [(packed.clone(), steps.clone()) for _ in copies], lambda x, own: product(x, own[0], TORCH_GROUP, own[1])
+    return [], lambda x, _: x
 
 
 def _shapes(shape: list[str] | None, model: list[str] | None, threads: int) -> list[str]:
@@ -327,8 +351,10 @@ python benchmarks/linear.py levels --model Llama-3.2-1B --seconds 1
 
 "Of it" is the speed-up over the dense bf16 linear divided by the byte ratio (dense bytes over stored bytes), or by the
 bound that FLOPs give. Every call takes the next of several copies of its weights, which together exceed four times the
-last-level cache. "S" is the packed coefficients alone; "plain read" sums the same bytes as 64-bit integers. Tables of
-different processors do not compare: a dense product of many rows is several times as fast with AMX."""
+last-level cache. "Torch's" are its own products with integers of 8 bits (a scale an output) and of 4 (a scale and a
+zero for each 64 inputs), which torchao calls on CPU. "S" is the packed coefficients alone; "plain read" sums the same
+bytes as 64-bit integers. Tables of different processors do not compare: a dense product of many rows is several times
+as fast with AMX."""
 DECODE_HEAD = """
 | d1 x d2 | ratio | bits | rows | dense, ms | ours, ms | speed-up | byte ratio | of it | S, GB/s | plain read, GB/s | of it |
 |---|---|---|---|---|---|---|---|---|---|---|---|"""  # noqa: E501
@@ -338,8 +364,8 @@ PREFILL_HEAD = """
 
 
 LEVEL_HEAD = """
-| d1 x d2 | bits | rows | dense, ms | ours, ms | speed-up | byte ratio | of it | ours, GB/s | plain read, GB/s |
-|---|---|---|---|---|---|---|---|---|---|"""
+| d1 x d2 | bits | rows | dense, ms | ours, ms | speed-up | byte ratio | of it | ours, GB/s | plain read, GB/s | torch's, ms |
+|---|---|---|---|---|---|---|---|---|---|---|"""  # noqa: E501
 
 
 def _level_lines(row: dict[str, Any]) -> list[str]:
@@ -350,7 +376,8 @@ def _level_lines(row: dict[str, Any]) -> list[str]:
         cells = [row["shape"].replace("x", " x "), row["levels"], figure["rows"]]
         cells += [f"{ms['dense']:.3f}", f"{ms['ours']:.3f}", f"{speedup:.2f}"]
         cells += [f"{byte_ratio:.2f}", f"{speedup / byte_ratio:.2f}"]
-        lines.append(_markdown([*cells, *(f"{row['bytes'] / ms[name] / 1e6:.1f}" for name in ("ours", "read"))]))
+        cells += [f"{row['bytes'] / ms[name] / 1e6:.1f}" for name in ("ours", "read")]
+        lines.append(_markdown([*cells, f"{ms['torch']:.3f}" if "torch" in ms else ""]))
     return lines
 
 
