@@ -309,6 +309,31 @@ def test_generate_continues_the_prompt_the_same_way_twice(
         assert first.out == second.out
         assert first.out.startswith("12 squared")
         assert len(first.out.strip()) > len("12 squared")
+        assert "tokens/s; the first" in first.err
+        assert "weights take" in first.err
+
+
+def test_chat_answers_each_line_of_a_pipe(
+    compressed: tuple[Path, Any], run: Callable[..., Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "chatty"
+    shutil.copytree(compressed[0], folder)
+    lines = iter(["ab", "cd"])
+
+    def typed(_: str) -> str:
+        if (line := next(lines, None)) is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", typed)
+    check_mistake(run("chat", folder), "no chat template", "cospadi generate")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    )
+    answer = run("chat", folder, "--tokens", "2", "--temperature", "0", "--system", "x")
+    assert answer.code == 0, answer.err
+    assert answer.err.count("after a prompt of") == 2
+    assert run("generate", folder, "ab", "--chat", "--tokens", "2").code == 0
 
 
 def test_recipe_file_is_followed_and_flags_override_it(
@@ -893,7 +918,7 @@ def test_a_temperature_of_nearly_nothing_takes_the_likeliest_token(
     temperature: str, compressed: tuple[Path, Any], run: Callable[..., Answer]
 ) -> None:
     words = ["generate", compressed[0], "12 squared", "--tokens", "4"]
-    assert run(*words, "--temperature", temperature) == run(*words)
+    assert run(*words, "--temperature", temperature).out == run(*words).out
 
 
 @pytest.mark.parametrize("temperature", ["nan", "inf", "1e999"])

@@ -339,17 +339,75 @@ def verify(folder: Folder, as_json: Json = False) -> None:
 def generate(
     model: Annotated[str, typer.Argument(metavar="DIR", help="compressed or dense model")],
     prompt: Annotated[str, typer.Argument(help="text to continue")],
+    chat: Annotated[
+        bool, typer.Option("--chat", help="the prompt is a message, in the form of the model's chat template")
+    ] = False,
     tokens: Annotated[int, typer.Option(min=1, help="new tokens at most")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 42,
     device: Device = "auto",
     runtime: RuntimeFlag = "auto",
 ) -> None:
-    """Continue a prompt: a quick look that the model still speaks."""
+    """Continue a prompt, or answer it. The text goes to stdout as it comes, how fast it came to stderr."""
     _talk("off")
-    from cospadi.commands.generate import continue_text
+    import torch
 
-    _print(continue_text(model, prompt, tokens, temperature, seed, device, _runtime(runtime)))
+    from cospadi.commands import generate as speech
+
+    speaker, sampling = speech.load_speaker(model, device, _runtime(runtime)), speech.Sampling(tokens, temperature)
+    torch.manual_seed(seed)
+    if chat:
+        _, pace = speech.answer(speaker, [{"role": "user", "content": prompt}], sampling, _print_part)
+    else:
+        pace = speech.continue_text(speaker, prompt, sampling, _print_part)
+    _print("")
+    typer.secho(f"{pace}; {speaker.weights()}.", dim=True, err=True)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="compressed or dense model")],
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="what the system says first")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="new tokens an answer, at most")] = 512,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="0 takes the likeliest token each time  [default: as the model says]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 42,
+    device: Device = "auto",
+    runtime: RuntimeFlag = "auto",
+) -> None:
+    """Talk with a model: a line is a message. Ctrl-C stops an answer, Ctrl-D ends the conversation."""
+    _talk("off")
+    import torch
+
+    from cospadi.commands import generate as speech
+
+    speaker, sampling = speech.load_speaker(model, device, _runtime(runtime)), speech.Sampling(tokens, temperature)
+    speech.check_template(speaker)
+    torch.manual_seed(seed)
+    typer.secho(f"{model}: {speaker.weights()}. Ctrl-C stops an answer, Ctrl-D ends.", dim=True, err=True)
+
+    def tell(pace: speech.Pace) -> None:
+        typer.secho(f"{pace}.", dim=True, err=True)
+
+    speech.chat(speaker, _lines(), sampling, _print_part, tell, system)
+
+
+def _lines() -> Iterator[str]:
+    """What is typed, or comes through a pipe."""
+    asks = sys.stdin is not None and sys.stdin.isatty()
+    if asks:
+        with suppress(ImportError):
+            importlib.import_module("readline")  # lines can be edited, and called up again
+    while True:
+        try:
+            yield input("> " if asks else "")
+        except (EOFError, RuntimeError):  # the second where stdin is closed
+            return
+
+
+def _print_part(text: str) -> None:
+    _print(text, end="")
 
 
 @app.command()
@@ -586,12 +644,12 @@ def _show(data: dict[str, Any], as_json: bool, *parts: object, done: str | None 
     _print(text.getvalue().removesuffix("\n"), done)
 
 
-def _print(text: str, done: str | None = None) -> None:
+def _print(text: str, done: str | None = None, end: str = "\n") -> None:
     """A text on stdout; where that cannot be, a sentence on stderr, and exit code 1 unless something is done anyway."""
     try:
         if sys.stdout is None:
             raise OSError(errno.EBADF, "it is closed")
-        sys.stdout.write(f"{text}\n")
+        sys.stdout.write(f"{text}{end}")
         sys.stdout.flush()
     except OSError as error:
         _leave_output(error, done)
