@@ -115,7 +115,10 @@ class Ec(Codec):
 
     def head(self, stored: Tensor) -> Tensor:
         """What is stored but the levels: header, steps and widths."""
-        return stored[: self._content(stored)[1]].clone()
+        content = stored[:HEADER].cpu().contiguous().numpy()
+        counts = self._sizes(stored) * 2
+        sizes = (-(-count * bits // 8) for count, bits in zip(counts, _widths(content), strict=True))
+        return stored[: HEADER + sum(sizes)].clone()
 
     def put_back(self, head: Tensor, levels: Tensor) -> Tensor:
         """What was stored, from its head and the levels, int16 (d2, k): the same bytes."""
@@ -150,7 +153,7 @@ class Ec(Codec):
         """
         d2, k = self._sizes(stored)
         content = stored.cpu().contiguous().numpy()
-        lanes, bits = int(content[0]), [int(content[2 + i // 2]) >> (4 if i % 2 == 0 else 0) & 15 for i in range(4)]
+        lanes, bits = int(content[0]), _widths(content)
         unit = float(content[8:12].view("<f4")[0])
         if lanes not in LANES or content[1] or d2 < 1 or k < 1 or not 0 < unit < math.inf:
             raise ValueError("has a header that makes no sense")
@@ -215,6 +218,11 @@ class Ec(Codec):
             raise ValueError(f"has {len(stored)} bytes, fewer than a header")
         d2, k = stored[12:HEADER].cpu().contiguous().numpy().view("<u4")
         return int(d2), int(k)
+
+
+def _widths(content: np.ndarray) -> list[int]:
+    """Bits of each of the four lists of steps and widths, as the header says."""
+    return [int(content[2 + i // 2]) >> (4 if i % 2 == 0 else 0) & 15 for i in range(4)]
 
 
 def _join(head: Tensor, stream: Tensor, offsets: Tensor) -> Tensor:
