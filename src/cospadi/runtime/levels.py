@@ -70,7 +70,12 @@ def read_levels(stored: Tensor) -> Levels | Tensor:
     Raises:
         CheckpointError: it is damaged.
     """
-    numbers, outputs, inputs = EC.decode_levels(stored)
+    return hold_levels(*EC.decode_levels(stored))
+
+
+def hold_levels(numbers: Tensor, outputs: Tensor, inputs: Tensor) -> Levels | Tensor:
+    """Levels int16 (d2, d1), contiguous, with the steps of outputs and inputs: as `read_levels`, for the device that they
+    are on."""
     most = MOST_BESIDE * numbers.numel()
     if numbers.device.type == "cpu":
         widths, counts = choose_widths(numbers)
@@ -155,7 +160,7 @@ def all_levels(levels: Levels) -> Tensor:
     if not len(places):
         places = torch.arange(d2 + 1, device=device) * round(levels.bits)
     places, widths = places[:-1], places.diff()
-    numbers = torch.empty(d2, d1, device=device)
+    numbers = torch.empty(d2, d1, dtype=torch.float32, device=device)
     step = max(1, _CHUNK // padded(d1))
     eight = torch.arange(8, device=device)
     for first in range(0, d2, step):

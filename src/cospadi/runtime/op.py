@@ -253,7 +253,7 @@ def unpack_levels(levels: Levels) -> Tensor:
     """N and what is beside it, float32 (d2, d1)."""
     if not cpu.can_multiply_levels(levels.inputs, levels):
         return all_levels(levels)
-    numbers = torch.empty(len(levels.outputs), len(levels.inputs))
+    numbers = torch.empty(len(levels.outputs), len(levels.inputs), dtype=torch.float32)
     return cpu.unpack_levels(levels, 0, len(numbers), numbers)
 
 
