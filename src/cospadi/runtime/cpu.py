@@ -160,6 +160,8 @@ def can_multiply_levels(x: Tensor, levels: Levels) -> bool:
 def level_matmul(x: Tensor, levels: Levels, level: int | None = None) -> Tensor:
     """y = ((x u) N^T) v for x (..., d1); `level` is one of `native.levels()`. All of `levels` is contiguous."""
     d2, d1, shape = len(levels.outputs), len(levels.inputs), x.shape[:-1]
+    if len(levels.places) != d2 + 1:
+        raise ValueError("all rows of the levels have one width, as a GPU's kernels ask for")
     rows = math.prod(shape)
     level = best_level() if level is None else level
     if rows > LEVEL_ROWS and not _takes_any_rows(x.dtype, level):

@@ -74,7 +74,7 @@ def read_levels(stored: Tensor) -> Levels | Tensor:
 
 
 def hold_levels(numbers: Tensor, outputs: Tensor, inputs: Tensor) -> Levels | Tensor:
-    """Levels int16 (d2, d1), contiguous, with the steps of outputs and inputs: as `read_levels`, for the device that they
+    """As `read_levels`, of levels int16 (d2, d1), contiguous, and steps of outputs and inputs, for the device that they
     are on."""
     most = MOST_BESIDE * numbers.numel()
     if numbers.device.type == "cpu":
