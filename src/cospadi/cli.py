@@ -62,6 +62,9 @@ def _any_command(
     pass
 
 
+LM_EVALS_OWN = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+"""For a command whose flags, --help too, another program reads."""
+
 GB = 10**9
 LONGEST_MESSAGE = 1000
 NOT_OURS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP)
@@ -366,6 +369,13 @@ def evaluate(
         write_measured(path, data, asked | {"include-path": include_path, "limit": limit, "batch-size": batch_size})
         parts.append(f"Written to {path}.")
     _show(data, as_json, *parts)
+
+
+@app.command("lm-eval", context_settings=LM_EVALS_OWN)
+def lm_eval(context: typer.Context) -> None:
+    """lm-evaluation-harness's own command line, which then knows --model cospadi --model_args pretrained=DIR."""
+    _talk("off", loads_models=False)
+    importlib.import_module("cospadi.integrations.lm_eval").main(context.args)
 
 
 @app.command()
