@@ -74,7 +74,7 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="folder, hub name, N
 Folder = Annotated[
     str, typer.Argument(metavar="DIR", help="folder that `cospadi compress` wrote, or where it is on the hub")
 ]
-Either = Annotated[
+AnyModel = Annotated[
     str, typer.Argument(metavar="DIR", help="compressed or dense model: folder, hub name, or NAME@REVISION")
 ]
 Private = Annotated[bool, typer.Option("--private", help="a repository that has to be made is private")]
@@ -261,9 +261,13 @@ def push(
 ) -> None:
     """Check every byte of a compressed checkpoint and upload it to the hub, as one commit."""
     _talk("off", loads_models=False)
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
     from cospadi.format import verify
     from cospadi.model import hub
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     verify.verify(folder)
     full = repo if create_pr else hub.claim(repo, private or None)
     with _if_stopped(lambda: "Nothing was committed. The same command sends what is missing."):
@@ -304,7 +308,7 @@ def plan(
 
 @app.command("eval")
 def evaluate(
-    model: Either,
+    model: AnyModel,
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="text, or rows (.jsonl, .json, .parquet), for perplexity")
     ] = None,
@@ -417,7 +421,7 @@ def verify(folder: Folder, as_json: Json = False) -> None:
 
 @app.command()
 def generate(
-    model: Either,
+    model: AnyModel,
     prompt: Annotated[str, typer.Argument(help="text to continue")],
     tokens: Annotated[int, typer.Option(min=1, help="new tokens at most")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time")] = 0.0,
@@ -451,7 +455,7 @@ def demo(
 
 @app.command()
 def bench(
-    model: Either,
+    model: AnyModel,
     against: Annotated[str | None, typer.Option(metavar="MODEL", help="the dense model it was made of")] = None,
     low_rank: Annotated[str | None, typer.Option(metavar="DIR", help="a low-rank model of equal bytes")] = None,
     prefill: Annotated[list[int] | None, typer.Option(help="prompt lengths, repeatable  [default: 128, 512]")] = None,

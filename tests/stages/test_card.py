@@ -168,5 +168,5 @@ def test_a_card_that_cannot_be_written_is_told_before_anything_is_measured(
     (copied / "README.md").unlink()
     answer = run("eval", copied, "--text", text_file, "--card")
     assert answer.code == 2
-    assert "README.md is not there: --card writes into the card" in answer.err
+    assert f"{copied} has no card that `cospadi compress` wrote (README.md beside cospadi.json)" in answer.err
     assert "--card writes into a folder's README.md" in run("eval", "demo", "--text", text_file, "--card").err

@@ -11,6 +11,7 @@ from typing import Any
 from cospadi import files
 from cospadi.errors import UserError
 from cospadi.format import card
+from cospadi.format.manifest import MANIFEST
 
 USUAL_BATCH = 4
 
@@ -27,8 +28,10 @@ def check_card(model: str | Path) -> Path:
         raise UserError(
             f"--card writes into a folder's {card.CARD}, and {model} is no folder. Download it, or leave it out"
         )
-    if not path.is_file():
-        raise UserError(f"{path} is not there: --card writes into the card that `cospadi compress` has written")
+    if not (folder / MANIFEST).is_file() or not path.is_file():
+        raise UserError(
+            f"{folder} has no card that `cospadi compress` wrote ({card.CARD} beside {MANIFEST}) for --card"
+        )
     if not os.access(folder, os.W_OK) or not os.access(path, os.W_OK):
         raise UserError(f"{path} cannot be written: no permission")
     card.read(path)
