@@ -77,7 +77,7 @@ Folder = Annotated[
 AnyModel = Annotated[
     str, typer.Argument(metavar="DIR", help="compressed or dense model: folder, hub name, or NAME@REVISION")
 ]
-Private = Annotated[bool, typer.Option("--private", help="a repository that has to be made is private")]
+Private = Annotated[bool, typer.Option("--private", help="the repository has to be private; a new one is made so")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
 Progress = Annotated[str, typer.Option(help="progress bars: auto (on a terminal), on, off (log lines)")]
 RuntimeFlag = Annotated[
@@ -276,7 +276,7 @@ def push(
 
 
 def _pushed(pushed: Pushed) -> str:
-    return f"Uploaded: {pushed.url}\nLoads as {pushed.repo}, or for ever as {pushed.repo}@{pushed.commit}."
+    return f"Uploaded: {pushed.url}\n{pushed.repo}@{pushed.commit} names it for ever."
 
 
 @app.command()

@@ -113,7 +113,11 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/api/repos/create":
             self.create(json.loads(self.body))
         elif path == "/api/validate-yaml":
-            self.send_json({"errors": [], "warnings": []})
+            wrong = "license: nonsense" in json.loads(self.body)["content"]
+            message = '"license" must be one of [apache-2.0, ...]'
+            self.send(
+                400 if wrong else 200, json.dumps({"errors": [{"message": message}] * wrong, "warnings": []}).encode()
+            )
         elif path.startswith("/lfs/"):
             self.hub.blobs[path.removeprefix("/lfs/")] = self.body
             self.send(200, b"")
@@ -133,7 +137,8 @@ class _Handler(BaseHTTPRequestHandler):
         if action in ("", "revision"):
             oid, files = self.readable(name, wanted or "main")
             siblings = [{"rfilename": file} for file in files]
-            self.send_json({"id": name, "sha": oid, "siblings": siblings, "tags": []})
+            private = self.hub.repositories[name].private
+            self.send_json({"id": name, "sha": oid, "siblings": siblings, "tags": [], "private": private})
         elif action == "tree":
             _, files = self.readable(name, rest[0])
             self.send_json([self.entry(file, body) for file, body in sorted(files.items())])

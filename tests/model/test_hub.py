@@ -198,14 +198,17 @@ def test_a_line_that_breaks_is_tried_again_and_told_of_at_last(
 def test_weights_that_the_folder_has_not_are_deleted_and_other_files_kept(
     hub: Hub, compressed_folder: Path, run: Callable[..., Answer]
 ) -> None:
-    old = dict.fromkeys(("model-00001-of-00002.safetensors", "model.safetensors.index.json", "notes.txt"), b"old")
-    hub.create("alice/small").commit(old)
-    assert run("push", compressed_folder, "small", "--commit-message", "Fewer bits").code == 0
+    old = dict.fromkeys(("model-00001-of-00002.safetensors", "model.safetensors.index.json"), b"old")
+    kept = {"notes.txt": b"old", "onnx/model.safetensors": b"old"}
+    hub.create("alice/small").commit(old | kept)
+    answer = run("push", compressed_folder, "small", "--commit-message", "Fewer bits")
+    assert answer.code == 0
+    assert f"{', '.join(old)} of alice/small, which the folder has not, are deleted" in " ".join(answer.err.split())
     repository = hub.repositories["alice/small"]
     files = repository.files()
     assert files is not None
-    assert "notes.txt" in files
-    assert not {*old} - {"notes.txt"} & files.keys()
+    assert kept.keys() <= files.keys()
+    assert not old.keys() & files.keys()
     assert repository.messages[-1] == "Fewer bits"
     assert run("push", compressed_folder, "small", "--revision", "bits-3").code == 0
     assert repository.files("bits-3") is not None
@@ -221,6 +224,18 @@ def test_a_pull_request_to_somebody_elses_repository(
     repository = hub.repositories["bob/theirs"]
     assert repository.branches["main"] == before
     assert "cospadi.json" in (repository.files("refs/pr/1") or {})
+
+
+def test_what_the_hub_will_not_have_is_told_in_its_words(
+    hub: Hub, compressed_folder: Path, tmp_path: Path, run: Callable[..., Answer]
+) -> None:
+    hub.create("alice/open")
+    check_mistake(run("push", compressed_folder, "open", "--private"), "alice/open is on the hub already, and public")
+    folder = Path(shutil.copytree(compressed_folder, tmp_path / "out"))
+    (folder / "README.md").write_text("---\nlicense: nonsense\n---\n")
+    answer = run("push", folder, "open")
+    assert answer.code == 2
+    assert '"license" must be one of [apache-2.0, ...]' in answer.err.splitlines()[-1]
 
 
 def test_what_is_no_whole_checkpoint_is_not_pushed(

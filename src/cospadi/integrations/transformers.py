@@ -334,10 +334,10 @@ class SavePretrained:
             unknown: dict[str, Any] = {"projections": {name: {} for name in quantizer.quantization_config.projections}}
             folder, before = Path(save_directory), quantizer.manifest or unknown
             now = manifest.write_manifest(folder, before)
-            if quantizer.card is not None and not (folder / card.CARD).exists():
+            path, text = folder / card.CARD, quantizer.card
+            if text is not None and (not path.exists() or path.read_bytes() == text.encode()):  # else it is another's
                 same = manifest.tensor_hashes(now).items() >= manifest.tensor_hashes(before).items()
-                text = quantizer.card if same else card.without_measured(quantizer.card)
-                (folder / card.CARD).write_text(text, encoding="utf-8", newline="")
+                path.write_text(text if same else card.without_measured(text), encoding="utf-8", newline="")
 
 
 class PushToHub:

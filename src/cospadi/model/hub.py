@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +24,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("cospadi")
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+WEIGHTS = (".safetensors", ".safetensors.index.json")
+"""How the names of weights end, and of the list of their files."""
 SECOND_COPIES = ("consolidated*", "original/*")
 """Some models carry a second copy of their weights, which transformers does not read."""
 
+LONGEST_REASON = 400
 LOG_IN = "log in (`hf auth login`) or set HF_TOKEN"
 
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
@@ -78,7 +79,7 @@ def fetch(name: str, revision: str | None = None, weights: bool = True) -> Path:
             huggingface_hub.snapshot_download(
                 repo,
                 revision=own or revision,
-                allow_patterns=[*companions.COMPANIONS, *(WEIGHTS[:1] if weights else ())],
+                allow_patterns=[*companions.COMPANIONS, *(["*.safetensors"] if weights else [])],
                 ignore_patterns=list(SECOND_COPIES),
             )
         )
@@ -118,7 +119,7 @@ def claim(repo: str, private: bool | None = None, token: str | bool | None = Non
     """Make sure that a repository can be written to, before anything long begins; it is made where there is none.
 
     Args:
-        private: whether a new one is; None leaves it to the hub's settings of its owner.
+        private: it has to be; None leaves that of a new one to its owner's settings.
         token: None is that of HF_TOKEN or of `hf auth login`.
 
     Returns:
@@ -131,6 +132,8 @@ def claim(repo: str, private: bool | None = None, token: str | bool | None = Non
     api = _api(token)
     with _told(f"{repo} cannot be written to on the hub", repo):
         full: str = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        if private and not api.repo_info(full).private:
+            raise UserError(f"{full} is on the hub already, and public. Make it private there, or name another")
         # An upload's first request, which the hub refuses to those who may not write. (Small files: none is sent.)
         api.preupload_lfs_files(full, [CommitOperationAdd("cospadi.json", b"{}")])
     return full
@@ -173,7 +176,11 @@ def upload(
         if revision is not None and not create_pr:
             api.create_branch(repo, branch=revision, exist_ok=True)
         there = api.list_repo_files(repo, revision=None if create_pr else revision)
-        stale = [file for file in there if file not in paths and any(fnmatch(file, kind) for kind in WEIGHTS)]
+        stale = [file for file in there if file not in paths and "/" not in file and file.endswith(WEIGHTS)]
+        if stale:
+            log.warning(
+                "%s of %s, which the folder has not, are deleted; its history keeps them", ", ".join(stale), repo
+            )
         done = api.create_commit(
             repo,
             [*adding, *map(CommitOperationDelete, stale)],
@@ -238,7 +245,8 @@ def reason(error: BaseException, repo: str, revision: str | None = None) -> str:
         if type(seen).__module__.partition(".")[0].startswith("httpx") or isinstance(seen, ConnectionError):
             return f"{constants.ENDPOINT} cannot be reached ({first_line(seen)}). Check the network, and try again"
         seen = seen.__cause__ or seen.__context__
-    return first_line(error)
+    told = " ".join(str(error).split()).rstrip(".")
+    return f"{told[:LONGEST_REASON]} ..." if len(told) > LONGEST_REASON else told or type(error).__name__
 
 
 def _server_said(error: BaseException) -> str:
