@@ -231,7 +231,8 @@ def reason(error: BaseException, repo: str, revision: str | None = None) -> str:
         if isinstance(seen, errors.GatedRepoError):
             return f"it is gated. Ask for access at {url}, then {LOG_IN}"
         if isinstance(seen, errors.RevisionNotFoundError):
-            return f"it has no revision {revision or 'main'}. {url}/tree/main shows its branches and tags"
+            known = f"{url}/tree/main shows its branches and tags; a commit is named by its whole hash"
+            return f"it has no revision {revision or 'main'}. {known}"
         if isinstance(seen, errors.RepositoryNotFoundError):
             return f"there is no {url}, or it is private. Check the name; if it is private, {LOG_IN}"
         if status == 401 or isinstance(seen, errors.LocalTokenNotFoundError):
