@@ -545,6 +545,20 @@ def test_flags_say_what_a_recipe_file_says(asked: Callable[..., dict[str, Any]],
     assert over == Recipe.build(fields | {"metric": "output", "ratio": 0.4, "compensate": True})
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"ratio": 0.3, "value_bits": 16, "compensate": False, "include": ["*.q_proj", "*.[k,v]_proj"], "damping": 1e-9},
+        {"bits": 3.27, "target": "q,v", "calibration": "odd 'words'.txt", "text_only": True, "revision": "v1"},
+        {"method": "paper", "iterations": 7, "refine": 5, "share": "input", "compensate": True, "ratio": 1 / 3},
+        {"method": "compot", "bits": 4, "device": "cpu", "seed": 2**62},
+    ],
+)
+def test_a_recipe_tells_its_flags(fields: dict[str, Any], asked: Callable[..., dict[str, Any]]) -> None:
+    recipe = Recipe.build(fields)
+    assert asked(*recipe.flags())["recipe"] == recipe.model_copy(update={"device": "auto"})
+
+
 def test_a_field_that_comes_later_gets_a_flag(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -683,6 +683,7 @@ WORDS = [*STRINGS, "cpu", "cuda:99", "cuda:256", "meta", "input", "layers:2", "*
 WORDS += ["output", "uniform", "pooled", "fisher", "svd", "ksvd", "paper", "wanda", "builtin", "dense"]
 PLACES = ["FILE", "FOLDER", "MODEL", "COMPRESSED", "PLAN", "words.txt", "FILE/below", "new/below", "new", "n" * 250]
 NAMED = {"model": "MODEL", "folder": "COMPRESSED", "prompt": "12", "output": "out", "text": "words.txt"}
+NAMED |= {"repo": "nobody/model"}
 """What a parameter that must be given gets, where it is not the one that is odd."""
 
 
@@ -748,6 +749,8 @@ def test_any_flag(
     monkeypatch.setattr("cospadi.commands.bench._in_new_process", refuse)
     monkeypatch.setattr("cospadi.commands.demo.run_demo", refuse)
     monkeypatch.setattr("cospadi.jobs.ray.cluster", refuse)
+    for of_the_hub in ("claim", "upload"):
+        monkeypatch.setattr(f"cospadi.model.hub.{of_the_hub}", lambda *_, **__: refuse())
     monkeypatch.setattr("cospadi.jobs.pool._Worker", refuse)
     if find_spec("lm_eval"):  # whose own tasks are thousands of files, read in ten seconds
         few_tasks = partial(importlib.import_module("lm_eval.tasks").TaskManager, include_defaults=False)

@@ -13,11 +13,13 @@ import io
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from types import FrameType, NoneType
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
     from cospadi.jobs.progress import Stages
+    from cospadi.model.hub import Pushed
     from cospadi.runtime.layer import Runtime
 
 app = typer.Typer(
@@ -59,13 +62,22 @@ def _any_command(
     pass
 
 
+LM_EVALS_OWN = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+"""For a command whose flags, --help too, another program reads."""
+
 GB = 10**9
 LONGEST_MESSAGE = 1000
 NOT_OURS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP)
 """What a system says of a file that the user named and that nobody could read or write."""
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="model folder, hub name, or 'demo'")]
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="folder that `cospadi compress` wrote")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="folder, hub name, NAME@REVISION, or 'demo'")]
+Folder = Annotated[
+    str, typer.Argument(metavar="DIR", help="folder that `cospadi compress` wrote, or where it is on the hub")
+]
+AnyModel = Annotated[
+    str, typer.Argument(metavar="DIR", help="compressed or dense model: folder, hub name, or NAME@REVISION")
+]
+Private = Annotated[bool, typer.Option("--private", help="the repository has to be private; a new one is made so")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
 Progress = Annotated[str, typer.Option(help="progress bars: auto (on a terminal), on, off (log lines)")]
 RuntimeFlag = Annotated[
@@ -197,22 +209,74 @@ def compress(
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="sizes and recipe that `cospadi plan --measure` saved")
     ] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="REPO", help="upload the result to this hub repository, made if there is none")
+    ] = None,
+    private: Private = False,
     *,
     flags: dict[str, Any],
     as_json: Json = False,
     progress: Progress = "auto",
 ) -> None:
     """Compress a model and write a checkpoint that from_pretrained loads."""
+    if private and push is None:
+        raise UserError("--private is of --push, which is not given")
     with _if_stopped(lambda: _what_is_left(output)):
         recipe = _recipe(flags, plan)
         stages, how = _talk(progress), _how(**_part(flags, HOW))
         from cospadi.commands.compress import compressed_json, compressed_parts
         from cospadi.compress import compress as run
+        from cospadi.model import hub
 
+        repo = hub.claim(push, private or None) if push is not None else None
         with stages.shown():
             result = run(model, recipe, output, plan=plan, overwrite=overwrite, stages=stages, **how)
-    done = f"The model is compressed, and {output} is written."
-    _show(compressed_json(result, recipe), as_json, *compressed_parts(result, recipe), done=done)
+    data, parts = compressed_json(result, recipe), compressed_parts(result, recipe)
+    done, failed = f"The model is compressed, and {output} is written.", None
+    if repo is not None:
+        again = f"{shlex.join(['cospadi', 'push', str(output), repo])} uploads it"
+        with _if_stopped(lambda: f"{output} is written: {again}."):
+            try:
+                pushed = hub.upload(output, repo)
+                data["pushed"] = asdict(pushed)
+                parts.append(_pushed(pushed))
+            except UserError as error:
+                failed = UserError(f"{error}. {output} is whole: {again}")
+    _show(data, as_json, *parts, done=None if failed else done)
+    if failed:
+        raise failed
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder that `cospadi compress` wrote")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="hub repository, made if there is none")],
+    private: Private = False,
+    revision: Annotated[
+        str | None, typer.Option(metavar="BRANCH", help="branch to commit to, made if there is none  [default: main]")
+    ] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="open a pull request with the commit")] = False,
+    commit_message: Annotated[str | None, typer.Option(metavar="TEXT", help="the commit's first line")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check every byte of a compressed checkpoint and upload it to the hub, as one commit."""
+    _talk("off", loads_models=False)
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    from cospadi.format import verify
+    from cospadi.model import hub
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    verify.verify(folder)
+    full = repo if create_pr else hub.claim(repo, private or None)
+    with _if_stopped(lambda: "Nothing was committed. The same command sends what is missing."):
+        pushed = hub.upload(folder, full, commit_message, revision=revision, create_pr=create_pr)
+    _show(asdict(pushed), as_json, _pushed(pushed), done=f"{folder} is uploaded: {pushed.url}.")
+
+
+def _pushed(pushed: Pushed) -> str:
+    return f"Uploaded: {pushed.url}\n{pushed.repo}@{pushed.commit} names it for ever."
 
 
 @app.command()
@@ -244,7 +308,7 @@ def plan(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="compressed or dense model")],
+    model: AnyModel,
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="text, or rows (.jsonl, .json, .parquet), for perplexity")
     ] = None,
@@ -260,6 +324,9 @@ def evaluate(
     include_path: Annotated[Path | None, typer.Option(metavar="FOLDER", help="more task files of lm-eval's")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="the first documents of each task  [default: all]")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="windows or requests in a forward pass")] = 4,
+    card: Annotated[
+        bool, typer.Option("--card", help="write the figures into the model's card, DIR/README.md")
+    ] = False,
     device: Device = "auto",
     runtime: RuntimeFlag = "auto",
     as_json: Json = False,
@@ -276,6 +343,10 @@ def evaluate(
         raise UserError("--kl compares with a second model on a text. Give --text FILE and --against MODEL")
     stages, chosen = _talk(progress), _runtime(runtime)
     models = [model, *([against] if against else [])]
+    if card:
+        from cospadi.commands.card import check_card, write_measured
+
+        path = check_card(model)
     data: dict[str, Any] = {}
     parts: list[object] = []
     with stages.shown():
@@ -297,7 +368,18 @@ def evaluate(
             found = accuracy.measure_accuracies(models, suite, limit, batch_size, device, stages, chosen)
             data["tasks"] = accuracy.accuracy_json(found)
             parts += [accuracy.accuracy_table(found), accuracy.HOW_TO_READ]
+    if card:
+        asked = {"text": text, "text-field": text_field, "tasks": tasks, "against": against, "kl": kl, "length": length}
+        write_measured(path, data, asked | {"include-path": include_path, "limit": limit, "batch-size": batch_size})
+        parts.append(f"Written to {path}.")
     _show(data, as_json, *parts)
+
+
+@app.command("lm-eval", context_settings=LM_EVALS_OWN)
+def lm_eval(context: typer.Context) -> None:
+    """lm-evaluation-harness's own command line, which then knows --model cospadi --model_args pretrained=DIR."""
+    _talk("off", loads_models=False)
+    importlib.import_module("cospadi.integrations.lm_eval").main(context.args)
 
 
 @app.command()
@@ -320,8 +402,9 @@ def inspect(folder: Folder, as_json: Json = False) -> None:
     from cospadi.commands.inspect import inspect as look
     from cospadi.commands.inspect import inspect_table
     from cospadi.commands.tables import megabytes
+    from cospadi.model import hub
 
-    data = look(folder)
+    data = look(hub.folder_of(folder))
     _show(data, as_json, inspect_table(data), f"Whole checkpoint: {megabytes(data['checkpoint_bytes'])}.")
 
 
@@ -330,14 +413,15 @@ def verify(folder: Folder, as_json: Json = False) -> None:
     """Check every byte of a compressed checkpoint against its manifest."""
     _talk("off", loads_models=False)
     from cospadi.format import verify
+    from cospadi.model import hub
 
-    count = verify.verify(folder)
+    count = verify.verify(hub.folder_of(folder))
     _show({"tensors": count, "ok": True}, as_json, f"{folder}: all {count} tensors are as they were written.")
 
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="compressed or dense model")],
+    model: AnyModel,
     prompt: Annotated[str, typer.Argument(help="text to continue")],
     chat: Annotated[
         bool, typer.Option("--chat", help="the prompt is a message, in the form of the model's chat template")
@@ -366,7 +450,7 @@ def generate(
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="compressed or dense model")],
+    model: AnyModel,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="what the system says first")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="new tokens an answer, at most")] = 512,
     temperature: Annotated[
@@ -418,8 +502,6 @@ def demo(
     progress: Progress = "auto",
 ) -> None:
     """The whole job with no network: the built-in model, dense vs SVD-LLM vs the paper's K-SVD vs CoSpaDi."""
-    from dataclasses import asdict
-
     stages = _talk(progress)
     from cospadi.commands.demo import ITERATIONS, demo_table, run_demo
 
@@ -431,7 +513,7 @@ def demo(
 
 @app.command()
 def bench(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="compressed or dense model")],
+    model: AnyModel,
     against: Annotated[str | None, typer.Option(metavar="MODEL", help="the dense model it was made of")] = None,
     low_rank: Annotated[str | None, typer.Option(metavar="DIR", help="a low-rank model of equal bytes")] = None,
     prefill: Annotated[list[int] | None, typer.Option(help="prompt lengths, repeatable  [default: 128, 512]")] = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from cospadi.errors import CheckpointError, UserError, first_line
+
+log = logging.getLogger("cospadi")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -30,6 +33,25 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return value
+
+
+def beside(folder: Path, name: str) -> Path:
+    """A file of a model's folder, there or not. Into a folder of the hub's cache it is fetched from
+    the commit that the folder is of, or a warning tells that it could not be.
+    """
+    path, repository = folder / name, folder.parent.parent
+    if path.exists() or folder.parent.name != "snapshots" or not repository.name.startswith("models--"):
+        return path
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    repo = repository.name.removeprefix("models--").replace("--", "/")
+    try:
+        hf_hub_download(repo, name, revision=folder.name, cache_dir=repository.parent)
+    except Exception as error:  # many kinds: no network, no access; or there is no such file, as is well
+        if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):
+            log.warning("%s of %s cannot be fetched, and is done without (%s)", name, repo, first_line(error))
+    return path
 
 
 def local_path(name: str | Path, what: str) -> Path:

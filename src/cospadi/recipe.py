@@ -334,6 +334,24 @@ class Recipe(BaseModel):
             more = f"; and {len(problems) - MOST_PROBLEMS} more" if len(problems) > MOST_PROBLEMS else ""
             raise UserError(where + "; ".join(map(_sentence, problems[:MOST_PROBLEMS])) + more) from None
 
+    def flags(self) -> list[str]:
+        """The flags of `cospadi compress` that ask for this recipe: its ratio or bits, and what is not as it is by
+        default or by its method. The device, which is the machine's, is none of them."""
+        usual = Recipe().model_dump(mode="json") | METHODS[self.method].fields
+        usual |= {"method": "sparse" if self.bits is None else "coded", "device": self.device}
+        usual["ratio"] = None if self.bits is None else self.ratio
+        words: list[str] = []
+        for name, value in self.model_dump(mode="json").items():
+            flag = name.replace("_", "-")
+            if value is None or value == usual[name]:
+                continue
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+                continue
+            for one in value if isinstance(value, list) else [value]:
+                words += [f"--{flag}", str(one).removesuffix(".0") if isinstance(one, float) else str(one)]
+        return words
+
     def to_yaml(self) -> str:
         """The whole recipe as YAML: defaults too."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

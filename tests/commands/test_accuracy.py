@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
+import signal
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -187,6 +190,74 @@ def test_shared_tasks_on_a_trained_model(accuracy: Any, shared_model: Callable[[
     scores = [log_likelihoods(folder, document["query"], document["choices"]) for document in documents]
     right = [float(np.argmax(each) == document["gold"]) for each, document in zip(scores, documents, strict=True)]
     assert found["local_copa"]["acc"] == right
+
+
+def results_of(folder: Path) -> dict[tuple[str, str], list[float]]:
+    """Task and metric -> 1 or 0 a document, as lm-eval has logged them."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for path in folder.rglob("samples_*.jsonl"):
+        task = path.name.removeprefix("samples_").rpartition("_")[0]
+        for document in sorted(map(json.loads, path.read_text().splitlines()), key=lambda line: int(line["doc_id"])):
+            for metric in {"acc", "acc_norm"} & document.keys():
+                found.setdefault((task, metric), []).append(document[metric])
+    return found
+
+
+@pytest.fixture
+def lm_eval_alone(accuracy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval's own command without its own tasks."""
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", accuracy.TaskManager)
+
+
+@pytest.mark.usefixtures("lm_eval_alone")
+def test_lm_evals_own_command_gives_the_same_answers(
+    tasks: Path, compressed_folder: Path, measured: list[tuple[str, Any]], run: Callable[..., Answer], tmp_path: Path
+) -> None:
+    words = ["--model_args", f"pretrained={compressed_folder}", "--tasks", "sums,halves", "--include_path", tasks]
+    told = run("lm-eval", "--model", "cospadi", *words, "--batch_size", 4, "--output_path", tmp_path, "--log_samples")
+    assert told.code == 0, told.err
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # or processes of lm-eval's would not end
+    found, (_, mine) = results_of(tmp_path), measured[0]
+    for metric in ("acc", "acc_norm"):
+        assert found["sums", metric] == mine["sums"][metric]
+        assert found["sums", metric] + found["halves", metric] == mine["both"][metric]
+    assert re.search(r"\|sums +\|.*\|acc +\|", told.out)
+
+
+@pytest.mark.usefixtures("lm_eval_alone")
+def test_lm_evals_own_command_on_the_shared_tasks(
+    accuracy: Any, shared_model: Callable[[str], Path], run: Callable[..., Answer], tmp_path: Path
+) -> None:
+    folder = shared_model("stories260k")
+    if not TASKS.is_dir():
+        pytest.skip(f"the shared tasks are not on this machine ({TASKS})")
+    names = sorted(path.stem for path in TASKS.glob("local_*.yaml"))
+    ((_, mine),) = accuracy.measure_accuracies([folder], accuracy.open_suite(names, TASKS), limit=2)
+    words = ["--model_args", f"pretrained={folder}", "--tasks", ",".join(names), "--include_path", TASKS]
+    words += ["--limit", 2, "--batch_size", 4, "--output_path", tmp_path, "--log_samples"]
+    assert run("lm-eval", "--model", "cospadi", *words).code == 0
+    found = results_of(tmp_path)
+    assert found == {(name, metric): values for name in names for metric, values in mine[name].items()}
+    assert len(names) == 7
+
+
+@pytest.mark.usefixtures("lm_eval_alone")
+def test_lm_evals_own_mistakes_are_sentences(tasks: Path, dense_folder: Path, run: Callable[..., Answer]) -> None:
+    words = ["--tasks", "sums", "--include_path", tasks, "--model_args"]
+    answer = run("lm-eval", "--model", "cospadi", *words, f"pretrained={dense_folder}x")
+    assert answer.code == 2
+    assert answer.err.splitlines()[-1] == f"error: model folder {dense_folder}x does not exist"
+    answer = run("lm-eval", "--model", "nothing", *words, f"pretrained={dense_folder}")
+    assert answer.code == 2
+    assert "error: lm-eval stops with ValueError: Attempted to load model 'nothing'" in answer.err.splitlines()[-1]
+
+
+def test_the_entry_point_names_the_model_type(accuracy: Any) -> None:
+    from lm_eval.api.registry import get_model
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    module, _, name = project["entry-points"]["lm_eval.models"]["cospadi"].partition(":")
+    assert getattr(importlib.import_module(module), name) is get_model("cospadi")
 
 
 @pytest.mark.parametrize(

@@ -103,10 +103,7 @@ def new_manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     recorded error is dropped.
     """
     files = hash_files(folder)
-    before = {
-        tensor: digest for entry in content.get("files", {}).values() for tensor, digest in entry["tensors"].items()
-    }
-    now = {tensor: digest for entry in files.values() for tensor, digest in entry["tensors"].items()}
+    before, now = tensor_hashes(content), tensor_hashes({"files": files})
     differing = {tensor for tensor, digest in before.items() if now.get(tensor) != digest}
     changed = {tensor.rpartition(".")[0] for tensor in differing}
     stored = read_config(folder)
@@ -118,6 +115,13 @@ def new_manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
         for name, entry in content.get("projections", {}).items()
     }
     return content | {"format_version": spell(stored)[0], "projections": projections, "files": files}
+
+
+def tensor_hashes(content: Mapping[str, Any]) -> dict[str, str]:
+    """Tensor -> sha256 of its bytes, as a manifest says; nothing where it has no hashes."""
+    return {
+        tensor: digest for entry in content.get("files", {}).values() for tensor, digest in entry["tensors"].items()
+    }
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
@@ -21,7 +22,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from cospadi import compat
 from cospadi.errors import CheckpointError, UserError
 from cospadi.experts import is_adapted, restack, unstack
-from cospadi.format import manifest, safetensors, schema, verify
+from cospadi.files import beside
+from cospadi.format import card, manifest, safetensors, schema, verify
 from cospadi.format.safetensors import open_file
 from cospadi.format.schema import SENTINEL, StoredProjection
 from cospadi.runtime.layer import CompressedLinear
@@ -80,6 +82,8 @@ class CospadiQuantizer(HfQuantizer):
     """The model trains as it is: gradients pass through every layer, and reach what is a parameter of it. Norms,
     embeddings, biases, dictionaries, and values that are stored as they are or were unpacked; packed values stay."""
     manifest: dict[str, Any] | None = None
+    card: str | None = None
+    """The model card that lay beside what was loaded."""
     quantization_config: CospadiConfig
     files: tuple[Path, ...] = ()
     """Where the tensors were loaded from."""
@@ -124,6 +128,9 @@ class CospadiQuantizer(HfQuantizer):
                 if part in recorded:
                     recorded[part] = {names.get(name, name): what for name, what in recorded[part].items()}
             self.manifest = recorded
+        if self.files and (path := beside(self.files[0].parent, card.CARD)).is_file():
+            with suppress(UserError):  # a model is not refused for its card
+                self.card = card.read(path)
         return model
 
     def _holders(self, projections: Mapping[str, StoredProjection], device_map: Any) -> dict[str, str]:
@@ -149,6 +156,7 @@ class CospadiQuantizer(HfQuantizer):
         for file in map(_lexical, files):
             if file.parent != folder or (root.is_dir() and root not in file.parents):
                 raise CheckpointError(f"the checkpoint's index names {file}, a path that leaves its folder")
+        beside(folder, manifest.MANIFEST)
         recorded = manifest.read_manifest(folder, projections)
         present = compat.places_in_model(model, verify.check_files(files, projections))
         found = {name for place in present.values() for name in place.names}
@@ -175,7 +183,7 @@ class CospadiQuantizer(HfQuantizer):
             if isinstance(module, CompressedLinear):
                 module.replaces_code = one_place  # what is offloaded comes and goes as it is stored
                 module.prepare(model.dtype)
-        model.save_pretrained = SavePretrained(model)
+        model.save_pretrained, model.push_to_hub = SavePretrained(model), PushToHub(model)
         meet_peft()
         return model
 
@@ -207,7 +215,7 @@ class CospadiQuantizer(HfQuantizer):
         entries = self.quantization_config.parsed()
         restack(model)
         compat.untie(model, (f"{name}.{entry.form.names.dictionary}" for name, entry in entries.items()))
-        del model.save_pretrained
+        del model.save_pretrained, model.push_to_hub
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -297,7 +305,7 @@ def _lexical(path: Path) -> Path:
 
 
 class SavePretrained:
-    """A compressed model's `save_pretrained`: that of its class, then a new manifest for what it wrote.
+    """A compressed model's `save_pretrained`: that of its class, then a new manifest for what it wrote, and the card.
 
     It stands on the instance, since the class is transformers'; a class of its own lets the model be pickled.
     """
@@ -326,4 +334,50 @@ class SavePretrained:
             type(self.model).save_pretrained(self.model, save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             unknown: dict[str, Any] = {"projections": {name: {} for name in quantizer.quantization_config.projections}}
-            manifest.write_manifest(Path(save_directory), quantizer.manifest or unknown)
+            folder, before = Path(save_directory), quantizer.manifest or unknown
+            now = manifest.write_manifest(folder, before)
+            path, text = folder / card.CARD, quantizer.card
+            if text is not None and (not path.exists() or path.read_bytes() == text.encode()):  # else it is another's
+                same = manifest.tensor_hashes(now).items() >= manifest.tensor_hashes(before).items()
+                path.write_text(text if same else card.without_measured(text), encoding="utf-8", newline="")
+
+
+class PushToHub:
+    """A compressed model's `push_to_hub`: what `save_pretrained` writes, its manifest and its card with it.
+
+    That of its class would put a card of its own in place of the model's.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        max_shard_size: int | str | None = "50GB",
+        tags: list[str] | None = None,
+        **commit: Any,
+    ) -> str:
+        """As `PreTrainedModel.push_to_hub`; gives back the commit's address.
+
+        Args:
+            commit: commit_message, commit_description, revision (a branch) and create_pr.
+
+        Raises:
+            UserError: the hub cannot be reached or does not let the model be written; nothing was committed.
+        """
+        if compat.has_adapters(self.model):  # which alone are uploaded
+            asked = {"private": private, "token": token, "max_shard_size": max_shard_size, "tags": tags}
+            return type(self.model).push_to_hub(self.model, repo_id, **asked, **commit)  # type: ignore[no-any-return]
+        from cospadi.model import hub  # inference does without
+
+        repo = repo_id if commit.get("create_pr") else hub.claim(repo_id, private, token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.model.save_pretrained(folder, max_shard_size=max_shard_size)
+            path = Path(folder) / card.CARD
+            if tags and path.is_file():
+                path.write_text(card.tagged(card.read(path), tags), encoding="utf-8", newline="")
+            return hub.upload(Path(folder), repo, token=token, **commit).url

@@ -19,10 +19,9 @@ from cospadi import compat, files
 from cospadi.errors import CheckpointError, UserError, first_line
 from cospadi.format import safetensors
 from cospadi.format.safetensors import WrittenTensor
-from cospadi.model import adapters, companions
+from cospadi.model import adapters, hub
 from cospadi.model.blocks import Blocks, StoredWeight
 from cospadi.model.classes import auto_class
-from cospadi.model.hub import cache_trouble, model_cache
 from cospadi.model.projections import decoder_blocks
 
 log = logging.getLogger("cospadi")
@@ -57,6 +56,7 @@ def resolve(model: str | Path, revision: str | None = None, weights: bool = True
     """The local folder of a model; a hub model is downloaded (its weights only if asked).
 
     Args:
+        model: folder, "demo", or a hub name, with its revision after an @ or apart.
         merge_adapter: the folder is to hold a PEFT adapter, alone or beside a model.
 
     Raises:
@@ -90,26 +90,11 @@ def _found(model: str | Path, revision: str | None, weights: bool, merge_adapter
         if not (path / "config.json").is_file():
             raise UserError(f"{path} is not a model folder: it has no config.json")
         return path
-    name = str(model)
     if path.exists():
         raise UserError(f"{path} is a file; a model is a folder with config.json and safetensors files")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"model folder {name} does not exist")
-    import huggingface_hub
-
-    try:
-        wanted = [*companions.COMPANIONS, *(["*.safetensors"] if weights else [])]
-        # Some models carry a second copy of their weights, which transformers does not read.
-        unwanted = ["consolidated*", "original/*"]
-        return Path(
-            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted)
-        )
-    except Exception as error:  # many kinds: no network, no such repository, no access, a bad name
-        if trouble := cache_trouble(error):
-            raise UserError(f"model {name} cannot be fetched: {trouble}") from None
-        raise UserError(
-            f"model {name} is neither a local folder nor to be had from the hub: {first_line(error)}"
-        ) from None
+    if hub.is_path(model):
+        raise UserError(f"model folder {model} does not exist")
+    return hub.fetch(str(model), revision, weights)
 
 
 def source_folder(name: str) -> Path | None:
@@ -118,9 +103,9 @@ def source_folder(name: str) -> Path | None:
         path = files.local_path(name, "model")
     except UserError:
         return None
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if path.exists() or hub.is_path(name):
         return path
-    return resolve(DEMO) if name == DEMO else model_cache(name)
+    return resolve(DEMO) if name == DEMO else hub.model_cache(name)
 
 
 def check_numbers(folder: Path) -> None:
@@ -271,8 +256,9 @@ def _stored_sizes(model: str | Path, folder: Path, revision: str | None) -> dict
         return None
     import huggingface_hub
 
+    repo, own = hub.split_name(model)
     try:
-        metadata = huggingface_hub.get_safetensors_metadata(str(model), revision=revision)
+        metadata = huggingface_hub.get_safetensors_metadata(repo, revision=own or revision)
     except Exception:  # the figure is a courtesy
         return None
     return {
@@ -461,7 +447,7 @@ def load(model: str | Path, device: str = "auto", revision: str | None = None) -
     """A compressed or dense model, ready to run, in the dtype it is stored in.
 
     Args:
-        model: folder, hub name or "demo".
+        model: folder, hub name (or NAME@REVISION), or "demo".
         device: auto, cpu, cuda or cuda:N.
 
     Raises:

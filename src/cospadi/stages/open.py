@@ -30,7 +30,7 @@ from cospadi.format.manifest import MANIFEST, weights_digest
 from cospadi.jobs.ledger import REPLACED, JobDirectory, Ledger
 from cospadi.jobs.pool import Engine, Pool, Task, device_model
 from cospadi.jobs.progress import Stages
-from cospadi.model import adapters, load
+from cospadi.model import adapters, hub, load
 from cospadi.model.blocks import Blocks
 from cospadi.model.merge import merge_adapter
 from cospadi.model.projections import find_projections, running, select, shared_inputs, what_stays_dense
@@ -50,7 +50,8 @@ class Job:
     Attributes:
         asked: the recipe as it was given. recipe: the same, settled.
         blocks: the model.
-        folder: where it was read from; None for one that came loaded. hub_name: where the folder came from, or None.
+        folder: where it was read from; None for one that came loaded. source: the same before an adapter was merged.
+        hub_name, hub_revision: where the folder came from, or None; the revision where the name had one.
         tokenizer: the model's, or None.
         owner: projection -> the first reader of its input.
         uniform: the plan that gives every group the recipe's ratio.
@@ -66,7 +67,9 @@ class Job:
     recipe: Recipe
     blocks: Blocks
     folder: Path | None
+    source: Path | None
     hub_name: str | None
+    hub_revision: str | None
     tokenizer: Any
     owner: Mapping[str, str]
     uniform: Plan
@@ -140,16 +143,17 @@ def opened(
     """
     settled = recipe.settled()
     with ExitStack() as stack:
-        folder, hub_name = None, None
+        folder, source, hub_name, hub_revision = None, None, None, None
         if isinstance(model, nn.Module):
             if recipe.merge_adapter:
                 raise UserError("merge_adapter is for a model on the disk. Merge a loaded one with merge_and_unload()")
             blocks = _given(model)
         else:
             device = load.pick_device(recipe.device)
-            hub_name = None if Path(model).exists() else str(model)
+            if not Path(model).exists():
+                hub_name, hub_revision = hub.split_name(model)
             with stages.stage("load", 1):
-                folder = load.resolve(model, recipe.revision, merge_adapter=recipe.merge_adapter)
+                folder = source = load.resolve(model, recipe.revision, merge_adapter=recipe.merge_adapter)
                 converted = ledger.scratch or Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 if recipe.merge_adapter:
                     folder = merge_adapter(folder, converted, recipe.text_only)
@@ -185,8 +189,8 @@ def opened(
         stack.callback(spill.close)
         pool = stack.enter_context(engine.open(blocks.device))
         yield Job(
-            recipe, settled, blocks, folder, hub_name, tokenizer, owner, uniform, stages, ledger, spill, pool,
-            cache_bytes,
+            recipe, settled, blocks, folder, source, hub_name, hub_revision, tokenizer, owner, uniform, stages, ledger,
+            spill, pool, cache_bytes,
         )  # fmt: skip
 
 
@@ -239,6 +243,8 @@ def begin(job: Job, plan: Plan | None) -> None:
             with job.stages.stage("load", 1):
                 digest = weights_digest(folder)
     job.origin = {"model": job.hub_name, "weights_sha256": digest}
+    if job.hub_revision is not None:
+        job.origin["revision"] = job.hub_revision
     if isinstance(ledger, JobDirectory):
         identity = {
             "recipe": job.asked.model_dump(mode="json"),

@@ -17,6 +17,7 @@ from cospadi import __about__, files
 from cospadi.budget.plan import Plan
 from cospadi.calibration.documents import DEFAULT_DATASET
 from cospadi.format import safetensors
+from cospadi.format.card import CARD
 from cospadi.format.form import dense_bytes
 from cospadi.format.manifest import MANIFEST, write_manifest
 from cospadi.format.schema import StoredProjection
@@ -44,6 +45,7 @@ def finish(job: Job, plan: Plan, pieces: Sequence[Piece], output: Path | None) -
         load_factors(job.blocks.model, [packed_of(piece) for piece in pieces])
         quantizer = quantizer_of(job.blocks.model)
         quantizer.manifest, quantizer.carried = manifest, {} if job.recipe.text_only else dict(job.blocks.unknown)
+        quantizer.card = model_card(job, plan, manifest, None)
     if output is None:
         return manifest
     if was_written(job.ledger, output):
@@ -149,7 +151,7 @@ def write(
                 companions.copy_companions(folder, staging)
             elif job.tokenizer is not None:
                 job.tokenizer.save_pretrained(staging)
-            (staging / "README.md").write_text(model_card(plan, manifest), encoding="utf-8")
+            (staging / CARD).write_text(model_card(job, plan, manifest, staging), encoding="utf-8", newline="\n")
             manifest = write_manifest(staging, manifest)
         with job.stages.stage("prove", 2) as progress:
             progress.reach(1)
