@@ -55,7 +55,11 @@ def read_levels(stored: Tensor) -> Levels | Tensor:
     Raises:
         CheckpointError: it is damaged.
     """
-    numbers, outputs, inputs = EC.decode_levels(stored)
+    return hold_levels(*EC.decode_levels(stored))
+
+
+def hold_levels(numbers: Tensor, outputs: Tensor, inputs: Tensor) -> Levels | Tensor:
+    """Levels int16 (d2, d1), contiguous, with the steps of outputs and inputs: as `read_levels`."""
     for bits in WIDTHS:
         counts = _count_large(numbers, bits)
         if int(counts.sum()) <= MOST_BESIDE * numbers.numel():
