@@ -1,0 +1,101 @@
+"""vLLM serves what this package writes: the tokens of transformers, of every form, family and number of devices."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import llama_config
+from forms import write_mixed
+from transformers import AutoModelForCausalLM
+
+import cospadi
+from cospadi.format.codecs.integers import INTEGERS
+from cospadi.format.form import FORMS, Form
+from cospadi.model.projections import find_projections
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed", allow_module_level=True)
+
+pytestmark = pytest.mark.vllm
+
+PROMPTS = [[7, 3, 11, 250, 9, 14], [1, 30], list(range(40, 75)), [5]]
+NEW = 12
+"""Tokens that are generated."""
+
+
+@pytest.fixture(autouse=True)
+def small_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine in this process, of little memory."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+@contextmanager
+def engine(folder: Path, **options: Any) -> Iterator[Any]:
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(str(folder), dtype="float32", max_model_len=64, skip_tokenizer_init=True, **{"enforce_eager": True} | options)
+    try:
+        yield llm
+    finally:
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def tokens_of_vllm(folder: Path, **options: Any) -> list[list[int]]:
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
+    with engine(folder, **options) as llm:
+        found = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], greedy, use_tqdm=False)
+        return [list(one.outputs[0].token_ids) for one in found]
+
+
+def tokens_of_transformers(folder: Path) -> list[list[int]]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        made = model.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)
+        found.append(made[0, len(prompt) :].tolist())
+    return found
+
+
+FEW = [form for form in FORMS if form.values not in INTEGERS or form.values in ("int3g64", "int8")]
+"""Forms that models are made of: two kinds of integers stand for all."""
+
+
+def some_forms() -> list[dict[str, Form | None]]:
+    """Forms by kind of projection, of models that have all forms, dense projections among them, mixed in all layers."""
+    kinds, models = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], []
+    identity = [form for form in FEW if form.dictionary == "identity"]
+    stored = [form for form in FEW if form.dictionary == "stored"]
+    left: list[Form | None] = [*identity, None, *stored, None]
+    while left:
+        part, left = left[:7], left[7:]
+        models.append(dict(zip(kinds, cycle(part), strict=False)))
+    return models
+
+
+@pytest.fixture(scope="module")
+def served_config() -> Any:
+    """Of a model that vLLM's attention takes."""
+    return llama_config(hidden_size=64, head_dim=32)
+
+
+@pytest.mark.parametrize("forms", some_forms(), ids=str)
+def test_every_form_gives_the_tokens_of_transformers(
+    forms: dict[str, Form | None], served_config: Any, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_mixed(forms.get, make_model(served_config, torch.float32), tmp_path / "mixed")
+    assert tokens_of_vllm(tmp_path / "mixed") == tokens_of_transformers(tmp_path / "mixed")
