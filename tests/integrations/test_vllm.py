@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import llama_config
 from forms import write_mixed
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import cospadi
 from cospadi.format.codecs.integers import INTEGERS
@@ -43,10 +43,13 @@ def engine(folder: Path, **options: Any) -> Iterator[Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    llm = LLM(str(folder), dtype="float32", max_model_len=64, skip_tokenizer_init=True, **{"enforce_eager": True} | options)
+    llm = LLM(
+        str(folder), dtype="float32", max_model_len=64, skip_tokenizer_init=True, **{"enforce_eager": True} | options
+    )
     try:
         yield llm
     finally:
+        llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
@@ -99,3 +102,45 @@ def test_every_form_gives_the_tokens_of_transformers(
 ) -> None:
     write_mixed(forms.get, make_model(served_config, torch.float32), tmp_path / "mixed")
     assert tokens_of_vllm(tmp_path / "mixed") == tokens_of_transformers(tmp_path / "mixed")
+
+
+@pytest.mark.parametrize("kv_heads", [2, 1], ids=["kv heads shared out", "kv heads on both"])
+@pytest.mark.parametrize("forms", some_forms(), ids=range(len(some_forms())))
+def test_two_devices_give_the_tokens_of_one(
+    forms: dict[str, Form | None],
+    kv_heads: int,
+    make_model: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = llama_config(hidden_size=64, head_dim=32, num_key_value_heads=kv_heads)
+    write_mixed(forms.get, make_model(config, torch.float32), tmp_path / "mixed")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    assert tokens_of_vllm(tmp_path / "mixed", tensor_parallel_size=2) == tokens_of_transformers(tmp_path / "mixed")
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 260, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 256, "eos_token_id": 257,
+    "pad_token_id": 0,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mistral": {"head_dim": 32},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+    "gemma": {"head_dim": 32},
+    "phi3": {},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+}
+
+
+@pytest.mark.parametrize("recipe", [{"ratio": 0.3}, {"bits": 4}], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_give_the_tokens_of_transformers(
+    family: str, recipe: dict[str, Any], make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = AutoConfig.for_model(family, **SIZES | FAMILIES[family])
+    dense = make_model(config, torch.float32)
+    cospadi.compress(dense, {"metric": "weights", "iterations": 8} | recipe, tmp_path / "out")
+    assert tokens_of_vllm(tmp_path / "out") == tokens_of_transformers(tmp_path / "out")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from cospadi.errors import CheckpointError, UserError
+from cospadi.errors import UserError
 from cospadi.format import schema
 from cospadi.format.schema import StoredProjection
 from cospadi.model import load
@@ -22,7 +22,6 @@ class CospadiConfig(QuantizationConfig):  # type: ignore[misc]
         projections: name -> entry; owners are named likewise.
         dictionaries: owner -> its dictionary as stored, bf16 (k, d1), once it is loaded. Projections of several layers
             may share one.
-        dense_experts: as `projections`, name of a stacked parameter of experts -> whether some of them are compressed.
     """
 
     def __init__(self, projections: Mapping[str, StoredProjection]) -> None:
@@ -77,6 +76,7 @@ class CospadiConfig(QuantizationConfig):  # type: ignore[misc]
             UserError: a layer of this kind cannot be compressed in vLLM.
         """
         # Layers import much of vLLM, which a process that only reads configurations does without.
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
         if isinstance(layer, LinearBase):
@@ -86,6 +86,12 @@ class CospadiConfig(QuantizationConfig):  # type: ignore[misc]
             if any(name in self.projections for name in names):
                 return CospadiLinearMethod(self, names)
             return UnquantizedLinearMethod()
+        if isinstance(layer, RoutedExperts) and any(name.startswith(f"{prefix}.") for name in self.projections):
+            from cospadi.integrations.vllm.experts import DenseExpertsMethod, ExpertsLoader
+
+            return DenseExpertsMethod(ExpertsLoader(self, layer, prefix))
+        if prefix in self.projections:
+            raise UserError(f"{prefix} is compressed, and {type(layer).__name__} in vLLM takes a dense one only")
         return None
 
     def _members(self, prefix: str) -> list[str]:
