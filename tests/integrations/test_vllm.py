@@ -19,7 +19,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import cospadi
 from cospadi.format.codecs.integers import INTEGERS
 from cospadi.format.form import FORMS, Form
-from cospadi.model.projections import find_projections
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed", allow_module_level=True)

@@ -1,4 +1,4 @@
-"""What vLLM asks of a `quantization_config`: whether the checkpoint can be used, and who multiplies with which layer."""
+"""What vLLM asks of a `quantization_config`: whether the checkpoint can be used, and who multiplies which layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cospadi.format.schema import StoredProjection
 from cospadi.model import load
 
 
-class CospadiConfig(QuantizationConfig):  # type: ignore[misc]
+class CospadiConfig(QuantizationConfig):
     """The compressed projections of a model, by the names that vLLM's modules have.
 
     Attributes:
@@ -55,7 +55,7 @@ class CospadiConfig(QuantizationConfig):  # type: ignore[misc]
         return cls(schema.parse_projections(config.get("projections", {}), version))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Refuse a damaged checkpoint as transformers would, before there are any workers. (A hub's model is downloaded.)
+        """Refuse a damaged checkpoint as transformers would, before there are workers. (One of the hub is downloaded.)
 
         Raises:
             UserError: it cannot be loaded. CheckpointError: it is damaged.
@@ -95,7 +95,7 @@ class CospadiConfig(QuantizationConfig):  # type: ignore[misc]
         return None
 
     def _members(self, prefix: str) -> list[str]:
-        """The projections that vLLM keeps in a layer: model.layers.0.mlp.gate_up_proj -> gate_proj and up_proj of it."""
+        """The projections that a layer of vLLM holds: model.layers.0.mlp.gate_up_proj -> its gate_proj and up_proj."""
         path, _, leaf = prefix.rpartition(".")
         members = self.packed_modules_mapping.get(leaf, [leaf])
         return [f"{path}.{member}" if path else member for member in members]

@@ -91,7 +91,7 @@ class ExpertsLoader:
             yield f"{expert}.{leaf}.{SENTINEL}", part
 
 
-class DenseExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]
+class DenseExpertsMethod(UnquantizedFusedMoEMethod):
     """vLLM's own for dense experts, of a layer that takes compressed ones, too."""
 
     def __init__(self, loader: ExpertsLoader) -> None:

@@ -145,9 +145,7 @@ class Part:
                 numbers = numbers[self.outputs][:, atoms].contiguous()
                 outputs, inputs = outputs[self.outputs], inputs[atoms]
             levels = hold_levels(numbers, outputs, inputs)
-            if isinstance(levels, Levels):
-                return Leveled(Levels(*(tensor.to(device) for tensor in levels)))
-            return Dense(levels.to(device, dtype))
+            return Leveled(levels).to(device) if isinstance(levels, Levels) else Dense(levels.to(device, dtype))
         there = None if support is None else like.new_empty(0, dtype=support.dtype)
         if support is not None and op.has_kernel(
             like, there, like.new_empty(0, dtype=values.dtype), form.support, form.values
@@ -156,13 +154,13 @@ class Part:
                 support, values = cut(entry, support, values, self.outputs, atoms)
             offsets = form.support_kind.offsets(support)
             assert offsets is not None
-            tensors = (tensor.to(device) for tensor in (support, values, offsets))
-            return Packed(*tensors, int(atoms.sum()), form.support, form.values)
+            packed = Packed(support, values, offsets, int(atoms.sum()), form.support, form.values)
+            return packed.to(device)
         matrix = op.coefficients(support, values, None, entry.d2, entry.k, form.support, form.values, dtype)
         return Dense((matrix if whole else matrix[self.outputs][:, atoms]).contiguous().to(device))
 
 
-class CospadiLinearMethod(LinearMethodBase):  # type: ignore[misc]
+class CospadiLinearMethod(LinearMethodBase):
     """Of one layer, which holds compressed projections and perhaps dense ones.
 
     Once its tensors are loaded, the layer has the modules `products`, for each dictionary that it reads, and `factors`,
@@ -220,7 +218,7 @@ class CospadiLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def _take(self, leaf: str, _: Tensor, loaded: Tensor, shard: str | int | None = None) -> None:
         """What vLLM calls with each tensor of the checkpoint."""
-        part = self.parts[SHARDS.get(shard, shard) if shard is not None else 0]  # type: ignore[arg-type,call-overload]
+        part = self.parts[SHARDS.get(shard, shard) if shard is not None else 0]  # type: ignore[arg-type]
         if part.entry is not None and leaf == SENTINEL:
             return
         if part.entry is not None and leaf == part.entry.form.names.dictionary:
