@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import llama_config
+from damage import damaged
 from forms import write_mixed
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import cospadi
 from cospadi.format.codecs.integers import INTEGERS
 from cospadi.format.form import FORMS, Form
+from cospadi.format.schema import read_config
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed", allow_module_level=True)
@@ -54,13 +59,17 @@ def engine(folder: Path, **options: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
-def tokens_of_vllm(folder: Path, **options: Any) -> list[list[int]]:
+def generate(llm: Any) -> list[list[int]]:
     from vllm import SamplingParams
 
     greedy = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
+    found = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], greedy, use_tqdm=False)
+    return [list(one.outputs[0].token_ids) for one in found]
+
+
+def tokens_of_vllm(folder: Path, **options: Any) -> list[list[int]]:
     with engine(folder, **options) as llm:
-        found = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], greedy, use_tqdm=False)
-        return [list(one.outputs[0].token_ids) for one in found]
+        return generate(llm)
 
 
 def tokens_of_transformers(folder: Path) -> list[list[int]]:
@@ -103,6 +112,10 @@ def test_every_form_gives_the_tokens_of_transformers(
     assert tokens_of_vllm(tmp_path / "mixed") == tokens_of_transformers(tmp_path / "mixed")
 
 
+TWO = "0|1"
+"""Cores of two devices."""
+
+
 @pytest.mark.parametrize("kv_heads", [2, 1], ids=["kv heads shared out", "kv heads on both"])
 @pytest.mark.parametrize("forms", some_forms(), ids=range(len(some_forms())))
 def test_two_devices_give_the_tokens_of_one(
@@ -114,7 +127,7 @@ def test_two_devices_give_the_tokens_of_one(
 ) -> None:
     config = llama_config(hidden_size=64, head_dim=32, num_key_value_heads=kv_heads)
     write_mixed(forms.get, make_model(config, torch.float32), tmp_path / "mixed")
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", TWO)
     assert tokens_of_vllm(tmp_path / "mixed", tensor_parallel_size=2) == tokens_of_transformers(tmp_path / "mixed")
 
 
@@ -143,3 +156,103 @@ def test_families_give_the_tokens_of_transformers(
     dense = make_model(config, torch.float32)
     cospadi.compress(dense, {"metric": "weights", "iterations": 8} | recipe, tmp_path / "out")
     assert tokens_of_vllm(tmp_path / "out") == tokens_of_transformers(tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "phi3", "olmoe"])
+def test_families_on_two_devices(
+    family: str, make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Biases added once, a projection that is stored merged, experts."""
+    dense = make_model(AutoConfig.for_model(family, **SIZES | FAMILIES[family]), torch.float32)
+    cospadi.compress(dense, {"metric": "weights", "iterations": 1, "ratio": 0.3}, tmp_path / "out")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", TWO)
+    assert tokens_of_vllm(tmp_path / "out", tensor_parallel_size=2) == tokens_of_transformers(tmp_path / "out")
+
+
+def test_a_dictionary_of_several_blocks(served_config: Any, make_model: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = {"metric": "weights", "ratio": 0.3, "solver": "svd", "share": "layers:2"}
+    cospadi.compress(make_model(served_config, torch.float32), recipe, tmp_path / "out")
+    owners = {entry.owner for entry in read_config(tmp_path / "out").values()}
+    assert len(owners) < len(read_config(tmp_path / "out"))
+    assert tokens_of_vllm(tmp_path / "out") == tokens_of_transformers(tmp_path / "out")
+
+
+@pytest.mark.parametrize("recipe", [{"ratio": 0.3}, {"bits": 3}, {"ratio": 0.3, "solver": "eigen"}], ids=str)
+def test_a_trained_model_compiled_batched_in_chunks_and_from_the_cache(
+    recipe: dict[str, Any], shared_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Two requests at a time of four, prompts in parts of 16 tokens; what is asked again is found in the cache."""
+    cospadi.compress(shared_model("tiny-llama"), {"metric": "weights", "iterations": 8} | recipe, tmp_path / "out")
+    expected = tokens_of_transformers(tmp_path / "out")
+    scheduling = {"max_num_seqs": 2, "max_num_batched_tokens": 16, "enable_chunked_prefill": True}
+    with engine(tmp_path / "out", enforce_eager=False, enable_prefix_caching=True, **scheduling) as llm:
+        assert generate(llm) == expected
+        assert generate(llm) == expected
+
+
+def test_registering_again_changes_nothing_and_other_checkpoints_are_left_alone(
+    make_model: Callable[..., Path], served_config: Any
+) -> None:
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+
+    from cospadi.integrations.vllm import register
+    from cospadi.integrations.vllm.config import CospadiConfig
+
+    assert "cospadi" in {one.name for one in entry_points(group="vllm.general_plugins")}
+    for _ in range(2):
+        register()
+        assert QUANTIZATION_METHODS.count("cospadi") == 1
+        assert get_quantization_config("cospadi") is CospadiConfig
+    for method in ("gptq", "awq", "compressed-tensors", "fp8"):
+        assert CospadiConfig.override_quantization_method({"quant_method": method}, None) is None
+    dense = make_model(served_config, torch.float32)
+    assert tokens_of_vllm(dense) == tokens_of_transformers(dense)
+
+
+@pytest.fixture(scope="module")
+def whole(served_config: Any, make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A compressed model that loads, to be copied and damaged."""
+    folder: Path = tmp_path_factory.mktemp("whole") / "out"
+    cospadi.compress(
+        make_model(served_config), {"metric": "weights", "iterations": 1, "ratio": 0.3, "exclude": ["*.k_proj"]}, folder
+    )
+    return folder
+
+
+def refusal(attempt: Callable[[], object]) -> str:
+    with pytest.raises(ValueError) as refused:  # noqa: PT011  vLLM puts a sentence into an error of its own
+        attempt()
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("kind", ["drop", "truncate", "rename", "reshape"])
+def test_a_damaged_checkpoint_is_refused_at_start_in_the_words_of_transformers(
+    kind: str, seed: int, whole: Path, tmp_path: Path
+) -> None:
+    assert damaged(whole, tmp_path / "damaged", kind, seed) is not None
+    sentence = refusal(lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "damaged"))
+    assert sentence in refusal(lambda: tokens_of_vllm(tmp_path / "damaged"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: config.update(format_version=3),
+        lambda config: config.update(unknown=1),
+        lambda config: config["projections"]["model.layers.0.mlp.up_proj"].update(values="f13"),
+        lambda config: config["projections"]["model.layers.0.mlp.up_proj"].update(d2=81),
+        lambda config: config["projections"]["model.layers.0.mlp.up_proj"].update(nnz=12),
+        lambda config: config["projections"].update(nothing=config["projections"].pop("model.layers.0.mlp.up_proj")),
+    ],
+    ids=["version", "unknown field", "codec", "size", "count", "no such layer"],
+)
+def test_entries_that_lie_are_refused_at_start_in_the_words_of_transformers(
+    change: Callable[[dict[str, Any]], Any], whole: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "damaged"))
+    config = json.loads((folder / "config.json").read_text())
+    change(config["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(config))
+    sentence = refusal(lambda: AutoModelForCausalLM.from_pretrained(folder))
+    assert sentence in refusal(lambda: tokens_of_vllm(folder))
