@@ -71,8 +71,8 @@ def server(folder: Path, options: list[str]) -> Iterator[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(folder), "--served-model-name", "model"]
-    command += ["--host", "127.0.0.1", "--port", str(port), *options]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--served-model-name", "model", "--host", "127.0.0.1", "--port", str(port), *options]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "NO_COLOR": "1"})
         try:
@@ -80,7 +80,8 @@ def server(folder: Path, options: list[str]) -> Iterator[int]:
             while not _is_ready(port):
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
-                    raise SystemExit(f"the server of {folder} did not start:\n{log.read()[-3000:]}")
+                    sys.stderr.write(log.read())
+                    raise SystemExit(f"the server of {folder} did not start")
                 time.sleep(1)
             yield port
         finally:
@@ -163,7 +164,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="completions that each user asks for")] = 2,
     prompt: Annotated[int, typer.Option(help="tokens of a prompt")] = 128,
     tokens: Annotated[int, typer.Option(help="new tokens of a completion")] = 64,
-    option: Annotated[list[str], typer.Option(help="option of vllm serve, as --option=--dtype=bfloat16")] = [],  # noqa: B006
+    option: Annotated[list[str], typer.Option(help="option of vLLM's server, as --option=--dtype=bfloat16")] = [],  # noqa: B006
     output: Annotated[Path | None, typer.Option("--json", help="file to write the rows to")] = None,
 ) -> None:
     rows = [row for folder in models for row in measure(folder, users, rounds, prompt, tokens, option)]

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import gc
+import http.client
 import importlib.util
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from importlib.metadata import entry_points
 from itertools import cycle
 from pathlib import Path
@@ -27,6 +34,8 @@ from cospadi.format.schema import read_config
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed", allow_module_level=True)
+
+import psutil  # of which vLLM brings its own
 
 pytestmark = pytest.mark.vllm
 
@@ -256,3 +265,75 @@ def test_entries_that_lie_are_refused_at_start_in_the_words_of_transformers(
     (folder / "config.json").write_text(json.dumps(config))
     sentence = refusal(lambda: AutoModelForCausalLM.from_pretrained(folder))
     assert sentence in refusal(lambda: tokens_of_vllm(folder))
+
+
+TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
+
+
+@contextmanager
+def server(folder: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[str, dict[str, Any]], Any]]]:
+    """A server's process, and what asks it: (path, body) -> the answer, of streams a list of events."""
+    (log.parent / "template.jinja").write_text(TEMPLATE)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ["--dtype", "float32", "--max-model-len", "64", "--enforce-eager", "--served-model-name", "model"]
+    options += ["--chat-template", str(log.parent / "template.jinja"), "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *options]
+
+    def ask(path: str, body: dict[str, Any] | None = None) -> Any:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        try:
+            if body is None:
+                connection.request("GET", path)
+                return connection.getresponse().status
+            greedy = {"model": "model", "temperature": 0, "max_tokens": NEW, "ignore_eos": True}
+            connection.request("POST", path, json.dumps(greedy | body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            assert response.status == 200, response.read()
+            if not body.get("stream"):
+                return json.loads(response.read())
+            return [json.loads(line[len(b"data: ") :]) for line in response if line.startswith(b"data: {")]
+        finally:
+            connection.close()
+
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with log.open("wb") as stream, subprocess.Popen(command, stdout=stream, stderr=stream, env=environment) as process:
+        try:
+            for _ in range(300):
+                with suppress(OSError):
+                    if ask("/health") == 200:
+                        break
+                assert process.poll() is None, log.read_text()
+                time.sleep(1)
+            yield process, ask
+        finally:
+            process.terminate()
+
+
+def test_a_server_chats_streams_and_ends_when_its_worker_is_killed(whole: Path, tmp_path: Path) -> None:
+    """Said in its log; the next start serves."""
+    chat = {"messages": [{"role": "user", "content": "Hi"}]}
+    with server(whole, tmp_path / "log") as (process, ask):
+        plain = ask("/v1/completions", {"prompt": "ab", "logprobs": 2})["choices"][0]
+        assert len(plain["logprobs"]["tokens"]) == len(plain["logprobs"]["token_logprobs"]) == NEW
+        assert all(value <= 0 for value in plain["logprobs"]["token_logprobs"])
+        events = ask("/v1/completions", {"prompt": "ab", "stream": True})
+        assert "".join(event["choices"][0]["text"] for event in events) == plain["text"]
+        told = ask("/v1/chat/completions", chat | {"logprobs": True, "top_logprobs": 3})["choices"][0]
+        assert len(told["logprobs"]["content"]) == NEW
+        events = ask("/v1/chat/completions", chat | {"stream": True})
+        pieces = [event["choices"][0]["delta"].get("content") or "" for event in events]
+        assert "".join(pieces) == told["message"]["content"]
+        with ThreadPoolExecutor(8) as pool:
+            each = pool.map(lambda _: ask("/v1/completions", {"prompt": "ab"}), range(16))
+            assert {answer["choices"][0]["text"] for answer in each} == {plain["text"]}
+            worker = next(child for child in psutil.Process(process.pid).children(True) if "Worker" in child.name())
+            pending = [pool.submit(ask, "/v1/completions", {"prompt": "ab", "max_tokens": 50}) for _ in range(32)]
+            worker.kill()
+            failures = [one.exception() for one in pending]
+        assert any(failures)
+        assert process.wait(60) != 0
+    assert "died unexpectedly" in (tmp_path / "log").read_text()
+    with server(whole, tmp_path / "again") as (_, ask):
+        assert ask("/v1/completions", {"prompt": "ab"})["choices"][0]["text"] == plain["text"]

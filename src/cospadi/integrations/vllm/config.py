@@ -22,12 +22,14 @@ class CospadiConfig(QuantizationConfig):
         projections: name -> entry; owners are named likewise.
         dictionaries: owner -> its dictionary as stored, bf16 (k, d1), once it is loaded. Projections of several layers
             may share one.
+        placed: the owner of one, and whether all inputs of it are there -> what layers multiply with.
     """
 
     def __init__(self, projections: Mapping[str, StoredProjection]) -> None:
         super().__init__()
         self.projections = dict(projections)
         self.dictionaries: dict[str, Tensor] = {}
+        self.placed: dict[tuple[str, bool], Tensor] = {}
 
     @classmethod
     def get_name(cls) -> str:

@@ -211,6 +211,7 @@ class CospadiLinearMethod(LinearMethodBase):
             dtypes |= part.own_tensors()
             if part.entry is not None and part.owner == part.name:
                 dtypes[part.entry.form.names.dictionary] = part.entry.form.dictionary_kind.dtype
+        self.leaves = list(dtypes)
         for leaf, dtype in dtypes.items():
             parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             parameter.weight_loader = partial(self._take, leaf)  # type: ignore[attr-defined]
@@ -238,24 +239,26 @@ class CospadiLinearMethod(LinearMethodBase):
             if missing:
                 raise CheckpointError(f"tensor {part.name}.{missing[0]} is in none of the files that vLLM read")
         owners = list(dict.fromkeys(part.owner for part in self.parts if part.owner is not None))
-        layer.products = nn.ModuleList(
-            Dense(self._dictionary(owner)[:, self.parts[0].inputs].to(device, self.dtype)) for owner in owners
-        )
+        layer.products = nn.ModuleList(Dense(self._dictionary(owner, device)) for owner in owners)
         layer.factors = nn.ModuleList(part.product(self.dtype, device) for part in self.parts)
         self.reads = [None if part.owner is None else owners.index(part.owner) for part in self.parts]
-        for leaf in [leaf for leaf, parameter in layer.named_parameters(recurse=False) if parameter.numel() == 0]:
+        for leaf in self.leaves:
             if leaf != SENTINEL:  # which tells adapters the layer's device
                 delattr(layer, leaf)
         self.parts = []
 
-    def _dictionary(self, owner: str) -> Tensor:
-        """As stored, bf16 (k, d1)."""
-        if owner not in self.config.dictionaries:
+    def _dictionary(self, owner: str, device: torch.device) -> Tensor:
+        """The inputs of a dictionary that this device has, (k, inputs): one tensor for all layers that read it so."""
+        inputs, config = self.parts[0].inputs, self.config
+        if owner not in config.dictionaries:
             raise UserError(
                 f"{self.names[0]} shares the dictionary of {owner}, which is in another stage of the pipeline. Use "
                 "tensor parallel in place of pipeline parallel"
             )
-        return self.config.dictionaries[owner]
+        known = owner, bool(inputs.all())
+        if known not in config.placed:
+            config.placed[known] = config.dictionaries[owner][:, inputs].to(device, self.dtype)
+        return config.placed[known]
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., inputs here) -> (..., outputs here)."""
