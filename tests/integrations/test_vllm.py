@@ -199,6 +199,16 @@ def test_a_trained_model_compiled_batched_in_chunks_and_from_the_cache(
         assert generate(llm) == expected
 
 
+@pytest.mark.parametrize("recipe", [{"ratio": 0.3}, {"bits": 3}, {"ratio": 0.3, "solver": "eigen"}], ids=str)
+def test_in_bf16_the_first_tokens_are_those_of_float32(
+    recipe: dict[str, Any], shared_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """vLLM makes its dtype torch's default while weights are decoded."""
+    cospadi.compress(shared_model("tiny-llama"), {"metric": "weights", "iterations": 8} | recipe, tmp_path / "out")
+    found, expected = tokens_of_vllm(tmp_path / "out", dtype="bfloat16"), tokens_of_transformers(tmp_path / "out")
+    assert [tokens[:2] for tokens in found] == [tokens[:2] for tokens in expected]
+
+
 def test_registering_again_changes_nothing_and_other_checkpoints_are_left_alone(
     make_model: Callable[..., Path], served_config: Any
 ) -> None:

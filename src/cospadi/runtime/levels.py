@@ -91,7 +91,7 @@ def pack_levels(numbers: Tensor, outputs: Tensor, inputs: Tensor, bits: int, cou
     found = native.library()
     if found is not None and device.type == "cpu":
         packed = torch.empty(d2, padded(d1) * bits // 8, dtype=torch.uint8)
-        columns, beside = torch.empty(int(offsets[-1]), dtype=torch.int32), torch.empty(int(offsets[-1]))
+        columns, beside = (torch.empty(int(offsets[-1]), dtype=of) for of in (torch.int32, torch.float32))
         to = [part.data_ptr() for part in (packed, offsets, columns, beside)]
         found.cospadi_pack_levels(numbers.data_ptr(), d2, d1, bits, *to, torch.get_num_threads())
         return Levels(packed, outputs, inputs, offsets, columns, beside)

@@ -58,7 +58,7 @@ def block_rows(d2: int, k: int) -> int:
 def step_of(quarters: Tensor) -> Tensor:
     """The steps that quarter octaves stand for, float32, exact on any machine."""
     quarters = quarters.to(torch.int32)
-    octave = torch.tensor(OCTAVE, device=quarters.device)
+    octave = torch.tensor(OCTAVE, dtype=torch.float32, device=quarters.device)
     return torch.ldexp(octave[quarters & 3], quarters >> 2)
 
 

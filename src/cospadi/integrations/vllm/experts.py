@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from cospadi.errors import CheckpointError, UserError
 from cospadi.experts import SEPARATE
@@ -73,9 +74,10 @@ class ExpertsLoader:
         tensors = self.tensors.pop(name)
         if entry.owner in self.config.dictionaries:
             tensors[entry.form.names.dictionary] = self.config.dictionaries[entry.owner]
-        layer = build_layer(entry, torch.float32, "cpu")
-        layer.load_state_dict(tensors)
-        return layer.dense_weight()
+        with set_default_torch_dtype(torch.float32):  # which is the model's here
+            layer = build_layer(entry, torch.float32, "cpu")
+            layer.load_state_dict(tensors)
+            return layer.dense_weight()
 
     def _named(self, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
         """A dense weight of one expert, by the names that vLLM's layer knows."""

@@ -25,6 +25,7 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from cospadi.errors import CheckpointError, UserError
 from cospadi.format.codecs.ec import EC
@@ -136,7 +137,7 @@ class Part:
             return Dense(self.tensors[SENTINEL].to(device, dtype))
         entry, form = self.entry, self.entry.form
         support, values = self.tensors.get(form.names.support), self.tensors[form.names.values]
-        atoms = self.inputs if self.owner is None else torch.ones(entry.k, dtype=torch.bool)
+        atoms = self.inputs if self.owner is None else _all(entry.k)
         whole = bool(self.outputs.all() and atoms.all())
         like = torch.empty(0, dtype=dtype, device=device)
         if form.codec.coded and op.takes_levels(like):
@@ -146,9 +147,8 @@ class Part:
                 outputs, inputs = outputs[self.outputs], inputs[atoms]
             levels = hold_levels(numbers, outputs, inputs)
             return Leveled(levels).to(device) if isinstance(levels, Levels) else Dense(levels.to(device, dtype))
-        there = None if support is None else like.new_empty(0, dtype=support.dtype)
         if support is not None and op.has_kernel(
-            like, there, like.new_empty(0, dtype=values.dtype), form.support, form.values
+            like, support.new_empty(0, device=device), values.new_empty(0, device=device), form.support, form.values
         ):
             if not whole:
                 support, values = cut(entry, support, values, self.outputs, atoms)
@@ -195,7 +195,7 @@ class CospadiLinearMethod(LinearMethodBase):
         outputs = _outputs_here(layer, output_partition_sizes)
         if len(self.names) == 1:  # stored merged as the layer is, or all there is
             outputs = [torch.cat(outputs)]
-        inputs = torch.ones(input_size, dtype=torch.bool)
+        inputs = _all(input_size)
         if isinstance(layer, RowParallelLinear):
             inputs = _some(input_size, input_size_per_partition, layer.tp_rank)
         sizes = dict(zip(self.names, outputs, strict=False))
@@ -240,7 +240,8 @@ class CospadiLinearMethod(LinearMethodBase):
                 raise CheckpointError(f"tensor {part.name}.{missing[0]} is in none of the files that vLLM read")
         owners = list(dict.fromkeys(part.owner for part in self.parts if part.owner is not None))
         layer.products = nn.ModuleList(Dense(self._dictionary(owner, device)) for owner in owners)
-        layer.factors = nn.ModuleList(part.product(self.dtype, device) for part in self.parts)
+        with set_default_torch_dtype(torch.float32):  # which is the model's here
+            layer.factors = nn.ModuleList(part.product(self.dtype, device) for part in self.parts)
         self.reads = [None if part.owner is None else owners.index(part.owner) for part in self.parts]
         for leaf in self.leaves:
             if leaf != SENTINEL:  # which tells adapters the layer's device
@@ -278,7 +279,7 @@ def _outputs_here(layer: Any, sizes: Sequence[int]) -> list[Tensor]:
         sizes: how many it has of each.
     """
     if not isinstance(layer, ColumnParallelLinear):
-        return [torch.ones(size, dtype=torch.bool) for size in sizes]
+        return [_all(size) for size in sizes]
     if isinstance(layer, QKVParallelLinear):
         kv_heads, kv_rank = layer.total_num_kv_heads, layer.tp_rank // layer.num_kv_head_replicas
         heads = layer.total_num_heads * layer.head_size
@@ -290,8 +291,13 @@ def _outputs_here(layer: Any, sizes: Sequence[int]) -> list[Tensor]:
     return [_some(*each) for each in zip(alls, sizes, ranks, strict=True)]
 
 
+def _all(count: int) -> Tensor:
+    """bool (count,), set. On CPU, while vLLM makes layers' own tensors on their device."""
+    return torch.ones(count, dtype=torch.bool, device="cpu")
+
+
 def _some(count: int, size: int, rank: int) -> Tensor:
     """bool (count,), set for the part of this size that a rank has."""
-    some = torch.zeros(count, dtype=torch.bool)
+    some = torch.zeros(count, dtype=torch.bool, device="cpu")
     some[rank * size : (rank + 1) * size] = True
     return some
