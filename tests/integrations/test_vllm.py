@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib.metadata import entry_points
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +155,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("recipe", [{"ratio": 0.3}, {"bits": 4}], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [
+        *product(FAMILIES, [{"ratio": 0.3}, {"bits": 4}]),
+        ("olmoe", {"ratio": 0.3, "solver": "eigen", "exclude": ["*.down_proj.1", "*.gate_up_proj.2"]}),
+    ],
+    ids=str,
+)
 def test_families_give_the_tokens_of_transformers(
     family: str, recipe: dict[str, Any], make_model: Callable[..., Path], tmp_path: Path
 ) -> None:

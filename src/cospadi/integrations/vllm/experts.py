@@ -34,10 +34,9 @@ class ExpertsLoader:
 
     def __init__(self, config: CospadiConfig, layer: Any, prefix: str) -> None:
         self.config, self.layer, self.prefix = config, layer, prefix
-        self.names = {name for name in config.projections if name.startswith(f"{prefix}.")}
         self.tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
         self.load_dense = layer.load_weights
-        for name in self.names:
+        for name in (name for name in config.projections if name.startswith(f"{prefix}.")):
             stack = name.removeprefix(f"{prefix}.").split(".")[:2]
             if layer.is_fused_checkpoint_transposed or (stack[0] == SEPARATE and stack[1] not in STACKS):
                 raise UserError(
@@ -53,14 +52,16 @@ class ExpertsLoader:
         """The same with dense weights, (d2, d1), in place of all tensors of a compressed projection."""
         for inner, tensor in weights:
             name, _, leaf = f"{self.prefix}.{inner}".rpartition(".")
-            if name not in self.names:
+            entry = self.config.projections.get(name)
+            if entry is None:
                 yield from self._named(name, tensor) if leaf == SENTINEL else [(inner, tensor)]
+                continue
+            if leaf == entry.form.names.dictionary:
+                self.config.dictionaries[name] = tensor.to("cpu", copy=True)
             elif leaf != SENTINEL:
-                entry = self.config.projections[name]
-                kept = self.config.dictionaries if leaf == entry.form.names.dictionary else self.tensors[name]
-                kept[name if kept is self.config.dictionaries else leaf] = tensor.to("cpu", copy=True)
-                for ready in [name for name in self.tensors if self._is_whole(name)]:
-                    yield from self._named(ready, self._decoded(ready))
+                self.tensors[name][leaf] = tensor.to("cpu", copy=True)
+            for ready in [name for name in self.tensors if self._is_whole(name)]:
+                yield from self._named(ready, self._decoded(ready))
 
     def _is_whole(self, name: str) -> bool:
         entry = self.config.projections[name]
