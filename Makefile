@@ -1,4 +1,5 @@
 # make demo: set up and run the main job on the built-in model. make test: set up and run the tests.
+# make test-vllm: those that need vLLM, which say so where it is not installed.
 PYTHON ?= python3
 VENV ?= .venv
 # Passed to pip install, for example --extra-index-url of an index with CPU builds of torch.
@@ -7,7 +8,7 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-vllm lint format clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -15,6 +16,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-vllm: $(READY)
+	$(BIN)/python -m pytest -n 0 -m vllm -rs tests/integrations/test_vllm.py || test $$? -eq 5
 
 lint: $(READY)
 	$(BIN)/ruff check .

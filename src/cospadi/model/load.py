@@ -354,6 +354,19 @@ def open_compressed(folder: Path, device: torch.device, converted: Path) -> Bloc
     return _on_disk(folder, Skeleton(_build(_check_files(folder), folder, False), None), device, converted, False)
 
 
+def check_compressed(folder: Path) -> None:
+    """Refuse the folder of a compressed model as `load_model` would, without loading it.
+
+    Raises: as `load_model`.
+    """
+    from transformers.quantizers.auto import AutoHfQuantizer  # finds ours by its name
+
+    config = _check_files(folder)
+    model = _build(config, folder, False)
+    quantizer = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
+    quantizer.preprocess_model(model, dtype=model.dtype, checkpoint_files=safetensors.weight_files(folder))
+
+
 def _on_disk(folder: Path, skeleton: Skeleton, device: torch.device, converted: Path, text_only: bool) -> Blocks:
     prefix, _ = decoder_blocks(skeleton.model)
     inside, here = f"{prefix}.", device.index or 0 if device.type == "cuda" else "cpu"

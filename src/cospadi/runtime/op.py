@@ -313,7 +313,7 @@ def _keep_levels(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _through_levels(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _level_gradient(grad, *ctx.saved_tensors), *[None] * len(Levels._fields)
+    return _level_gradient(grad, *ctx.saved_tensors), *[None] * len(ctx.saved_tensors)
 
 
 _level_matmul.register_autograd(_through_levels, setup_context=_keep_levels)

@@ -143,7 +143,8 @@ class Ec(Codec):
         offsets = torch.from_numpy(np.concatenate([[0], inner, [len(content) - start]]))
         if not (offsets.diff() >= 4 * found.lanes).all():
             raise ValueError("has blocks that do not follow each other")
-        return found._replace(offsets=offsets, stream=content[start:])
+        *known, _, _ = found
+        return Content(*known, offsets, content[start:])
 
     def _content(self, stored: Tensor) -> tuple[Content, int]:
         """What is stored but the levels, and where these begin.
