@@ -143,7 +143,7 @@ class Ec(Codec):
         offsets = torch.from_numpy(np.concatenate([[0], inner, [len(content) - start]]))
         if not (offsets.diff() >= 4 * found.lanes).all():
             raise ValueError("has blocks that do not follow each other")
-        *known, _, _ = found
+        known = found.lanes, found.outputs, found.inputs, found.rows, found.cols
         return Content(*known, offsets, content[start:])
 
     def _content(self, stored: Tensor) -> tuple[Content, int]:
