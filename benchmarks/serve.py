@@ -168,7 +168,7 @@ def main(
     output: Annotated[Path | None, typer.Option("--json", help="file to write the rows to")] = None,
 ) -> None:
     rows = [row for folder in models for row in measure(folder, users, rounds, prompt, tokens, option)]
-    table = new_table("model", "users", "tokens/s", "to the first", "first token, median s", "longest s", "failed")
+    table = new_table("model", "users", "tokens/s", "of the first model's", "first token, s", "longest, s", "failed")
     base = {row.users: row.rate for row in rows if row.model == models[0].name}
     for row in rows:
         ratio = f"{row.rate / base[row.users]:.2f}x"

@@ -204,6 +204,12 @@ def test_a_trained_model_compiled_batched_in_chunks_and_from_the_cache(
         assert generate(llm) == expected
 
 
+def test_the_transformers_backend(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which serves families that vLLM has no model of; in processes of its own, since it changes transformers'."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    assert tokens_of_vllm(whole, model_impl="transformers") == tokens_of_transformers(whole)
+
+
 @pytest.mark.parametrize("recipe", [{"ratio": 0.3}, {"bits": 3}, {"ratio": 0.3, "solver": "eigen"}], ids=str)
 def test_in_bf16_the_first_tokens_are_those_of_float32(
     recipe: dict[str, Any], shared_model: Callable[[str], Path], tmp_path: Path
