@@ -25,6 +25,7 @@ import torch
 from conftest import llama_config
 from damage import damaged
 from forms import write_mixed
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import cospadi
@@ -67,11 +68,12 @@ def engine(folder: Path, **options: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
-def generate(llm: Any) -> list[list[int]]:
+def generate(llm: Any, adapter: Any = None) -> list[list[int]]:
     from vllm import SamplingParams
 
     greedy = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
-    found = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], greedy, use_tqdm=False)
+    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    found = llm.generate(prompts, greedy, use_tqdm=False, lora_request=adapter)
     return [list(one.outputs[0].token_ids) for one in found]
 
 
@@ -218,6 +220,30 @@ def test_in_bf16_the_first_tokens_are_those_of_float32(
     cospadi.compress(shared_model("tiny-llama"), {"metric": "weights", "iterations": 8} | recipe, tmp_path / "out")
     found, expected = tokens_of_vllm(tmp_path / "out", dtype="bfloat16"), tokens_of_transformers(tmp_path / "out")
     assert [tokens[:2] for tokens in found] == [tokens[:2] for tokens in expected]
+
+
+def test_an_adapter_beside_a_compressed_model(whole: Path, tmp_path: Path) -> None:
+    """A LoRA as PEFT writes it, on compressed and on dense projections; what is expected has it in its weights."""
+    from vllm.lora.request import LoRARequest
+
+    model = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32).dequantize()
+    kinds, tensors = ["q_proj", "k_proj", "o_proj", "up_proj", "down_proj"], {}
+    generator = torch.Generator().manual_seed(0)
+    for name, layer in list(model.named_modules()):
+        if name.rpartition(".")[2] in kinds:
+            down = torch.randn(8, layer.in_features, generator=generator) * 0.2
+            up = torch.randn(layer.out_features, 8, generator=generator) * 0.2
+            layer.weight.data += 2 * up @ down
+            tensors |= {f"base_model.model.{name}.lora_{part}.weight": one for part, one in (("A", down), ("B", up))}
+    model.save_pretrained(tmp_path / "merged")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": kinds, "task_type": "CAUSAL_LM"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"bias": "none"}))
+    with engine(whole, enable_lora=True, max_lora_rank=8) as llm:
+        assert generate(llm, LoRARequest("adapter", 1, str(adapter))) == tokens_of_transformers(tmp_path / "merged")
+        assert generate(llm) == tokens_of_transformers(whole)
 
 
 def test_registering_again_changes_nothing_and_other_checkpoints_are_left_alone(
