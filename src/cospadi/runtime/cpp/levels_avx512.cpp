@@ -14,12 +14,12 @@ constexpr int STEP = 64, EIGHT = 8;
 
 // How levels of so many bits become bf16, all exact.
 struct alignas(64) Table {
-  // First, the bytes of each eight; those of 32 levels to the lower halves of quarters, of the other 32 to the upper ones.
+  // First, the bytes of each eight: of 32 levels to the lower halves of quarters, of the other 32 to the upper ones.
   std::array<uint8_t, STEP> bytes;
   // Then from which bit on a level is read. Bits above it are the next ones.
   std::array<uint8_t, STEP> shifts;
-  // Then its bf16, in halves: of NARROW bits by the six low bits of what was read, of 7 bits by the seven low ones, of 8
-  // by its size; the sign is put to it.
+  // Then its bf16, in halves: up to NARROW bits by the six low bits of what was read, of 7 bits by seven, of 8 by its
+  // size; the sign is put to it.
   std::array<uint8_t, 2 * STEP> low, high;
 };
 
@@ -153,6 +153,43 @@ inline void multiply(const Loader& load, int bits, const uint8_t* row, int begin
   }
 }
 
+// The same of two outputs, for which each entry of x is read once: loads are what limits one with many rows.
+template <int ROWS>
+inline void multiply_two(const LevelRows& levels, int c, int begin, int end, const uint16_t* x, __m512 (&first)[ROWS],
+                         __m512 (&second)[ROWS]) {
+  const uint8_t *first_row = levels.row(c), *second_row = levels.row(c + 1);
+  const int first_bits = levels.bits(c), second_bits = levels.bits(c + 1);
+  const Load<SIX> load_first(first_bits), load_second(second_bits);
+  __m512 a[ROWS], b[ROWS];  // in registers where every loop over them is unrolled
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) {
+    a[r] = first[r];
+    b[r] = second[r];
+  }
+  const auto add = [&](__m512i one, __m512i other, const uint16_t* own) {
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      const __m512bh entries = (__m512bh)_mm512_loadu_si512(own + r * ATOMS);
+      a[r] = _mm512_dpbf16_ps(a[r], entries, (__m512bh)one);
+      b[r] = _mm512_dpbf16_ps(b[r], entries, (__m512bh)other);
+    }
+  };
+  int i = begin;
+  for (; i + STEP <= end; i += STEP) {
+    _mm_prefetch(reinterpret_cast<const char*>(first_row + i / EIGHT * first_bits) + AHEAD, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(second_row + i / EIGHT * second_bits) + AHEAD, _MM_HINT_T0);
+    const Pair one = load_first(first_row, i), other = load_second(second_row, i);
+    add(one.first, other.first, x + static_cast<size_t>(i) * ROWS);
+    add(one.second, other.second, x + static_cast<size_t>(i + ATOMS) * ROWS);
+  }
+  if (i < end) add(load_first(first_row, i).first, load_second(second_row, i).first, x + static_cast<size_t>(i) * ROWS);
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) {
+    first[r] = a[r];
+    second[r] = b[r];
+  }
+}
+
 // Entries of x that are multiplied with some outputs while they are in the first cache, and these outputs.
 constexpr int NEAREST = 8192, TOGETHER = 8;
 
@@ -169,6 +206,13 @@ void multiply(const LevelRows& levels, const Entry* x, int rows, float* sums) {
       for (int begin = 0; begin < levels.width; begin += INPUTS) {
         const int end = std::min(levels.width, begin + INPUTS);
         for (int c = first; c < last; ++c) {
+          if constexpr (sizeof(Entry) == 2 && ROWS == MAX_ROWS) {
+            if (c + 1 < last && levels.bits(c) <= NARROW && levels.bits(c + 1) <= NARROW) {
+              multiply_two(levels, c, begin, end, x, partial[c - first], partial[c + 1 - first]);
+              ++c;
+              continue;
+            }
+          }
           with_load(levels.bits(c), [&](const auto& load) {
             multiply<ROWS>(load, levels.bits(c), levels.row(c), begin, end, x, partial[c - first]);
           });
