@@ -94,6 +94,7 @@ def main(
         _refuse("Triton is not installed: run pip install triton, in the version that torch requires.")
     if kernels.INTERPRETED:
         _refuse("TRITON_INTERPRET is set, and Triton's interpreter would be timed: unset it.")
+    torch.manual_seed(0)
     device = torch.device("cuda")
     properties = torch.cuda.get_device_properties(device)
     print(f"{properties.name}, torch {torch.__version__}\n")
