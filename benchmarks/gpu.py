@@ -20,6 +20,7 @@ import json
 import statistics
 import traceback
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -153,20 +154,32 @@ def check(
                 coefficients.support, coefficients.values, d2, k, "mask", codec_of_bits(bits), torch.float64
             ).T
             for dtype, allowed in TOLERANCE.items():
-                worst, repeatable = 0.0, True
-                for count in row_counts:
-                    z = torch.randn(count, k, device=device).to(dtype)
-                    y, expected = coefficients.times(z), z.double() @ dense
-                    worst = max(worst, float((y.double() - expected).norm() / expected.norm()))
-                    repeatable &= torch.equal(y, coefficients.times(z))
-                right = worst <= allowed and repeatable
-                name = str(dtype).removeprefix("torch.")
-                verdict = "ok" if right else "WRONG" if repeatable else "NOT REPEATABLE"
-                print(f"| {shape} | {ratio} | {bits} | {name} | {worst:.2e} | {allowed:.2e} | {verdict} |", flush=True)
-                found.append(
-                    {"shape": shape, "ratio": ratio, "bits": bits, "dtype": name, "error": worst, "right": right}
-                )
+                known = {"shape": shape, "ratio": ratio, "bits": bits}
+                found.append(known | _held_to(dense, coefficients.times, dtype, allowed, row_counts, known))
     return found
+
+
+def _held_to(
+    matrix: Tensor,
+    product: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+    allowed: float,
+    row_counts: list[int],
+    known: dict[str, Any],
+) -> dict[str, Any]:
+    """Compare a product with that of a float64 matrix (inputs, outputs), for several numbers of rows; print a line that
+    begins with what is known, and return the worst error and whether all is right."""
+    worst, repeatable = 0.0, True
+    for count in row_counts:
+        x = torch.randn(count, len(matrix), device=matrix.device).to(dtype)
+        y, expected = product(x), x.double() @ matrix
+        worst = max(worst, float((y.double() - expected).norm() / expected.norm()))
+        repeatable &= torch.equal(y, product(x))
+    right, name = worst <= allowed and repeatable, str(dtype).removeprefix("torch.")
+    verdict = "ok" if right else "WRONG" if repeatable else "NOT REPEATABLE"
+    cells = [*known.values(), name, f"{worst:.2e}", f"{allowed:.2e}", verdict]
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    return {"dtype": name, "error": worst, "right": right}
 
 
 def random_levels(d1: int, d2: int, bits: int, device: torch.device) -> Levels:
@@ -184,19 +197,15 @@ def check_levels(
     found = []
     for (shape, _), bits, (dtype, allowed) in product(shapes, EQUAL_WIDTHS, TOLERANCE.items()):
         d1, d2 = map(int, shape.split("x"))
-        levels = random_levels(d1, d2, bits, device)
-        weight, worst, repeatable = dense(levels).double(), 0.0, True
+        levels, known = random_levels(d1, d2, bits, device), {"shape": shape, "levels": bits}
+        matrix = dense(levels).double().T
         allowed *= 2  # x times the steps of the inputs is rounded, too
-        for count in row_counts:
-            x = torch.randn(count, d1, device=device).to(dtype)
-            y, expected = kernels.level_matmul(x, levels), x.double() @ weight.T
-            worst = max(worst, float((y.double() - expected).norm() / expected.norm()))
-            repeatable &= torch.equal(y, kernels.level_matmul(x, levels))
-        right, name = worst <= allowed and repeatable, str(dtype).removeprefix("torch.")
-        verdict = "ok" if right else "WRONG" if repeatable else "NOT REPEATABLE"
-        print(f"| {shape} | {bits} | {name} | {worst:.2e} | {allowed:.2e} | {verdict} |", flush=True)
-        found.append({"shape": shape, "levels": bits, "dtype": name, "error": worst, "right": right})
+        found.append(known | _held_to(matrix, partial(_multiply, levels), dtype, allowed, row_counts, known))
     return found
+
+
+def _multiply(levels: Levels, x: Tensor) -> Tensor:
+    return kernels.level_matmul(x, levels)
 
 
 def time_levels(
@@ -214,7 +223,7 @@ def time_levels(
             x = torch.randn(count, d1, device=device, dtype=torch.bfloat16)
             times = {
                 "dense": _time([_linear(x, weight) for weight in weights], replays),
-                "levels": _time([_levels(x, one) for one in copies], replays),
+                "levels": _time([partial(_multiply, one, x) for one in copies], replays),
             }
             reached, speedup = size / times["levels"][0] / 1e9, times["dense"][0] / times["levels"][0]
             row = {"shape": shape, "levels": bits, "rows": count, "seconds": times, "dense_bytes": 2 * d1 * d2}
@@ -226,10 +235,6 @@ def time_levels(
                 flush=True,
             )
     return found
-
-
-def _levels(x: Tensor, levels: Levels) -> Callable[[], Tensor]:
-    return lambda: kernels.level_matmul(x, levels)
 
 
 def time_shape(

@@ -84,6 +84,12 @@ def test_plan_compress_inspect_and_the_disk_agree_on_every_byte(
     inspected = run("inspect", output, "--json")
     assert inspected.code == 0
     inspect = json.loads(inspected.out)
+    memory = json.loads(run("inspect", output, "--memory", "--json").out)["memory"]
+    offsets = sum(4 * (one["d2"] + 1) for one in inspect["projections"].values() if one["layout"] != "dense")
+    packed = sum(one["bytes"] for one in inspect["projections"].values() if one["layout"] != "dense")
+    assert packed <= memory["layers_bytes"] <= packed + offsets
+    assert memory["layers_bytes"] < memory["model_bytes"]
+    assert "bits a weight." in run("inspect", output, "--memory").out
 
     assert plan["compressed_bytes"] == inspect["compressed_bytes"] == report["compressed_bytes"]
     assert plan["compressed_bytes"] == bytes_on_disk(output)

@@ -80,6 +80,7 @@ AnyModel = Annotated[
 Private = Annotated[bool, typer.Option("--private", help="the repository has to be private; a new one is made so")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
 Progress = Annotated[str, typer.Option(help="progress bars: auto (on a terminal), on, off (log lines)")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of what is drawn at a temperature above 0")]
 RuntimeFlag = Annotated[
     str, typer.Option("--runtime", help="what layers keep in memory: auto, packed, unpacked (S) or dense (D S)")
 ]
@@ -227,8 +228,12 @@ def compress(
         from cospadi.commands.compress import compressed_json, compressed_parts
         from cospadi.compress import compress as run
         from cospadi.model import hub
+        from cospadi.stages.open import check_before
 
-        repo = hub.claim(push, private or None) if push is not None else None
+        repo = None
+        if push is not None:
+            check_before(output, overwrite)  # a repository is not made for nothing
+            repo = hub.claim(push, private or None)
         with stages.shown():
             result = run(model, recipe, output, plan=plan, overwrite=overwrite, stages=stages, **how)
     data, parts = compressed_json(result, recipe), compressed_parts(result, recipe)
@@ -396,16 +401,29 @@ def methods(as_json: Json = False) -> None:
 
 
 @app.command()
-def inspect(folder: Folder, as_json: Json = False) -> None:
+def inspect(
+    folder: Folder,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="load it, too, and tell what it takes in this machine's memory")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """List what is in a compressed checkpoint: bytes, ratio and error a projection; totals."""
-    _talk("off", loads_models=False)
+    _talk("off", loads_models=memory)
     from cospadi.commands.inspect import inspect as look
-    from cospadi.commands.inspect import inspect_table
+    from cospadi.commands.inspect import inspect_table, memory_line
     from cospadi.commands.tables import megabytes
     from cospadi.model import hub
 
-    data = look(hub.folder_of(folder))
-    _show(data, as_json, inspect_table(data), f"Whole checkpoint: {megabytes(data['checkpoint_bytes'])}.")
+    path = hub.folder_of(folder)
+    data = look(path)
+    parts = [inspect_table(data), f"Whole checkpoint: {megabytes(data['checkpoint_bytes'])}."]
+    if memory:
+        from cospadi.commands.bench import memory_of_layers
+
+        data["memory"] = memory_of_layers(path)
+        parts.append(memory_line(data["memory"]))
+    _show(data, as_json, *parts)
 
 
 @app.command()
@@ -428,18 +446,16 @@ def generate(
     ] = False,
     tokens: Annotated[int, typer.Option(min=1, help="new tokens at most")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 42,
+    seed: Seed = 42,
     device: Device = "auto",
     runtime: RuntimeFlag = "auto",
 ) -> None:
     """Continue a prompt, or answer it. The text goes to stdout as it comes, how fast it came to stderr."""
     _talk("off")
-    import torch
-
     from cospadi.commands import generate as speech
 
-    speaker, sampling = speech.load_speaker(model, device, _runtime(runtime)), speech.Sampling(tokens, temperature)
-    torch.manual_seed(seed)
+    sampling = speech.Sampling(tokens, temperature)
+    speaker = speech.load_speaker(model, sampling, seed, device, _runtime(runtime))
     if chat:
         _, pace = speech.answer(speaker, [{"role": "user", "content": prompt}], sampling, _print_part)
     else:
@@ -456,19 +472,17 @@ def chat(
     temperature: Annotated[
         float | None, typer.Option(min=0, help="0 takes the likeliest token each time  [default: as the model says]")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 42,
+    seed: Seed = 42,
     device: Device = "auto",
     runtime: RuntimeFlag = "auto",
 ) -> None:
     """Talk with a model: a line is a message. Ctrl-C stops an answer, Ctrl-D ends the conversation."""
     _talk("off")
-    import torch
-
     from cospadi.commands import generate as speech
 
-    speaker, sampling = speech.load_speaker(model, device, _runtime(runtime)), speech.Sampling(tokens, temperature)
+    sampling = speech.Sampling(tokens, temperature)
+    speaker = speech.load_speaker(model, sampling, seed, device, _runtime(runtime))
     speech.check_template(speaker)
-    torch.manual_seed(seed)
     typer.secho(f"{model}: {speaker.weights()}. Ctrl-C stops an answer, Ctrl-D ends.", dim=True, err=True)
 
     def tell(pace: speech.Pace) -> None:

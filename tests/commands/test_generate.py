@@ -20,7 +20,7 @@ def make_speaker(make_model: Callable[..., Path]) -> Callable[[], Speaker]:
     folder = make_model(dtype=torch.float32)
 
     def make() -> Speaker:
-        speaker = load_speaker(folder, "cpu")
+        speaker = load_speaker(folder, Sampling(1), device="cpu")
         speaker.tokenizer.chat_template = TEMPLATE
         return speaker
 

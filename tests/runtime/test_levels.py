@@ -338,7 +338,7 @@ def test_a_compiler_takes_levels_in_place_of_their_code(replaced: CompressedLine
 def test_op_passes_torch_checks() -> None:
     x = torch.randn(3, 20, requires_grad=True)
     levels = pack_levels(*example(9, 20, 5.0), each_width(9))
-    torch.library.opcheck(torch.ops.cospadi.level_matmul, (x, *levels))
+    torch.library.opcheck(torch.ops.cospadi.level_matmul, (x, list(levels)))
 
 
 @BUILT

@@ -237,6 +237,25 @@ def tensor_bytes(model: nn.Module) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+def memory_of_layers(folder: Path) -> dict[str, Any]:
+    """Bytes that the compressed layers and the whole model take in this machine's memory, once each layer has run.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
+    model = load.load_model(folder, torch.device("cpu"))
+    layers = [module for module in model.modules() if isinstance(module, CompressedLinear)]
+    with torch.inference_mode():
+        for layer in layers:
+            layer(torch.zeros(1, layer.in_features, dtype=layer.dtype))
+    taken, weights = tensor_bytes(nn.ModuleList(layers)), sum(one.in_features * one.out_features for one in layers)
+    return {
+        "layers_bytes": taken,
+        "layers_bits": 8 * taken / weights if weights else 0.0,
+        "model_bytes": tensor_bytes(model),
+    }
+
+
 def _resident(where: torch.device) -> int | None:
     if where.type == "cuda":
         return torch.cuda.memory_allocated(where)

@@ -142,12 +142,16 @@ class _Told(TextStreamer):
         self.write(text)
 
 
-def load_speaker(model: str | Path, device: str = "auto", runtime: Runtime = "auto") -> Speaker:
-    """A compressed or dense model.
+def load_speaker(
+    model: str | Path, sampling: Sampling, seed: int = 42, device: str = "auto", runtime: Runtime = "auto"
+) -> Speaker:
+    """A compressed or dense model that will speak as `sampling` says.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read; a temperature below 0.
     """
+    sampling.options()
+    torch.manual_seed(seed)
     where = load.pick_device(device)
     folder = load.resolve(model)
     tokenizer = load.load_tokenizer(folder)
@@ -162,7 +166,6 @@ def continue_text(speaker: Speaker, prompt: str, sampling: Sampling, write: Writ
     Raises:
         UserError: an empty prompt, or no room for it.
     """
-    sampling.options()
     tokens = list(tokenize(speaker.tokenizer, prompt, load.vocabulary(speaker.network)))
     if not tokens:
         raise UserError("the prompt is empty")
@@ -178,7 +181,6 @@ def answer(speaker: Speaker, messages: list[Message], sampling: Sampling, write:
     Raises:
         UserError: the model has no chat template, or no room for the last message.
     """
-    sampling.options()
     check_template(speaker)
     while True:
         text = speaker.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -65,6 +65,14 @@ def inspect_json(
     }
 
 
+def memory_line(memory: Mapping[str, Any]) -> str:
+    """What `bench.memory_of_layers` found, for people."""
+    return (
+        f"In memory here: {tables.megabytes(memory['model_bytes'])}, of which compressed layers take "
+        f"{tables.megabytes(memory['layers_bytes'])}, {memory['layers_bits']:.2f} bits a weight."
+    )
+
+
 def inspect_table(report: Mapping[str, Any]) -> Table:
     """A line a projection: layout, codec, shape, bytes, ratio, error; totals."""
     table = tables.new_table(

@@ -26,7 +26,7 @@ BESIDE_BITS = 64
 """What a level beside the others takes."""
 
 MOST_BESIDE = 0.01
-"""Of all levels: more make a product slower than a dense one."""
+"""Of all levels; where more would, a layer is dense."""
 
 _CHUNK = 1 << 22
 """Levels that are unpacked at once."""
@@ -80,12 +80,11 @@ def hold_levels(numbers: Tensor, outputs: Tensor, inputs: Tensor) -> Levels | Te
     if numbers.device.type == "cpu":
         widths, counts = choose_widths(numbers)
         if int(counts.sum()) <= most:
-            return pack_levels(numbers, outputs, inputs, widths)
+            return pack_levels(numbers, outputs, inputs, widths, counts)
     else:
-        counts = _count_large(numbers).sum(1)
-        for bits in EQUAL_WIDTHS:
-            if int(counts[bits - WIDTHS[0]]) <= most:
-                return pack_levels(numbers, outputs, inputs, bits)
+        for bits, counts in zip(WIDTHS, _count_large(numbers), strict=True):
+            if bits in EQUAL_WIDTHS and int(counts.sum()) <= most:
+                return pack_levels(numbers, outputs, inputs, bits, counts)
     return numbers * inputs * outputs[:, None]
 
 
@@ -115,12 +114,16 @@ def _held(numbers: Tensor, bits: int | Tensor) -> Tensor:
     return numbers.clamp(least.to(numbers.dtype), most.to(numbers.dtype))
 
 
-def pack_levels(numbers: Tensor, outputs: Tensor, inputs: Tensor, widths: Tensor | int) -> Levels:
-    """Levels int16 (d2, d1), contiguous, in so many bits by row, int32 (d2,), or one of EQUAL_WIDTHS for all."""
+def pack_levels(
+    numbers: Tensor, outputs: Tensor, inputs: Tensor, widths: Tensor | int, counts: Tensor | None = None
+) -> Levels:
+    """Levels int16 (d2, d1), contiguous, in so many bits by row, int32 (d2,), or one of EQUAL_WIDTHS for all. `counts`,
+    where they are known, are how many levels of each row are too large for them, int32 (d2,)."""
     (d2, d1), device = numbers.shape, numbers.device
-    equal, large = isinstance(widths, int), _count_large(numbers)
+    equal = isinstance(widths, int)
     widths = torch.as_tensor(widths, dtype=torch.int32, device=device).expand(d2)
-    counts = large.gather(0, widths.long()[None] - WIDTHS[0])[0]
+    if counts is None:
+        counts = _count_large(numbers).gather(0, widths.long()[None] - WIDTHS[0])[0]
     places, offsets = (torch.nn.functional.pad(each.cumsum(0), (1, 0)).int() for each in (widths, counts))
     unit, total = padded(d1) // 8, int(offsets[-1])
     packed = torch.zeros(int(places[-1]) * unit + MARGIN, dtype=torch.uint8, device=device)

@@ -9,6 +9,7 @@ torch elsewhere.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -224,22 +225,12 @@ def level_matmul(x: Tensor, levels: Levels) -> Tensor:
     if x.dim() == 0 or x.shape[-1] != len(levels.inputs):
         raise ValueError(f"x is {list(x.shape)}, and the levels have {len(levels.inputs)} inputs")
     if _is_watched(x, levels.inputs):
-        y: Tensor = _level_matmul(x, *levels)
+        y: Tensor = _level_matmul(x, list(levels))
         return y
-    return _multiply_levels(x, *levels)
+    return _multiply_levels(x, levels)
 
 
-def _multiply_levels(
-    x: Tensor,
-    packed: Tensor,
-    places: Tensor,
-    outputs: Tensor,
-    inputs: Tensor,
-    offsets: Tensor,
-    columns: Tensor,
-    rest: Tensor,
-) -> Tensor:
-    levels = Levels(packed, places, outputs, inputs, offsets, columns, rest)
+def _multiply_levels(x: Tensor, levels: Levels) -> Tensor:
     if _kernels(x).can_multiply_levels(x, levels):
         try:
             y: Tensor = _kernels(x).level_matmul(x, levels)
@@ -262,58 +253,33 @@ def level_weight(levels: Levels) -> Tensor:
     return unpack_levels(levels).mul_(levels.inputs).mul_(levels.outputs[:, None])
 
 
-_level_matmul = torch.library.custom_op("cospadi::level_matmul", _multiply_levels, mutates_args=())
+@torch.library.custom_op("cospadi::level_matmul", mutates_args=())
+def _level_matmul(x: Tensor, levels: Sequence[Tensor]) -> Tensor:
+    return _multiply_levels(x, Levels(*levels))
 
 
 @_level_matmul.register_fake
-def _(
-    x: Tensor,
-    packed: Tensor,
-    places: Tensor,
-    outputs: Tensor,
-    inputs: Tensor,
-    offsets: Tensor,
-    columns: Tensor,
-    rest: Tensor,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], len(outputs)))
+def _(x: Tensor, levels: Sequence[Tensor]) -> Tensor:
+    return x.new_empty((*x.shape[:-1], len(Levels(*levels).outputs)))
 
 
 @torch.library.custom_op("cospadi::level_gradient", mutates_args=())
-def _level_gradient(
-    grad: Tensor,
-    packed: Tensor,
-    places: Tensor,
-    outputs: Tensor,
-    inputs: Tensor,
-    offsets: Tensor,
-    columns: Tensor,
-    rest: Tensor,
-) -> Tensor:
+def _level_gradient(grad: Tensor, levels: Sequence[Tensor]) -> Tensor:
     """Gradient of x, an op of its own since compilers do not see how wide the rows are."""
-    return grad @ level_weight(Levels(packed, places, outputs, inputs, offsets, columns, rest)).to(grad.dtype)
+    return grad @ level_weight(Levels(*levels)).to(grad.dtype)
 
 
 @_level_gradient.register_fake
-def _(
-    grad: Tensor,
-    packed: Tensor,
-    places: Tensor,
-    outputs: Tensor,
-    inputs: Tensor,
-    offsets: Tensor,
-    columns: Tensor,
-    rest: Tensor,
-) -> Tensor:
-    return grad.new_empty((*grad.shape[:-1], len(inputs)))
+def _(grad: Tensor, levels: Sequence[Tensor]) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], len(Levels(*levels).inputs)))
 
 
 def _keep_levels(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
+    ctx.save_for_backward(*inputs[1])
 
 
-def _through_levels(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _level_gradient(grad, *ctx.saved_tensors), *[None] * len(ctx.saved_tensors)
+def _through_levels(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return _level_gradient(grad, list(ctx.saved_tensors)), [None] * len(ctx.saved_tensors)
 
 
 _level_matmul.register_autograd(_through_levels, setup_context=_keep_levels)

@@ -318,8 +318,7 @@ def open_ledger(
         return Ledger()
     check_place(output, inputs or {})
     directory = job_directory(output)
-    if not directory.exists():
-        check_output(output, overwrite)
+    check_before(output, overwrite)
     ledger = JobDirectory(directory, resume) if from_disk else Ledger()
     try:
         if ledger.folder is not None:
@@ -333,6 +332,16 @@ def open_ledger(
         ledger.close()
         raise
     return ledger
+
+
+def check_before(output: Path, overwrite: bool) -> None:
+    """Refuse an output that no job has begun to write to, if none may.
+
+    Raises:
+        UserError: as of `check_output`.
+    """
+    if not job_directory(output).exists():
+        check_output(output, overwrite)
 
 
 def check_output(output: Path, overwrite: bool) -> None:

@@ -62,13 +62,13 @@ def step_of(quarters: Tensor) -> Tensor:
     return torch.ldexp(octave[quarters & 3], quarters >> 2)
 
 
-class Content(NamedTuple):
-    """What is stored, taken apart.
+class Head(NamedTuple):
+    """What is stored beside the levels.
 
     Attributes:
         outputs, inputs: steps, float32 (d2,) and (k,), the unit among the second.
         rows, cols: widths, int16 (d2,) and (k,).
-        offsets: of the blocks in `stream`, int64.
+        nbytes: of it.
     """
 
     lanes: int
@@ -76,8 +76,12 @@ class Content(NamedTuple):
     inputs: Tensor
     rows: Tensor
     cols: Tensor
-    offsets: Tensor
-    stream: Tensor
+    nbytes: int
+
+    @property
+    def height(self) -> int:
+        """Rows of a block."""
+        return block_rows(len(self.rows), len(self.cols))
 
 
 class Ec(Codec):
@@ -122,33 +126,29 @@ class Ec(Codec):
 
     def put_back(self, head: Tensor, levels: Tensor) -> Tensor:
         """What was stored, from its head and the levels, int16 (d2, k): the same bytes."""
-        found, _ = self._content(head)
-        height = block_rows(len(found.rows), len(found.cols))
-        stream, offsets = rans.encode(levels.cpu(), found.rows, found.cols, height, found.lanes)
+        found = self._read_head(head)
+        stream, offsets = rans.encode(levels.cpu(), found.rows, found.cols, found.height, found.lanes)
         return _join(head.cpu(), stream, offsets).to(head.device)
 
-    def content(self, stored: Tensor) -> Content:
-        """What is stored, taken apart.
+    def _content(self, stored: Tensor) -> tuple[Head, Tensor, Tensor]:
+        """What is stored, taken apart: the head, the stream of the blocks, and their offsets in it, int64.
 
         Raises:
             ValueError: it cannot be read; the message reads like "ends before its blocks begin".
         """
-        found, place = self._content(stored)
-        d2 = len(found.rows)
-        start = place + 4 * (-(-d2 // block_rows(d2, len(found.cols))) - 1)
+        head = self._read_head(stored)
+        start = head.nbytes + 4 * (-(-len(head.rows) // head.height) - 1)
         if len(stored) < start:
             raise ValueError("ends before its blocks begin")
         content = stored.cpu().contiguous()
-        inner = content[place:start].numpy().copy().view("<u4").astype(np.int64)
+        inner = content[head.nbytes : start].numpy().copy().view("<u4").astype(np.int64)
         offsets = torch.from_numpy(np.concatenate([[0], inner, [len(content) - start]]))
-        if not (offsets.diff() >= 4 * found.lanes).all():
+        if not (offsets.diff() >= 4 * head.lanes).all():
             raise ValueError("has blocks that do not follow each other")
-        known = found.lanes, found.outputs, found.inputs, found.rows, found.cols
-        return Content(*known, offsets, content[start:])
+        return head, content[start:], offsets
 
-    def _content(self, stored: Tensor) -> tuple[Content, int]:
-        """What is stored but the levels, and where these begin.
-
+    def _read_head(self, stored: Tensor) -> Head:
+        """
         Raises:
             ValueError: it cannot be read.
         """
@@ -166,9 +166,7 @@ class Ec(Codec):
             found.append(_unpack(size, int(least), content[place:end], count))
             place = end
         outputs, inputs, rows, cols = found
-        empty = torch.empty(0, dtype=torch.int64)
-        parts = step_of(outputs), unit * step_of(inputs), rows - outputs, cols - inputs, empty, stored[:0]
-        return Content(lanes, *parts), place
+        return Head(lanes, step_of(outputs), unit * step_of(inputs), rows - outputs, cols - inputs, place)
 
     def decode_levels(self, stored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """N transposed, int16 (d2, k), and the steps of outputs and inputs, float32, on the stored tensor's device.
@@ -177,15 +175,14 @@ class Ec(Codec):
             CheckpointError: it is damaged.
         """
         try:
-            found = self.content(stored)
-            height = block_rows(len(found.rows), len(found.cols))
-            levels = rans.decode(found.stream, found.offsets, found.rows, found.cols, height, found.lanes)
+            head, stream, offsets = self._content(stored)
+            levels = rans.decode(stream, offsets, head.rows, head.cols, head.height, head.lanes)
         except ValueError as error:
             raise CheckpointError(
                 f"levels in a code cannot be read ({error}). cospadi verify tells which tensor is damaged"
             ) from None
         device = stored.device
-        return levels.to(device), found.outputs.to(device), found.inputs.to(device)
+        return levels.to(device), head.outputs.to(device), head.inputs.to(device)
 
     def decode(self, stored: Tensor, values: list[int]) -> Tensor:
         """As everywhere.
@@ -201,7 +198,7 @@ class Ec(Codec):
         try:
             if self.room(stored) != count:
                 return f"holds {self.room(stored)} values, config.json says {count}"
-            self.content(stored)
+            self._content(stored)
         except ValueError as error:
             return str(error)
         return None

@@ -43,8 +43,8 @@ constexpr Table table_of(int bits) {
 
 constexpr Table TABLES[] = {table_of(2), table_of(3), table_of(4), table_of(5), table_of(6), table_of(7), table_of(8)};
 
-// What `Load` looks up.
-enum Kind { SIX, SEVEN, EIGHT_BITS };
+// How many bits `Load` looks levels up by at most.
+enum Kind { SIX, SEVEN, ALL };
 
 struct Pair {
   __m512i first, second;
@@ -66,8 +66,7 @@ class Load {
   // Those of a row from input i on, as bf16: 32 each.
   Pair operator()(const uint8_t* row, int i) const {
     const __m512i stored = _mm512_loadu_si512(row + static_cast<ptrdiff_t>(i / EIGHT) * bits_);
-    __m512i read = _mm512_permutexvar_epi8(bytes_, stored);
-    if constexpr (KIND != EIGHT_BITS) read = _mm512_multishift_epi64_epi8(shifts_, read);
+    const __m512i read = _mm512_multishift_epi64_epi8(shifts_, _mm512_permutexvar_epi8(bytes_, stored));
     const __m512i low = look_up(low_, read), high = look_up(high_, read);
     return {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
   }
@@ -75,19 +74,18 @@ class Load {
  private:
   static __m512i look_up(const __m512i (&table)[2], __m512i read) {
     if constexpr (KIND == SIX) return _mm512_permutexvar_epi8(read, table[0]);
-    if constexpr (KIND == SEVEN) return _mm512_permutex2var_epi8(table[0], read, table[1]);
-    return _mm512_permutex2var_epi8(table[0], _mm512_abs_epi8(read), table[1]);
+    return _mm512_permutex2var_epi8(table[0], read, table[1]);
   }
 
   int bits_;
   __m512i bytes_, shifts_, low_[2], high_[2];
 };
 
-// Eight bits: the sign, which a table of sizes lacks, is that of what was read.
+// All eight: the sign, which a table of sizes lacks, is that of what was read.
 template <>
-inline Pair Load<EIGHT_BITS>::operator()(const uint8_t* row, int i) const {
+inline Pair Load<ALL>::operator()(const uint8_t* row, int i) const {
   const __m512i read = _mm512_permutexvar_epi8(bytes_, _mm512_loadu_si512(row + i));
-  const __m512i low = look_up(low_, read), size = look_up(high_, read);
+  const __m512i sizes = _mm512_abs_epi8(read), low = look_up(low_, sizes), size = look_up(high_, sizes);
   const __m512i high = _mm512_ternarylogic_epi64(size, read, _mm512_set1_epi8(-128), 0xF8);  // size | (read & sign)
   return {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
 }
@@ -97,7 +95,7 @@ template <class Body>
 void with_load(int bits, const Body& body) {
   if (bits <= NARROW) return body(Load<SIX>(bits));
   if (bits < MOST_BITS) return body(Load<SEVEN>(bits));
-  return body(Load<EIGHT_BITS>(bits));
+  return body(Load<ALL>(bits));
 }
 
 // Sixteen numbers of bf16 as floats.
