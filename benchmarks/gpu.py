@@ -1,4 +1,4 @@
-"""The GPU kernels: are they right, and how fast are they beside a dense projection?
+"""A GPU in one command: are the kernels right, how fast are they and whole models, how long does a job take?
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --shape 2048x8192 --ratio 0.4 --bits 14 --dictionary identity --json gpu.json
@@ -12,28 +12,45 @@ graph holds a call for each of several copies of the weights, which together exc
 each call finds its weights in memory; its replays are timed by CUDA events. A figure is the median over replays, the
 spread half the distance of the quartiles. GB/s are weight bytes as stored over time; the bandwidth beside them is
 that of a copy of 1 GiB, read and write counted.
+
+Then whole models of random weights in a real one's shape, dense, at ratio 0.4 and at 3 bits, as `cospadi bench` times
+them, with their memory; and the dense one is compressed, both ways, calibrated on random words: seconds of each stage,
+in passes of the calibration text, too, and the peak of the GPU's memory. What is known so far is written after every
+part, so that a limit of time loses only what follows.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import random_model
 import torch
 import typer
 from linear import even_size
+from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
+import cospadi
+from cospadi.commands.bench import bench, bench_json, bench_table
+from cospadi.commands.compress import compressed_json, compressed_table
 from cospadi.format import packing
 from cospadi.format.codecs import codec_of_bits
 from cospadi.format.dictionaries import DICTIONARIES
 from cospadi.format.form import Form
+from cospadi.model import load
+from cospadi.recipe import Recipe
 from cospadi.runtime import reference
 from cospadi.runtime import triton as kernels
 from cospadi.runtime.levels import EQUAL_WIDTHS, Levels, dense, pack_levels
@@ -51,6 +68,12 @@ CHECKED = [
 CHECKED_ROWS = [1, 3, 4, 5, 16, 17, 128, 300]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 """Error of a product in relation to its norm: the rounding of the result, or that of sums in float32."""
+
+MODEL = "Llama-3.2-1B"
+RATIO, BITS = 0.4, 3.0
+"""Sizes that whole models are compressed to."""
+WORDS = 400_000
+"""Of the random text that jobs calibrate on."""
 
 CACHES = 4
 """Copies of the weights exceed the L2 cache this many times."""
@@ -85,10 +108,13 @@ def main(
     dictionary: Annotated[list[str] | None, typer.Option(help="identity or stored, repeatable")] = None,
     rows: Annotated[list[int] | None, typer.Option(help="rows of x, repeatable")] = None,
     replays: Annotated[int, typer.Option(min=2)] = 30,
+    model: Annotated[str, typer.Option(help=f"shape of whole models: {', '.join(random_model.CONFIGS)}")] = MODEL,
     check_only: bool = False,
     save: Annotated[Path | None, typer.Option("--json", help="also write everything as JSON")] = None,
 ) -> None:
-    """Check the kernels, time them, and print a Markdown table."""
+    """Check the kernels, time them, whole models and jobs, and print tables."""
+    if model not in random_model.CONFIGS:
+        raise typer.BadParameter(f"--model {model} is not known. Use {', '.join(random_model.CONFIGS)}")
     if not torch.cuda.is_available():
         _refuse("There is no NVIDIA GPU that torch can use on this machine: nothing was checked or timed.")
     if not kernels.AVAILABLE:
@@ -103,11 +129,15 @@ def main(
     report: dict[str, Any] = {"device": properties.name, "torch": torch.__version__, "failed": {}}
 
     def part(name: str, run: Callable[[], Any]) -> None:
+        begun = time.perf_counter()
         try:
             report[name] = run()
         except Exception:  # whatever a driver, a compiler or this script meets
             report["failed"][name] = traceback.format_exc()
             print(f"\n{name} failed:\n{report['failed'][name]}", flush=True)
+        print(f"\n({name}: {time.perf_counter() - begun:.0f} s)", flush=True)
+        if save:
+            save.write_text(json.dumps(report, indent=1) + "\n")
 
     def timed() -> list[dict[str, Any]]:
         given = ratio or [0.2, 0.4, 0.5], bits or [14, 16], dictionary or list(DICTIONARIES), counts
@@ -132,8 +162,11 @@ def main(
         part("copy_gb_s", lambda: copy_bandwidth(device, replays))
         part("rows", timed)
         part("level_rows", timed_levels)
-    if save:
-        save.write_text(json.dumps(report, indent=1) + "\n")
+        with tempfile.TemporaryDirectory() as scratch:
+            part("written", lambda: write_models(model, Path(scratch)))
+            part("models", lambda: time_models(Path(scratch), device))
+            for name, size in (("coded", {"bits": BITS}), ("sparse", {"ratio": RATIO})):
+                part(f"job_{name}", partial(time_job, Path(scratch), device, size))
     checks = [*report.get("checks", []), *report.get("level_checks", [])]
     if report["failed"] or not all(one["right"] for one in checks):
         raise typer.Exit(1)
@@ -291,6 +324,45 @@ def time_shape(
                 flush=True,
             )
     return found
+
+
+def write_models(shape: str, folder: Path) -> list[str]:
+    """Write the dense model, both that are compressed at random, and a tokenizer and a text of random words."""
+    random_model.main(shape, folder, ratio=[RATIO], bits=[BITS], kind=["sparse"])
+    count = random_model.CONFIGS[shape].vocab_size
+    words = Tokenizer(models.WordLevel({str(word): word for word in range(count)}))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder / "dense")
+    drawn = torch.randint(count, (WORDS,), generator=torch.Generator().manual_seed(0))
+    (folder / "words.txt").write_text(" ".join(map(str, drawn.tolist())))
+    return sorted(path.name for path in folder.iterdir())
+
+
+def time_models(folder: Path, device: torch.device) -> dict[str, Any]:
+    """What `cospadi bench` finds of the models in a folder; printed and returned."""
+    found = bench([folder / name for name in ("dense", f"sparse-{RATIO:g}", f"coded-{BITS:g}")], device=str(device))
+    found = [replace(one, name=Path(one.name).name) for one in found]
+    Console(width=160).print(bench_table(found), highlight=False)
+    return bench_json(found)
+
+
+def time_job(folder: Path, device: torch.device, size: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """Compress the dense model of a folder to a size; what the command would report, and the GPU's peak of memory.
+
+    Args:
+        fields: of the recipe, which else has its defaults.
+    """
+    recipe = Recipe.build(size | fields | {"calibration": str(folder / "words.txt"), "device": str(device)})
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    begun = time.perf_counter()
+    result = cospadi.compress(folder / "dense", recipe, folder / "made", overwrite=True)
+    found = compressed_json(result, recipe) | {"seconds_all": time.perf_counter() - begun}
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    Console(width=160).print(compressed_table(result, recipe), highlight=False)
+    print(f"In all {found['seconds_all']:.0f} s, GPU memory at most {peak or 0:,} bytes", flush=True)
+    load.load_model(folder / "made", device)
+    return found | {"peak_bytes": peak}
 
 
 def random_coefficients(k: int, d2: int, s: int, bits: int, device: torch.device) -> Coefficients:

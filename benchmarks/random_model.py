@@ -30,6 +30,9 @@ from cospadi.runtime.swap import mark_compressed, swap_in_layers
 
 app = typer.Typer(add_completion=False)
 
+KINDS = {"sparse": "sparse", "stored": "mod-htp", "low-rank": "svd-llm"}
+"""What is written of a ratio, and the method whose form it has."""
+
 LLAMA_3 = {
     "vocab_size": 128256,
     "max_position_embeddings": 131072,
@@ -62,6 +65,7 @@ def main(
     output: Annotated[Path, typer.Argument(metavar="OUT")],
     ratio: Annotated[list[float] | None, typer.Option(help="repeatable  [default: 0.4 without bits]")] = None,
     bits: Annotated[list[float] | None, typer.Option(help="of levels in a code, a weight; repeatable")] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="of a ratio, repeatable  [default: all]")] = None,
     layers: Annotated[int | None, typer.Option(help="decoder blocks, if not all")] = None,
     value_bits: int = 14,
 ) -> None:
@@ -74,6 +78,9 @@ def main(
     for one in bits or []:
         if not 1 <= one < 16:
             raise typer.BadParameter(f"--bits {one:g} is not between 1 and 16")
+    for one_kind in kind or []:
+        if one_kind not in KINDS:
+            raise typer.BadParameter(f"--kind {one_kind} is not known. Use {', '.join(KINDS)}")
     config: Any = CONFIGS[shape]
     if layers is not None:
         config.num_hidden_layers = layers
@@ -85,9 +92,9 @@ def main(
         model.save_pretrained(dense)
         del model
     wanted: dict[str, dict[str, Any]] = {
-        f"{kind}-{one:g}": {"ratio": one, "method": method, "value_bits": value_bits}
+        f"{name}-{one:g}": {"ratio": one, "method": KINDS[name], "value_bits": value_bits}
         for one in ratio or ([] if bits else [0.4])
-        for kind, method in (("sparse", "sparse"), ("stored", "mod-htp"), ("low-rank", "svd-llm"))
+        for name in kind or KINDS
     }
     for name, fields in (wanted | {f"coded-{one:g}": {"bits": one} for one in bits or []}).items():
         if (output / name).exists():
