@@ -1204,7 +1204,24 @@ def test_signal_in_the_middle_of_the_work_leaves_nothing(
 def test_an_unknown_progress_is_a_usage_error(run: Callable[..., Answer], tmp_path: Path) -> None:
     answer = run("compress", "demo", "--output", tmp_path / "out", "--progress", "loud")
     assert answer.code == 2
-    assert "--progress loud is not known. Use auto, on or off" in answer.err
+    assert "--progress loud is not known. Use auto, on, off or json" in answer.err
+
+
+def test_progress_for_programs(run: Callable[..., Answer], dense_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    text = ("--calibration", text_file, "--sequences", 4, "--length", 32, "--refine", 1)
+    answer = run("compress", dense_folder, "--ratio", 0.5, *text, "--output", tmp_path / "out", "--progress", "json")
+    assert answer.code == 0
+    events = [json.loads(line) for line in answer.err.splitlines()]
+    assert {event["event"] for event in events} == {"stage", "standing", "log"}
+    assert all(0 <= event["done"] <= 1 for event in events if event["event"] == "stage")
+    solved = [event["done"] for event in events if event["event"] == "stage" and event["stage"] == "solve"]
+    assert solved == sorted(solved)
+    assert solved[-1] == 1
+    *_, last = (event for event in events if event["event"] == "standing")
+    assert last["block"] == last["blocks"] == 2
+    assert last["bits"] == last["bits_planned"] == pytest.approx(8, abs=0.1)
+    assert last["seconds_left"] == 0
+    assert 0 < last["error"] < 1
 
 
 # Kernels

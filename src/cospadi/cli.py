@@ -79,7 +79,9 @@ AnyModel = Annotated[
 ]
 Private = Annotated[bool, typer.Option("--private", help="the repository has to be private; a new one is made so")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
-Progress = Annotated[str, typer.Option(help="progress bars: auto (on a terminal), on, off (log lines)")]
+Progress = Annotated[
+    str, typer.Option(help="progress bars: auto (on a terminal), on, off (log lines); json: lines of JSON on stderr")
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="of what is drawn at a temperature above 0")]
 RuntimeFlag = Annotated[
     str, typer.Option("--runtime", help="what layers keep in memory: auto, packed, unpacked (S) or dense (D S)")
@@ -686,19 +688,19 @@ def _what_is_left(output: Path) -> str:
 
 def _talk(progress: str, loads_models: bool = True) -> Stages:
     """Progress and log on stderr; for a command that loads models, transformers knows the format and keeps quiet."""
-    if progress not in ("auto", "on", "off"):
-        raise typer.BadParameter(_one_line(f"--progress {progress} is not known. Use auto, on or off"))
+    if progress not in ("auto", "on", "off", "json"):
+        raise typer.BadParameter(_one_line(f"--progress {progress} is not known. Use auto, on, off or json"))
     from rich.console import Console
 
-    from cospadi.jobs.progress import Stages, log_to
+    from cospadi.jobs.progress import Stages, emit_lines, log_to
 
     console = Console(stderr=True)
     bars = progress == "on" or (progress == "auto" and console.is_terminal)
-    log_to(console, bars)
+    log_to(console, bars, events=progress == "json")
     if loads_models:
         _silence_libraries()
         importlib.import_module("cospadi.integrations.transformers")
-    return Stages(console if bars else None)
+    return Stages(console if bars else None, emit_lines if progress == "json" else None)
 
 
 def _silence_libraries() -> None:

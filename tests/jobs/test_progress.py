@@ -1,12 +1,15 @@
-"""Times of stages."""
+"""Times of stages, and what a job tells."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from rich.console import Console
 
-from cospadi.jobs.progress import Stages
+from cospadi.jobs.progress import Stages, Standing
 
 
 def test_time_of_a_stage_within_another_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,3 +22,43 @@ def test_time_of_a_stage_within_another_counts_once(monkeypatch: pytest.MonkeyPa
         with stages.stage("inner", 1):
             pass
     assert stages.seconds == {"outer": 3.0, "inner": 6.0}
+
+
+def standing(block: int) -> Standing:
+    return Standing(block, 30, 0.01234, 2.98, 3.0, 61.4, 1_200_000_000)
+
+
+def test_where_a_job_stands_is_a_line_below_the_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    stages = Stages(Console(file=screen, force_terminal=True, width=140))
+    with stages.shown(), stages.stage("solve", 4) as stage:
+        stage.advance(1, "q_proj")
+        stages.stand(standing(5))
+    told = "block 5 of 30 · error so far 0.0123 · 2.98 bits a weight, planned 3.00 · memory up to 1.2 GB · 0:01:01 left"
+    assert told in screen.getvalue()
+
+
+def test_the_log_tells_it_once_a_block(caplog: pytest.LogCaptureFixture) -> None:
+    stages = Stages()
+    with caplog.at_level("INFO", "cospadi"):
+        for block in (1, 1, 2, 2, 2):
+            stages.stand(standing(block))
+    assert [line.split(" · ")[0] for line in caplog.messages] == ["block 1 of 30", "block 2 of 30"]
+
+
+def test_events_of_a_stage_come_now_and_then_and_end_where_it_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("cospadi.jobs.progress.time.monotonic", lambda: now)
+    events: list[dict[str, Any]] = []
+    stages = Stages(emit=events.append)
+    with stages.stage("solve", 100) as stage:
+        for done in range(1, 81):
+            now += 0.02
+            stage.reach(done, f"group {done}")
+    with stages.stage("text", 1):
+        pass
+    told = [event["done"] for event in events if event["stage"] == "solve"]
+    assert len(told) == 5  # the first, one each half second of 1.6, the last
+    assert told == sorted(told)
+    assert events[-2] == {"event": "stage", "stage": "solve", "done": 0.8, "note": "group 80"}
+    assert events[-1] == {"event": "stage", "stage": "text", "done": 1.0, "note": ""}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import mmap
 import multiprocessing
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from cospadi.commands import tables
 from cospadi.errors import UserError
-from cospadi.jobs.progress import Stages
+from cospadi.jobs.progress import Stages, peak_memory
 from cospadi.model import load
 from cospadi.runtime.layer import CompressedLinear, Runtime, set_runtime
 
@@ -266,12 +265,7 @@ def _resident(where: torch.device) -> int | None:
 def _peak(where: torch.device) -> int | None:
     if where.type == "cuda":
         return torch.cuda.max_memory_allocated(where)
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024
+    return peak_memory()
 
 
 def bench_json(results: Sequence[Benched]) -> dict[str, Any]:

@@ -1,18 +1,75 @@
-"""What a long job tells while it runs: rich bars on a terminal, plain log lines elsewhere."""
+"""What a long job tells while it runs: rich bars on a terminal, log lines in a pipe, JSON lines for programs."""
 
 from __future__ import annotations
 
+import json
 import logging
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.filesize import decimal
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
+from rich.text import Text
 
 log = logging.getLogger("cospadi")
+
+OFTEN = 0.5
+"""Seconds between two events of a stage."""
+
+Emit = Callable[[dict[str, Any]], None]
+"""Takes an event: a mapping that JSON can hold, whose "event" says what it is."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a job stands while its groups are solved.
+
+    Attributes:
+        block: number of the last block of which a group is solved, from 1.
+        blocks: how many there are.
+        error: mean relative error of the projections so far.
+        bits: a weight that these take, all told.
+        bits_planned: what the plan gives them.
+        seconds_left: until all groups are solved, at the pace so far, to which the refinement of earlier blocks belongs.
+        peak_memory: largest resident set of this process, in bytes; None where the system does not tell.
+    """
+
+    block: int
+    blocks: int
+    error: float
+    bits: float
+    bits_planned: float
+    seconds_left: float
+    peak_memory: int | None
+
+    def __str__(self) -> str:
+        parts = [
+            f"block {self.block} of {self.blocks}",
+            f"error so far {self.error:.4f}",
+            f"{self.bits:.2f} bits a weight, planned {self.bits_planned:.2f}",
+        ]
+        if self.peak_memory is not None:
+            parts.append(f"memory up to {decimal(self.peak_memory)}")
+        return " · ".join([*parts, f"{timedelta(seconds=round(self.seconds_left))} left to solve"])
+
+
+class _Bars(Progress):
+    """Bars, and a line below them."""
+
+    below = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.below:
+            yield Text(self.below, no_wrap=True, overflow="ellipsis")
 
 
 class Stages:
@@ -22,13 +79,14 @@ class Stages:
         seconds: stage name -> seconds spent in it so far, less those of stages within it.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
-        """Bars on `console`; log lines where it is None."""
+    def __init__(self, console: Console | None = None, emit: Emit | None = None) -> None:
+        """Bars on `console`, or events for `emit`; log lines where both are None."""
         self.seconds: dict[str, float] = {}
         self._within = 0.0  # seconds of the stages that ended inside the current one
-        self._bars: Progress | None = None
+        self._emit, self._block = emit, 0
+        self._bars: _Bars | None = None
         if console is not None:
-            self._bars = Progress(
+            self._bars = _Bars(
                 TextColumn("{task.description:<9}"),
                 BarColumn(bar_width=14),
                 TextColumn("{task.percentage:>3.0f} %"),
@@ -54,7 +112,7 @@ class Stages:
     def stage(self, name: str, total: float) -> Iterator[Stage]:
         """One stage of `total` units; entered again, its time adds up and its bar restarts."""
         start, before, self._within = time.perf_counter(), self._within, 0.0
-        stage = Stage(name, total, self._bars)
+        stage = Stage(name, total, self._bars, self._emit)
         try:
             yield stage
         finally:
@@ -63,31 +121,70 @@ class Stages:
             self._within = before + elapsed
             stage.close()
 
+    def stand(self, standing: Standing) -> None:
+        """Show where the job stands; in the log once a block."""
+        if self._bars is not None:
+            self._bars.below = str(standing)
+        elif self._emit is not None:
+            self._emit({"event": "standing"} | asdict(standing))
+        elif standing.block > self._block:
+            self._block = standing.block
+            log.info("%s", standing)
+
 
 class Stage:
     """Progress within one stage."""
 
-    def __init__(self, name: str, total: float, bars: Progress | None) -> None:
+    def __init__(self, name: str, total: float, bars: Progress | None, emit: Emit | None = None) -> None:
         self.name, self.total, self.done = name, total, 0.0
-        self._bars = bars
+        self._bars, self._emit, self._note, self._told, self._moves = bars, emit, "", 0.0, False
         self._task = bars.add_task(name, total=total, note="") if bars else None
 
     def advance(self, amount: float, note: str | None = None) -> None:
         """So many more units are done; `note` is shown beside the bar until there is another."""
         self.done += amount
+        self._moves = True
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, advance=amount)
             if note is not None:
                 self._bars.update(self._task, note=note)
+        self._note = self._note if note is None else note
+        if time.monotonic() - self._told > OFTEN:
+            self._tell()
 
     def reach(self, done: float, note: str | None = None) -> None:
         """So many units are done in all."""
         self.advance(done - self.done, note)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Take the bar away; a stage that never said how far it was is done."""
         if self._bars is not None and self._task is not None:
             self._bars.remove_task(self._task)
+        if not self._moves:
+            self.done = self.total
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._emit is not None:
+            self._told = time.monotonic()
+            done = min(1.0, self.done / self.total) if self.total else 1.0
+            self._emit({"event": "stage", "stage": self.name, "done": round(done, 4), "note": self._note})
+
+
+def emit_lines(event: dict[str, Any]) -> None:
+    """An event as a line of JSON on stderr."""
+    sys.stderr.write(json.dumps(event) + "\n")
+    sys.stderr.flush()
+
+
+def peak_memory() -> int | None:
+    """The largest resident set of this process so far, in bytes; None where the system does not tell."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
 
 
 class _PlainLines(logging.Formatter):
@@ -98,10 +195,19 @@ class _PlainLines(logging.Formatter):
         return text if record.levelno == logging.INFO else f"{record.levelname.lower()}: {text}"
 
 
-def log_to(console: Console, bars: bool) -> None:
-    """Send the package's log to a console: warnings only beside bars, a line a step without them."""
+class _Events(logging.Handler):
+    """The log as events."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        emit_lines({"event": "log", "level": record.levelname.lower(), "message": record.getMessage()})
+
+
+def log_to(console: Console, bars: bool, events: bool = False) -> None:
+    """Send the package's log to a console: warnings only beside bars, a line a step without them, or a line of JSON."""
     handler: logging.Handler
-    if bars:
+    if events:
+        handler = _Events()
+    elif bars:
         handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
     else:
         handler = logging.StreamHandler(console.file)

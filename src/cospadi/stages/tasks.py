@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 from torch import Tensor
 
-from cospadi.budget.plan import Group
+from cospadi.budget.plan import Group, Plan
+from cospadi.format.form import DENSE_BITS
 from cospadi.jobs.ledger import Piece
 from cospadi.jobs.pool import Task
+from cospadi.jobs.progress import Standing, peak_memory
 from cospadi.stages.open import Job
-from cospadi.stages.solve import cost_of, dense_weights, packed_of
+from cospadi.stages.solve import as_stored, cost_of, dense_weights, packed_of
 
 
 class Tasks:
@@ -37,7 +40,15 @@ class Tasks:
     ) -> None:
         self.job, self.stage, self.keys, self.function, self.keep = job, stage, keys, function, keep
         self._total = sum(map(cost_of, keys))
-        self._done = self._total - sum(map(cost_of, self.missing()))
+        missing = set(self.missing())
+        self._done = self._before = self._total - sum(map(cost_of, missing))
+        self._begun = time.monotonic()
+        self._blocks = max((group.members[-1].block + 1 for group in keys), default=0)
+        self._taken = self._planned = self._dense = self._projections = 0
+        self._errors = 0.0
+        for group in keys:
+            if group not in missing:
+                self._count(group)
         self._running: dict[Future[Any], Group] = {}
         self._parts: dict[Group, float] = {}
 
@@ -76,6 +87,30 @@ class Tasks:
             self._parts.pop(group, None)
             self._done += cost_of(group)
             progress.reach(self._done + sum(self._parts.values()), "")
+            self._count(group)
+            elapsed, fresh = time.monotonic() - self._begun, self._done - self._before
+            self.job.stages.stand(
+                Standing(
+                    block=group.members[-1].block + 1,
+                    blocks=self._blocks,
+                    error=self._errors / self._projections,
+                    bits=DENSE_BITS * self._taken / self._dense,
+                    bits_planned=DENSE_BITS * self._planned / self._dense,
+                    seconds_left=elapsed * (self._total - self._done) / fresh,
+                    peak_memory=peak_memory(),
+                )
+            )
+
+    def _count(self, group: Group) -> None:
+        """Add what a finished group is to what is known of all."""
+        piece = self.job.ledger.get(self.keys[group])
+        assert piece is not None
+        (stored,) = as_stored(Plan((group,)), [piece]).groups
+        self._taken += stored.parts.total
+        self._planned += group.parts.total
+        self._dense += group.dense_bytes
+        self._errors += sum(piece.record["errors"].values())
+        self._projections += len(piece.record["errors"])
 
     def pieces(self, groups: Sequence[Group]) -> list[Piece]:
         """The finished pieces of some groups, in their order."""
