@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import Mock
@@ -1233,6 +1234,51 @@ def test_doctor_says_what_there_is(run: Callable[..., Answer]) -> None:
     assert all(told["checks"].values())
     table = run("doctor").out
     assert (told["cpu_kernel"] or "not built") in table
+
+
+def test_doctor_of_a_dense_model_says_what_a_job_takes(run: Callable[..., Answer], dense_folder: Path) -> None:
+    told = json.loads(run("doctor", dense_folder, "--no-timing", "--json").out)["model"]
+    planned = json.loads(run("plan", dense_folder, "--bits", 3, "--json").out)
+    assert told["after"] == planned["checkpoint_bytes_after"]
+    assert told["job_memory"] == pytest.approx(planned["estimate"]["memory_bytes"], rel=0.1)  # beside what is there
+    assert told["job_disk"] == planned["estimate"]["disk_bytes"]
+    assert (told["compressed"], told["job_seconds"], told["problems"]) == (False, None, [])
+    assert "compressing it to 5 bits, memory" in run("doctor", dense_folder, "--no-timing", "--bits", 5).out
+
+
+def test_doctor_loads_a_compressed_model(run: Callable[..., Answer], compressed_folder: Path) -> None:
+    answer = run("doctor", compressed_folder, "--json")
+    told = json.loads(answer.out)["model"]
+    assert answer.code == 0
+    assert told["compressed"]
+    assert 0 < told["stored"] <= told["weights"]
+    assert told["load_seconds"] > 0
+
+
+def test_doctor_says_what_is_too_large_for_this_machine(
+    run: Callable[..., Answer], dense_folder: Path, compressed_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cospadi.commands.prospects.free_memory", lambda: 1000)
+    for verb, folder in (("Compressing", dense_folder), ("Running", compressed_folder)):
+        answer = run("doctor", folder, "--no-timing")
+        assert answer.code == 2
+        assert f"{verb} {folder} takes" in " ".join(answer.out.split())
+        assert "0.00 MB are free" in answer.out
+
+
+def test_doctor_names_the_extras_that_are_missing(run: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr("cospadi.commands.doctor.version", version)
+    assert json.loads(run("doctor", "--json").out)["extras"]["vllm"] == ["vllm"]
+    assert "missing: pip install 'cospadi[vllm]'" in run("doctor").out
+
+
+def test_doctor_refuses_a_size_without_a_model(run: Callable[..., Answer]) -> None:
+    answer = run("doctor", "--bits", 3)
+    assert answer.code == 2
+    assert "which is not given" in answer.err
 
 
 def test_doctor_without_kernels_says_what_to_do(run: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch) -> None:

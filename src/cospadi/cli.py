@@ -567,15 +567,35 @@ def bench(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
-    """What this machine and installation have: versions, kernels, devices, and whether the kernels compute rightly."""
-    _talk("off", loads_models=False)
+def doctor(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="dense or compressed model: folder, hub name, or 'demo'")
+    ] = None,
+    bits: Annotated[float | None, typer.Option(help="size of the job that a dense MODEL is looked at for")] = None,
+    device: Device = "auto",
+    timing: Annotated[
+        bool, typer.Option("--timing/--no-timing", help="run pieces of that job for some seconds to tell its time")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """What this machine has: versions, kernels, whether they compute rightly; and what it can do with a model."""
+    if bits is not None and model is None:
+        raise UserError("--bits is of a job that compresses MODEL, which is not given")
+    _talk("off", loads_models=model is not None)
     from cospadi.commands.doctor import doctor_table, examine
 
+    looked, parts, data = None, [], {}
+    if model is not None:
+        from cospadi.commands.prospects import BITS, prospects, prospects_table
+
+        looked = prospects(model, BITS if bits is None else bits, device, timing)
+        parts, data = ["", prospects_table(looked), *looked.problems], {"model": looked.as_json()}
     found = examine()
-    _show(found.as_json(), as_json, doctor_table(found), *found.advice)
+    _show(found.as_json() | data, as_json, doctor_table(found), *found.advice, *parts)
     if not found.right:
         raise typer.Exit(1)
+    if looked is not None and looked.problems:
+        raise typer.Exit(2)
 
 
 def main() -> None:

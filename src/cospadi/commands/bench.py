@@ -195,6 +195,15 @@ def _now(where: torch.device) -> float:
     return time.perf_counter()
 
 
+def memory_of_loading(folder: Path, where: torch.device) -> Memory:
+    """What a model takes that is loaded and gives one token, in a process of its own.
+
+    Raises:
+        MemoryError: the process was killed.
+    """
+    return _in_new_process(folder, 1, 1, where, "auto")
+
+
 def _in_new_process(folder: Path, length: int, rows: int, where: torch.device, runtime: Runtime) -> Memory:
     # Spawned, not forked: a fork would start with this process's memory.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -212,6 +221,7 @@ def _measure_memory(folder: Path, length: int, rows: int, device: str, runtime: 
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     # What libraries load and allocate on first use is not the model's memory.
     _decode(load.load_model(load.resolve("demo"), where), 1, 1, where)
     before = _resident(where)

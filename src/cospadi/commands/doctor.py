@@ -6,10 +6,11 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 import torch
+from packaging.requirements import Requirement
 from rich.table import Table
 from torch import Tensor
 
@@ -24,13 +25,27 @@ from cospadi.runtime import cpu, op, reference
 from cospadi.runtime.levels import EQUAL_WIDTHS, WIDTHS, Levels, pack_levels
 
 PACKAGES = ("torch", "transformers", "safetensors", "triton")
+EXTRAS = {
+    "eval": "cospadi eval --tasks, cospadi lm-eval",
+    "peft": "LoRA adapters",
+    "ray": "--engine ray",
+    "report": "figures",
+    "vllm": "serving by vLLM",
+}
+"""Extras that a user may want, and what for."""
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Error allowed in the self-check, relative to the sum of absolute products."""
 
 
 @dataclass
 class Examination:
-    """What `cospadi doctor` prints; `advice` is sentences for what could be better."""
+    """What `cospadi doctor` prints.
+
+    Attributes:
+        extras: name -> the packages of it that are missing.
+        checks: kernel -> whether it computes rightly.
+        advice: sentences for what could be better.
+    """
 
     versions: dict[str, str]
     machine: str
@@ -39,6 +54,7 @@ class Examination:
     cpu_levels: list[str]
     openmp: str | None
     devices: list[str]
+    extras: dict[str, list[str]]
     checks: dict[str, bool] = field(default_factory=dict)
     advice: list[str] = field(default_factory=list)
 
@@ -63,6 +79,7 @@ def examine() -> Examination:
         cpu_levels=levels,
         openmp=str(native.openmp_runtime()) if native.openmp_runtime() else None,
         devices=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        extras={extra: _missing(extra) for extra in EXTRAS},
     )
     found.checks = {
         f"CPU kernel, {name}": _is_right(_on_cpu, number) and _levels_are_right(cpu.level_matmul, number)
@@ -93,14 +110,22 @@ def examine() -> Examination:
     return found
 
 
+def _missing(extra: str) -> list[str]:
+    """Packages of an extra that are not installed."""
+    needed = (Requirement(line) for line in requires("cospadi") or [])
+    wanted = [one.name for one in needed if one.marker and one.marker.evaluate({"extra": extra})]
+    return [name for name in wanted if _version(name) is None]
+
+
 def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return {package: _version(package) or "not installed" for package in PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _level_in_use(levels: list[str]) -> str | None:
@@ -190,6 +215,9 @@ def doctor_table(found: Examination) -> Table:
         table.add_row("CPU kernels that run here", ", ".join(found.cpu_levels))
         table.add_row("threads from", found.openmp or "one thread only")
     table.add_row("GPUs", ", ".join(found.devices) or "none")
+    for extra, missing in found.extras.items():
+        told = f"missing: pip install 'cospadi[{extra}]'" if missing else "there"
+        table.add_row(f"for {EXTRAS[extra]}", told)
     for name, ok in found.checks.items():
         table.add_row(f"self-check, {name}", "right" if ok else "WRONG")
     return table

@@ -167,6 +167,16 @@ def first_problem(error: ValidationError) -> str:
     return f"{field}: {message}" if field else message
 
 
+def is_compressed(folder: Path) -> bool:
+    """Whether a model folder's config.json says that this package wrote it.
+
+    Raises:
+        UserError: there is no config.json that can be read.
+    """
+    config = read_json(folder / "config.json").get("quantization_config")
+    return isinstance(config, dict) and config.get("quant_method") == QUANT_METHOD
+
+
 def read_config(folder: Path) -> dict[str, StoredProjection]:
     """The compressed projections of a checkpoint folder, from its config.json.
 
@@ -175,9 +185,9 @@ def read_config(folder: Path) -> dict[str, StoredProjection]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
-    config = read_json(folder / "config.json").get("quantization_config")
-    if not isinstance(config, dict) or config.get("quant_method") != QUANT_METHOD:
+    if not is_compressed(folder):
         raise UserError(f"{folder} is not a CoSpaDi checkpoint: its config.json has no quantization_config of ours")
+    config = read_json(folder / "config.json")["quantization_config"]
     version = check_version(config.get("format_version"), "config.json")
     check_fields(config)
     return parse_projections(config.get("projections", {}), version)

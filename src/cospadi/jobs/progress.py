@@ -38,7 +38,7 @@ class Standing:
         error: mean relative error of the projections so far.
         bits: a weight that these take, all told.
         bits_planned: what the plan gives them.
-        seconds_left: until all groups are solved, at the pace so far, to which the refinement of earlier blocks belongs.
+        seconds_left: until all groups are solved, at the pace so far, earlier blocks' refinement included.
         peak_memory: largest resident set of this process, in bytes; None where the system does not tell.
     """
 
