@@ -43,7 +43,9 @@ AVAILABLE = library() is not None
 def can_multiply(z: Tensor, support: Tensor, values: Tensor, value_bits: int) -> bool:
     """Whether the library was built and takes these tensors."""
     return (
-        z.device.type == support.device.type == values.device.type == "cpu"
+        z.is_cpu
+        and support.is_cpu
+        and values.is_cpu
         and z.dtype in DTYPES
         and value_bits > 0
         and values.dtype == (torch.bfloat16 if value_bits == 16 else torch.uint8)
@@ -61,8 +63,9 @@ def sparse_matmul(
     Raises:
         ValueError: values that do not match the mask, or offsets that are not `packing.column_offsets`.
     """
-    rows, d2 = math.prod(z.shape[:-1]), support.shape[0]
-    if offsets.dtype != torch.int32 or offsets.shape != (d2 + 1,) or offsets.device.type != "cpu":
+    d2 = support.shape[0]
+    rows = z.numel() // k if k else math.prod(z.shape[:-1])
+    if offsets.dtype != torch.int32 or offsets.shape != (d2 + 1,) or not offsets.is_cpu:
         raise ValueError(f"offsets are {list(offsets.shape)} of {offsets.dtype}; {d2 + 1} of int32 on CPU are needed")
     if rows == 0 or d2 == 0 or k == 0:
         return z.new_zeros((*z.shape[:-1], d2))
@@ -87,7 +90,8 @@ def can_multiply_dense(x: Tensor, matrix: Tensor) -> bool:
     """Whether `dense_matmul` takes these: bf16, on CPU, few rows, and an instruction set made for it."""
     return (
         AVAILABLE
-        and x.device.type == matrix.device.type == "cpu"
+        and x.is_cpu
+        and matrix.is_cpu
         and x.dtype == matrix.dtype == torch.bfloat16
         and x.dim() > 0
         and x.shape[-1:] == matrix.shape[1:]
@@ -149,28 +153,31 @@ def _through_tiles(
 
 def takes_levels(x: Tensor) -> bool:
     """Whether `level_matmul` takes x with levels that lie as on CPU."""
-    return AVAILABLE and x.device.type == "cpu" and x.dtype in DTYPES
+    return AVAILABLE and x.is_cpu and x.dtype in DTYPES
 
 
 def can_multiply_levels(x: Tensor, levels: Levels) -> bool:
     """Whether `level_matmul` takes these."""
-    return takes_levels(x) and levels.packed.device.type == "cpu" and len(levels.places) > 0
+    return takes_levels(x) and levels.by_output and not levels.packed.is_cuda
 
 
 def level_matmul(x: Tensor, levels: Levels, level: int | None = None) -> Tensor:
     """y = ((x u) N^T) v for x (..., d1); `level` is one of `native.levels()`. All of `levels` is contiguous."""
-    d2, d1, shape = len(levels.outputs), len(levels.inputs), x.shape[:-1]
-    if len(levels.places) != d2 + 1:
+    if not levels.by_output:
         raise ValueError("all rows of the levels have one width, as a GPU's kernels ask for")
-    rows = math.prod(shape)
+    d2, d1 = levels.shape
+    rows = x.numel() // d1 if d1 else math.prod(x.shape[:-1])
     level = best_level() if level is None else level
     if rows > LEVEL_ROWS and not _takes_any_rows(x.dtype, level):
         return _levels_through_tiles(x, levels, level)
-    x, y = x.contiguous(), x.new_empty((*shape, d2))
-    steps = levels.outputs.data_ptr(), levels.inputs.data_ptr()
-    given = x.data_ptr(), y.data_ptr(), rows, DTYPES[x.dtype]
-    threads = torch.get_num_threads()
-    _check(_library().cospadi_multiply_levels(*given, *_pointers(levels), d2, d1, *steps, threads, level))
+    x, y = x.contiguous(), x.new_empty((*x.shape[:-1], d2))
+    packed, places, outputs, inputs, *beside = levels.addresses
+    status = _library().cospadi_multiply_levels(
+        x.data_ptr(), y.data_ptr(), rows, DTYPES[x.dtype], packed, places, *beside, d2, d1, outputs, inputs,
+        torch.get_num_threads(), level,
+    )  # fmt: skip
+    if status:
+        _check(status)
     return y
 
 
@@ -193,13 +200,9 @@ def unpack_levels(levels: Levels, begin: int, end: int, out: Tensor, level: int 
     """Rows of N with what is beside it, in out (end - begin, d1), float32 or bf16: exact up to 256."""
     given = out.data_ptr(), DTYPES[out.dtype], begin, end
     level = best_level() if level is None else level
-    _library().cospadi_unpack_levels(*given, *_pointers(levels), out.shape[1], torch.get_num_threads(), level)
+    packed, places, _, _, *beside = levels.addresses
+    _library().cospadi_unpack_levels(*given, packed, places, *beside, out.shape[1], torch.get_num_threads(), level)
     return out
-
-
-def _pointers(levels: Levels) -> tuple[int, ...]:
-    beside = levels.offsets.data_ptr(), levels.columns.data_ptr(), levels.rest.data_ptr()
-    return levels.packed.data_ptr(), levels.places.data_ptr(), *beside
 
 
 def _unpacked_dtype(dtype: torch.dtype) -> torch.dtype:

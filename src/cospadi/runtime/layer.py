@@ -167,6 +167,7 @@ class CompressedLinear(nn.Module):
         self._offsets: tuple[Hashable, Tensor] | None = None
         self._kept: tuple[tuple[Any, ...], Tensor | Levels] | None = None
         self._decoded_code: _Decoded | None = None
+        self._kernel: tuple[torch.dtype, torch.device, bool] | None = None
 
     support: Tensor | None
     _like: Tensor
@@ -220,15 +221,20 @@ class CompressedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d1) -> (..., d2), in x's dtype."""
+        levels = self._levels
+        if levels is not None and self.runtime == "auto" and self.atoms is None:
+            y = op.level_matmul(x, levels)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
         atoms, support, values, bias = self.atoms, self.support, self._stored, self.bias
-        trainable = isinstance(values, nn.Parameter)
+        trainable = self.names.values in self._parameters
         learns = torch.is_grad_enabled() and atoms is not None and atoms.requires_grad
         if self.runtime == "dense" and not trainable and not learns:
             weight = self._keep(x, self._weight)
             if isinstance(weight, Tensor):
                 return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
         z = x if atoms is None else _multiply(x, atoms, self.group)
-        if isinstance(values, nn.Parameter) and support is None:
+        if trainable and support is None:
+            assert values is not None
             return nn.functional.linear(z, values.to(x.dtype), None if bias is None else bias.to(x.dtype))
         kind, codec = self.form.support, None if trainable else self.form.values
         unpacked: Tensor | Levels | None = None if self.runtime == "unpacked" else self._levels
@@ -237,7 +243,7 @@ class CompressedLinear(nn.Module):
             and not trainable
             and (
                 self.runtime == "unpacked"
-                or (self.runtime == "auto" and (values is None or not op.has_kernel(z, support, values, kind, codec)))
+                or (self.runtime == "auto" and (values is None or not self._has_kernel(z, support, values)))
             )
         ):
             unpacked = self._keep(z, self._unpacked)
@@ -251,6 +257,15 @@ class CompressedLinear(nn.Module):
         offsets = None if trainable else self.column_offsets()
         y = op.sparse_matmul(z, support, values, offsets, self.out_features, self.k, kind, codec, unpacked)
         return y if bias is None else y + bias.to(y.dtype)
+
+    def _has_kernel(self, z: Tensor, support: Tensor | None, values: Tensor) -> bool:
+        """`op.has_kernel`, asked once for each kind of z. (Where it is no longer true, the op unpacks.)"""
+        if torch.compiler.is_compiling():
+            return op.has_kernel(z, support, values, self.form.support, self.form.values)
+        if self._kernel is None or self._kernel[0] is not z.dtype or self._kernel[1] != z.device:
+            found = op.has_kernel(z, support, values, self.form.support, self.form.values)
+            self._kernel = z.dtype, z.device, found
+        return self._kernel[2]
 
     def _keep(self, like: Tensor, make: Callable[[torch.dtype], Tensor | Levels]) -> Tensor | Levels | None:
         """A matrix that `make` makes in the dtype of `like`, once for as long as the factors stay as they are.
@@ -340,12 +355,13 @@ class CompressedLinear(nn.Module):
         """
         if torch.compiler.is_compiling() or compat.is_traced():
             return None if self._offsets is None else self._offsets[1]
-        if self.support is None or self.support.device.type == "meta":
+        support = self.support
+        if support is None or support.is_meta:
             return None
-        state = _version(self.support)
+        state = _version(support)
         if self._offsets is None or self._offsets[0] != state:
             with torch.inference_mode(False), torch.no_grad():
-                offsets = self.form.support_kind.offsets(self.support)
+                offsets = self.form.support_kind.offsets(support)
             if offsets is None:
                 return None
             self._offsets = state, offsets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,17 @@ _CHUNK = 1 << 22
 """Levels that are unpacked at once."""
 
 
-class Levels(NamedTuple):
+class _Parts(NamedTuple):
+    packed: Tensor
+    places: Tensor
+    outputs: Tensor
+    inputs: Tensor
+    offsets: Tensor
+    columns: Tensor
+    rest: Tensor
+
+
+class Levels(_Parts):
     """A matrix W (d2, d1): W_ji = outputs_j (N_ji + what is beside it) inputs_i.
 
     Attributes:
@@ -43,15 +54,27 @@ class Levels(NamedTuple):
         outputs, inputs: float32 (d2,) and (d1,).
         offsets: int32 (d2 + 1,): what is beside row j are the entries from offsets[j] to offsets[j + 1] of
         columns, rest: int32 and float32, an input each and how much its level is larger than N says.
+
+    What follows from these is kept beside them, since it takes as long as a small product.
     """
 
-    packed: Tensor
-    places: Tensor
-    outputs: Tensor
-    inputs: Tensor
-    offsets: Tensor
-    columns: Tensor
-    rest: Tensor
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """d2 and d1."""
+        return len(self.outputs), len(self.inputs)
+
+    @cached_property
+    def by_output(self) -> bool:
+        """Whether each row has a width of its own."""
+        return len(self.places) > 0
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """Of the tensors, in their order, which never get other memory."""
+        return tuple(part.data_ptr() for part in self)
+
+    def __getstate__(self) -> None:
+        """Copies have addresses of their own."""
 
     @property
     def bits(self) -> float:

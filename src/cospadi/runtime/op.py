@@ -62,11 +62,10 @@ def dense_matmul(x: Tensor, matrix: Tensor) -> Tensor:
 
 def _is_watched(x: Tensor, weights: Tensor) -> bool:
     """Whether a compiler, a tracer, autograd or a tensor subclass has to see a product, or it has no numbers."""
-    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
     return (
-        needs_gradient
-        or type(x) is not Tensor
-        or x.device.type == "meta"
+        type(x) is not Tensor
+        or x.is_meta
+        or (torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad))
         or torch.compiler.is_compiling()
         or compat.is_traced()
         or compat.is_dispatch_intercepted()
@@ -125,11 +124,12 @@ def _multiply(
         raise ValueError(f"z is of {z.dtype}; a float dtype is needed")
     if dense is not None:
         return torch.nn.functional.linear(z, dense)
-    if support is not None and has_kernel(z, support, values, kind, codec):
+    kernels, bits = _kernels(z), kernel_bits(kind, codec)
+    if support is not None and bits and kernels.can_multiply(z, support, values, bits):
         if offsets is None:
             offsets = SUPPORTS[kind].offsets(support)
         try:
-            y: Tensor = _kernels(z).sparse_matmul(z, support, values, offsets, k, kernel_bits(kind, codec))
+            y: Tensor = kernels.sparse_matmul(z, support, values, offsets, k, bits)
             return y
         except KernelError as error:
             _warn(str(error))
@@ -222,8 +222,6 @@ def takes_levels(x: Tensor) -> bool:
 
 def level_matmul(x: Tensor, levels: Levels) -> Tensor:
     """y = x W^T for x (..., d1) of any float dtype, in it."""
-    if x.dim() == 0 or x.shape[-1] != len(levels.inputs):
-        raise ValueError(f"x is {list(x.shape)}, and the levels have {len(levels.inputs)} inputs")
     if _is_watched(x, levels.inputs):
         y: Tensor = _level_matmul(x, list(levels))
         return y
@@ -231,9 +229,12 @@ def level_matmul(x: Tensor, levels: Levels) -> Tensor:
 
 
 def _multiply_levels(x: Tensor, levels: Levels) -> Tensor:
-    if _kernels(x).can_multiply_levels(x, levels):
+    if x.dim() == 0 or x.shape[-1] != levels.shape[1]:
+        raise ValueError(f"x is {list(x.shape)}, and the levels have {levels.shape[1]} inputs")
+    kernels = _kernels(x)
+    if kernels.can_multiply_levels(x, levels):
         try:
-            y: Tensor = _kernels(x).level_matmul(x, levels)
+            y: Tensor = kernels.level_matmul(x, levels)
             return y
         except KernelError as error:
             _warn(str(error))
@@ -260,7 +261,7 @@ def _level_matmul(x: Tensor, levels: Sequence[Tensor]) -> Tensor:
 
 @_level_matmul.register_fake
 def _(x: Tensor, levels: Sequence[Tensor]) -> Tensor:
-    return x.new_empty((*x.shape[:-1], len(Levels(*levels).outputs)))
+    return x.new_empty((*x.shape[:-1], Levels(*levels).shape[0]))
 
 
 @torch.library.custom_op("cospadi::level_gradient", mutates_args=())
@@ -271,7 +272,7 @@ def _level_gradient(grad: Tensor, levels: Sequence[Tensor]) -> Tensor:
 
 @_level_gradient.register_fake
 def _(grad: Tensor, levels: Sequence[Tensor]) -> Tensor:
-    return grad.new_empty((*grad.shape[:-1], len(Levels(*levels).inputs)))
+    return grad.new_empty((*grad.shape[:-1], Levels(*levels).shape[1]))
 
 
 def _keep_levels(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
