@@ -340,7 +340,8 @@ HEADER = """# Projections, one at a time
 Written by `python benchmarks/linear.py table --output docs/performance/projections.md` from
 `benchmarks/results/linear`, which these commands filled:
 
-```
+```sh
+# hours; not run by the tests
 python benchmarks/linear.py run --dictionary stored --shape 2048x8192 --shape 4096x14336 --ratio 0.2 --ratio 0.4 \\
     --ratio 0.5 --value-bits 14 --value-bits 16 --seconds 1.5
 python benchmarks/linear.py run --dictionary stored --model Llama-3.2-1B --seconds 1.5

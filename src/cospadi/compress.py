@@ -156,7 +156,8 @@ def measure_plan(
 ) -> Plan:
     """The plan that `compress` would follow: calibrates, and spreads the bytes, but compresses nothing.
 
-    Args: as of `compress`; a loaded model is left as it was.
+    Args:
+        model, recipe, tokenizer, engine, cache_bytes, stages: as of `compress`; a loaded model is left as it was.
         directory: for finished pieces, from which the same call resumes if it died; removed at the end.
 
     Raises:

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 WRITER, READER = "hf_writer", "hf_reader"
-"""Tokens of alice: one that may write to what is hers, one that may only read."""
+"""Tokens of the user: one that may write to what is hers, one that may only read."""
 
 LARGE = (".safetensors",)
 """What goes the way of large files, whatever its size."""
@@ -52,6 +52,7 @@ class Hub:
         blobs: large files by their sha256, committed or not.
         refuse: asked before each request, by method and path: a status to answer in its place, 0 to drop the line.
         requests: method and path of all there were.
+        user: who has the tokens.
     """
 
     endpoint: str = ""
@@ -59,6 +60,7 @@ class Hub:
     blobs: dict[str, bytes] = field(default_factory=dict)
     refuse: Callable[[str, str], int | None] = lambda method, path: None
     requests: list[tuple[str, str]] = field(default_factory=list)
+    user: str = "alice"
 
     def count(self, method: str, part: str) -> int:
         return sum(one == method and part in path for one, path in self.requests)
@@ -236,13 +238,13 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(401, "Invalid username or password.")
         if write and token != WRITER:
             raise Refusal(403, "You must use a write token")
-        return "alice"
+        return self.hub.user
 
     def readable(self, name: str, revision: str) -> tuple[str, dict[str, bytes]]:
         repository = self.hub.repositories.get(name)
         if self.headers.get("Authorization"):
             self.user()
-        known = self.headers.get("Authorization") is not None and name.startswith("alice/")
+        known = self.headers.get("Authorization") is not None and name.startswith(f"{self.hub.user}/")
         if repository is None or (repository.private and not known):
             raise Refusal(404, "Repository not found", "RepoNotFound")
         if repository.gated and not known:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 from conftest import Answer
-from hub import READER, WRITER, Hub, serving
+from hub import READER, WRITER, Hub
 from huggingface_hub import ModelCard, constants
 from test_cli import check_mistake
 from transformers import AutoModelForCausalLM
@@ -21,25 +19,6 @@ from cospadi import compress
 from cospadi.format import verify
 
 FREE = ["--metric", "weights", "--iterations", "1", "--ratio", "0.3"]
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub that this process takes for the hub, with an empty cache and alice's token."""
-    with serving() as stand_in:
-        monkeypatch.setattr(constants, "ENDPOINT", stand_in.endpoint)
-        template = stand_in.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it remembers where the hub was
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)
-        monkeypatch.setenv("HF_TOKEN", WRITER)
-        monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
-        yield stand_in
-        huggingface_hub.close_session()
 
 
 @pytest.fixture

@@ -1,10 +1,16 @@
 """The layer and the op against float64 products, under the compiler, and with gradients."""
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from forms import write_mixed
+from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
+from transformers import AutoModelForCausalLM
 
 from cospadi import CompressedLinear
 from cospadi.format import packing
@@ -124,6 +130,22 @@ def test_torch_compile_takes_it_whole() -> None:
     x = torch.randn(4, 24)
     compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_a_generation_loop_compiles_whole(make_llama: Callable[..., Path], tmp_path: Path) -> None:
+    """Masks, levels and dictionaries in one model: without a graph break, once for the prompt and once for a token."""
+    shared = dict.fromkeys(("q_proj", "k_proj", "v_proj"), Form("stored", "mask", "f14"))
+    others = {"o_proj": Form("identity", "mask", "f14"), "gate_proj": Form("identity", "full", "ec")}
+    others |= {"up_proj": Form("identity", "full", "int4g64"), "down_proj": LOW_RANK}
+    write_mixed((shared | others).get, make_llama(num_hidden_layers=1), tmp_path)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    how = {"max_new_tokens": 6, "cache_implementation": "static", "do_sample": False, "pad_token_id": 0}
+    prompt = torch.tensor([[7, 3, 11, 250]])
+    expected = model.generate(prompt, eos_token_id=None, **how)
+    counter = CompileCounter()
+    model.forward = torch.compile(model.forward, fullgraph=True, backend=counter)
+    assert torch.equal(model.generate(prompt, eos_token_id=None, **how), expected)
+    assert counter.frame_count == 2
 
 
 def test_torch_export_takes_it() -> None:

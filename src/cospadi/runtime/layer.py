@@ -107,13 +107,8 @@ def _state(x: Tensor) -> Hashable:
 class CompressedLinear(nn.Module):
     """A projection W ~ D S in the form the checkpoint stores it.
 
-    Parameters and buffers have the names that they are stored by (see docs/format.md); `atoms`, `support` and `codes`
-    are the same in every form:
-        atoms: D transposed, (k, d1), row i is atom i; the layers of a group hold the same `nn.Parameter`. None where
-            the form stores no dictionary.
-        support: uint8, or None where the form stores all of S.
-        codes: the stored values. Where they are S transposed as it is (`Form.trainable`), an `nn.Parameter`.
-        bias: (d2,) or None.
+    Parameters and buffers have the names that they are stored by (see docs/format.md); the attributes below are the
+    same in every form.
 
     z = x D is an ordinary linear product, and so is y = z S where S is a parameter; else it is the op
     `cospadi::sparse_matmul`, or `cospadi::level_matmul`. What is kept beside the packed form `set_runtime` decides.
@@ -127,6 +122,13 @@ class CompressedLinear(nn.Module):
         form: how D and S are stored.
         bias: whether there is one.
         dtype, device: of the parameters.
+
+    Attributes:
+        atoms: D transposed, (k, d1), row i is atom i; the layers of a group hold the same `nn.Parameter`. None where
+            the form stores no dictionary.
+        support: uint8, or None where the form stores all of S.
+        codes: the stored values. Where they are S transposed as it is (`Form.trainable`), an `nn.Parameter`.
+        bias: (d2,) or None.
     """
 
     runtime: Runtime = "auto"
