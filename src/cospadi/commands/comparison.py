@@ -272,15 +272,22 @@ def figure(rows: Sequence[dict[str, Any]]) -> Any:
         for x, y in some:
             face = f"C{index % 10}" if y > NO_LOSS else "white"
             axis.plot(x, max(y, foot), "o", markersize=5, color=f"C{index % 10}", markerfacecolor=face, zorder=3)
+    axis.axhspan(foot / 2, foot, color="0.94", zorder=0.5)
     axis.axhline(foot, color="0.5", linewidth=0.8, linestyle=(0, (6, 4)), zorder=1)
     axis.annotate(
-        f"no loss (less than {NO_LOSS:f})", (0.99, foot), xycoords=("axes fraction", "data"), xytext=(0, -3),
+        f"no loss (less than {NO_LOSS:.5f})", (0.99, foot), xycoords=("axes fraction", "data"), xytext=(0, -3),
         textcoords="offset points", ha="right", va="top", fontsize=8, color="0.35",
     )  # fmt: skip
     axis.set(yscale="log", xlabel=f"MB of the compressed projections ({whole:,.2f} dense)", ylabel="ln(ppl / dense)")
     axis.set_ylim(bottom=foot / 2)
+    top = axis.get_ylim()[1]
+    decades = range(math.floor(math.log10(foot)), math.ceil(math.log10(top)))
+    ticks = [part * 10.0**decade for decade in decades for part in (1, 2, 5)]
+    ticks = [tick for tick in ticks if foot < tick < top]
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
     axis.set_title(f"{dense['model']}, {dense['text']}", fontsize=10)
-    axis.grid(alpha=0.3, which="both", linewidth=0.5)
+    axis.grid(alpha=0.3, linewidth=0.5)
 
     def to_bits(x: Any) -> Any:
         return 16 * x / whole
