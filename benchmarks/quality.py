@@ -1,42 +1,36 @@
-"""Perplexity of a model compressed by every method at equal bytes: a row a (method, ratio), a file a row.
+"""Perplexity of a model compressed by every method at equal bytes: pages and figures of the rows of `cospadi compare`.
 
-    python benchmarks/quality.py run MODEL --calibration FILE --text FILE
-    python benchmarks/quality.py run MODEL --calibration FILE --text FILE --ratio 0.2 --ratio 0.3 --method paper
-    python benchmarks/quality.py run MODEL --calibration FILE --text FILE --method coded --ratio 0.75 --ratio 0.8125
-    python benchmarks/quality.py run MODEL --calibration FILE --text FILE --method gptq --method rtn --ratio 0.79125
+    python benchmarks/quality.py run MODEL --calibration FILE --text FILE --output FOLDER
+    python benchmarks/quality.py run MODEL --calibration FILE --text FILE --output FOLDER --ratio 0.2 --method paper
+    python benchmarks/quality.py run MODEL --calibration FILE --text FILE --output FOLDER --bits 3 --method coded
     python benchmarks/quality.py table --output docs/results
     python benchmarks/quality.py summary
     python benchmarks/quality.py figure
 
-Methods are those of `cospadi methods`; `sparse+refine=0` is one of them with a field changed. `oats`, `svd-llm-gptq`
-and `paper-gptq` are evaluated without a checkpoint (sparse plus low rank, and quantized dictionaries, have no form),
-their bytes counted.
-
-A row that has its file is not computed again, so an interrupted run resumes where it stopped.
+`run` is a call of `cospadi.compare`, whose rows it copies to results/quality; a row that is there stays as it is.
+Beside the methods that `compare` knows there are `oats`, `svd-llm-gptq` and `paper-gptq`, evaluated without a
+checkpoint (sparse plus low rank, and quantized dictionaries, have no form), their bytes counted.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 import typer
-import yaml
 from torch import Tensor
 
 import cospadi
 from cospadi.budget.accounting import byte_budget
 from cospadi.calibration.grams import Whitening
-from cospadi.commands import evaluate
+from cospadi.commands.compare import measured, surroundings
+from cospadi.commands.comparison import DENSE, dense_row, json_text, loss, markdown_table
 from cospadi.format.codecs.f14 import F14
 from cospadi.format.codecs.integers import INTEGERS, Integers
 from cospadi.jobs.ledger import Ledger
@@ -107,68 +101,46 @@ def run(
     model: Path,
     calibration: Annotated[str, typer.Option()],
     text: Annotated[Path, typer.Option()],
-    ratio: Annotated[list[float] | None, typer.Option()] = None,
-    method: Annotated[list[str] | None, typer.Option()] = None,
+    output: Annotated[Path, typer.Option(help="folder of the comparison, in which a run that was stopped resumes")],
+    ratio: Annotated[list[float] | None, typer.Option(help="repeatable  [default: 0.2 to 0.5 without --bits]")] = None,
+    bits: Annotated[list[float] | None, typer.Option(help="repeatable")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="repeatable  [default: all]")] = None,
     threads: int = 1,
 ) -> None:
     """Compute the rows that are missing."""
     torch.set_num_threads(threads)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    for one_ratio in [0.0] + (ratio or [0.2, 0.3, 0.4, 0.5]):
-        for one_method in ["dense"] if one_ratio == 0 else (method or ALL):
-            path = RESULTS / f"{model.name}-{one_method}-{one_ratio:g}.json"
-            if path.exists():
-                continue
-            row = _row(model, calibration, text, one_ratio, one_method, threads)
-            path.write_text(json.dumps(row, indent=2, sort_keys=True) + "\n")
-            print(json.dumps({key: value for key, value in row.items() if key != "relative_errors"}), flush=True)
+    bits, ratio = bits or [], ratio or ([] if bits else [0.2, 0.3, 0.4, 0.5])
+    names = method or [*(ALL if ratio else ()), *(LEVELS if bits else ())]
+    known = [name for name in names if name not in FORMLESS]
+    if known:
+        recipe = {"calibration": calibration}
+        for row in cospadi.compare(model, text, output, ratios=ratio, bits=bits, methods=known, recipe=recipe):
+            _keep({name: value for name, value in row.items() if name != "of"})
+    for name in (name for name in names if name in FORMLESS):
+        for size in ratio if name == OATS else [Recipe.build(bits=size).ratio for size in bits]:
+            if not _place(model.name, name, size).exists():
+                _keep(_formless_row(model, calibration, text, size, name))
 
 
-def frame(method: str) -> dict[str, Any]:
-    """The recipe fields that a method's name stands for."""
-    name, *changes = method.split("+")
-    return {"method": name} | {field: yaml.safe_load(value) for field, _, value in (c.partition("=") for c in changes)}
+def _place(model: str, method: str, ratio: float) -> Path:
+    return RESULTS / f"{model}-{method}-{ratio:g}.json"
 
 
-def _row(model: Path, calibration: str, text: Path, ratio: float, method: str, threads: int) -> dict[str, Any]:
-    row: dict[str, Any] = {"model": model.name, "method": method, "ratio_asked": ratio, "text": text.name}
+def _keep(row: dict[str, Any]) -> None:
+    """Put a row among the results, unless it is there, or its size was too small."""
+    path = _place(row["model"], row["method"], row["ratio_asked"])
+    if "perplexity" in row and not path.exists():
+        path.write_text(json_text(row))
+
+
+def _formless_row(model: Path, calibration: str, text: Path, ratio: float, method: str) -> dict[str, Any]:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = model
-        if method in FORMLESS:
-            folder = Path(scratch) / "approximated"
-            row |= _write_formless(model, calibration, ratio, FORMLESS[method], folder)
-        elif method != "dense":
-            recipe = Recipe.build({"ratio": ratio, "calibration": calibration} | frame(method))
-            folder = Path(scratch) / "compressed"
-            result = cospadi.compress(model, recipe, folder)
-            row |= {
-                "ratio_reached": result.plan.ratio,
-                "bytes": result.plan.bytes,
-                "mean_relative_error": sum(result.errors.values()) / len(result.errors),
-                "relative_errors": result.errors,
-                "iterations": recipe.settled().iterations,
-                "seconds_solve": round(result.seconds["solve"], 1),
-                "seconds_stages": {stage: round(seconds, 1) for stage, seconds in result.seconds.items()},
-                "calibration": result.manifest["recipe"]["calibration"],
-                "sequences": result.manifest.get("calibration", {}).get("sequences"),
-            }
-        if method == "dense":
-            ((_, measured),) = evaluate.evaluate_models([model], text, device="cpu")
-        else:
-            ((_, measured), _), row["kl"] = evaluate.compare_models(folder, model, text, device="cpu")
-    return row | {
-        "perplexity": measured.value,
-        "windows": measured.windows,
-        "length": measured.length,
-        "seconds": round(time.perf_counter() - start, 1),
-        "threads": threads,
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-    }
+        folder = Path(scratch) / "approximated"
+        found = _write_formless(model, calibration, ratio, FORMLESS[method], folder)
+        found |= measured(folder, model, text, 4, "auto", Stages())
+    row: dict[str, Any] = {"model": model.name, "method": method, "ratio_asked": ratio, "text": text.name}
+    return row | found | surroundings("auto") | {"seconds": round(time.perf_counter() - start, 1)}
 
 
 @dataclass(frozen=True)
@@ -302,36 +274,33 @@ def table(
 def pages() -> dict[str, str]:
     """Model -> its page."""
     rows = _rows()
-    models = [row["model"] for row in rows if row["method"] == "dense"]
+    models = [row["model"] for row in rows if row["method"] == DENSE]
     return {model: _page(model, [row for row in rows if row["model"] == model]) for model in models}
 
 
 def _page(model: str, rows: list[dict[str, Any]]) -> str:
-    dense = next(row for row in rows if row["method"] == "dense")
-    lines = [
-        f"# {model}: every method at equal bytes",
-        "",
-        "Written by `python benchmarks/quality.py table --output docs/results` from `benchmarks/results/quality`.",
-        "[What methods and columns mean](../results.md#methods-and-columns).",
-        "",
-        f"Dense perplexity {dense['perplexity']:.2f} on {dense['text']}",
-        f"({dense['windows']} windows of {dense['length']} tokens).",
-        "",
-        "| ratio | method | T | perplexity | ln(ppl / dense) | of the paper's | KL | error | reached | solving, s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    paper = {row["ratio_asked"]: _loss(row, dense) for row in rows if row["method"] == "paper"}
-    compressed = [row for row in rows if row["method"] != "dense"]
-    for row in sorted(compressed, key=lambda row: (row["ratio_asked"], -_loss(row, dense))):
-        ratio, loss = row["ratio_asked"], _loss(row, dense)
-        error, reached = row["mean_relative_error"], row["ratio_reached"]
-        of_paper = f"{loss / paper[ratio]:.3f}" if ratio in paper else "-"
-        divergence = f"{row['kl']:.5f}" if "kl" in row else "-"
-        lines.append(
-            f"| {ratio:g} | {row['method']} | {row['iterations'] or '-'} | {row['perplexity']:.2f} | {loss:.4f} "
-            f"| {of_paper} | {divergence} | {error:.4f} | {reached:.4f} | {row['seconds_solve']:.0f} |"
-        )
-    return "\n".join(lines) + "\n"
+    dense = dense_row(rows)
+    head = ["ratio", "method", "T", "perplexity", "ln(ppl / dense)", "of the paper's", "KL", "error", "reached"]
+    lines = []
+    paper = {row["ratio_asked"]: loss(row, dense) for row in rows if row["method"] == "paper"}
+    compressed = [row for row in rows if row is not dense]
+    for row in sorted(compressed, key=lambda row: (row["ratio_asked"], -loss(row, dense))):
+        ratio, added = row["ratio_asked"], loss(row, dense)
+        line = [f"{ratio:g}", row["method"], str(row["iterations"] or "-"), f"{row['perplexity']:.2f}", f"{added:.4f}"]
+        line += [f"{added / paper[ratio]:.3f}" if ratio in paper else "-", f"{row['kl']:.5f}" if "kl" in row else "-"]
+        line += [f"{row['mean_relative_error']:.4f}", f"{row['ratio_reached']:.4f}", f"{row['seconds_solve']:.0f}"]
+        lines.append(line)
+    return f"""\
+# {model}: every method at equal bytes
+
+Written by `python benchmarks/quality.py table --output docs/results` from `benchmarks/results/quality`.
+[What methods and columns mean](../results.md#methods-and-columns).
+
+Dense perplexity {dense["perplexity"]:.2f} on {dense["text"]}
+({dense["windows"]} windows of {dense["length"]} tokens).
+
+{markdown_table([*head, "solving, s"], lines)}
+"""
 
 
 @app.command()
@@ -344,52 +313,53 @@ def summary() -> None:
 def summary_lines() -> list[str]:
     """The table that README.md and docs/results.md begin with: ln(ppl / dense)."""
     rows = _rows()
-    dense = {row["model"]: row for row in rows if row["method"] == "dense"}
+    dense = {row["model"]: row for row in rows if row["method"] == DENSE}
     found = {
-        (row["model"], row["ratio_asked"], row["method"]): _loss(row, dense[row["model"]])
+        (row["model"], row["ratio_asked"], row["method"]): loss(row, dense[row["model"]])
         for row in rows
-        if row["method"] != "dense"
+        if row["method"] != DENSE
     }
-    lines = [f"| model | ratio | {' | '.join(SUMMARY)} |", f"|---|---|{'---|' * len(SUMMARY)}"]
-    for model, ratio in sorted({(model, ratio) for model, ratio, _ in found}):
-        values = [found.get((model, ratio, name)) for name in SUMMARY]
-        if values[-1] is not None:
-            shown = " | ".join("-" if value is None else f"{value:.4f}" for value in values)
-            lines.append(f"| {model} | {ratio:g} | {shown} |")
-    return lines
+    return _by_ratio(found, SUMMARY, "{:.4f}", needed=SUMMARY[-1])
 
 
 def divergence_lines() -> list[str]:
     """The same of the predictions' divergence from the dense model's, for the methods where it was measured."""
     found = {(row["model"], row["ratio_asked"], row["method"]): row["kl"] for row in _rows() if "kl" in row}
-    names = [name for name in SUMMARY if any(method == name for *_, method in found)]
-    lines = [f"| model | ratio | {' | '.join(names)} |", f"|---|---|{'---|' * len(names)}"]
-    for model, ratio in sorted({(model, ratio) for model, ratio, method in found if method in names}):
+    return _by_ratio(found, [name for name in SUMMARY if any(method == name for *_, method in found)], "{:.5f}")
+
+
+def _by_ratio(
+    found: dict[tuple[str, float, str], float], names: Sequence[str], form: str, needed: str | None = None
+) -> list[str]:
+    """A line a model and ratio at which one of these methods was measured, or the needed one; a column a method."""
+    places = {(model, ratio) for model, ratio, method in found if method in ([needed] if needed else names)}
+    lines = []
+    for model, ratio in sorted(places):
         values = [found.get((model, ratio, name)) for name in names]
-        shown = " | ".join("-" if value is None else f"{value:.5f}" for value in values)
-        lines.append(f"| {model} | {ratio:g} | {shown} |")
-    return lines
+        lines.append([model, f"{ratio:g}", *("-" if value is None else form.format(value) for value in values)])
+    return markdown_table(["model", "ratio", *names], lines).splitlines()
 
 
 def bits_lines() -> list[str]:
     """A line a model and size of `coded`, in bits a weight, beside `sparse` of as many bytes."""
     rows = {(row["model"], row["ratio_asked"], row["method"]): row for row in _rows()}
-    lines = ["| model | bits a weight | ln(ppl / dense) | KL | KL of `sparse` |", "|---|---|---|---|---|"]
+    lines = []
     for model, ratio in sorted((model, -ratio) for model, ratio, method in rows if method == "coded"):
         row, other = rows[model, -ratio, "coded"], rows.get((model, -ratio, "sparse"))
         beside = f"{other['kl']:.5f}" if other else "-"
-        loss = _loss(row, rows[model, 0.0, "dense"])
-        lines.append(f"| {model} | {16 * (1 - row['ratio_reached']):.2f} | {loss:.4f} | {row['kl']:.5f} | {beside} |")
-    return lines
+        added = loss(row, rows[model, 0.0, DENSE])
+        lines.append([model, f"{_bits(row):.2f}", f"{added:.4f}", f"{row['kl']:.5f}", beside])
+    head = ["model", "bits a weight", "ln(ppl / dense)", "KL", "KL of `sparse`"]
+    return markdown_table(head, lines).splitlines()
 
 
 def integer_lines() -> list[str]:
     """A line a model and size of `gptq`: ln(ppl / dense) and KL of all levels, of `coded` those of at most as many
     bytes, and the bits a weight that these take."""
     rows = _rows()
-    dense = {row["model"]: row for row in rows if row["method"] == "dense"}
+    dense = {row["model"]: row for row in rows if row["method"] == DENSE}
     found = {(row["model"], row["ratio_asked"], row["method"]): row for row in rows if row["method"] in LEVELS}
-    lines = [f"| model | bits a weight | {' | '.join(LEVELS)} | its bits |", f"|---|---|{'---|' * len(LEVELS)}---|"]
+    lines = []
     for model, ratio in sorted((model, -ratio) for model, ratio, method in found if method == "gptq"):
         some = {name: row for name in LEVELS if (row := found.get((model, -ratio, name)))}
         nbytes = some["gptq"]["bytes"]
@@ -397,12 +367,11 @@ def integer_lines() -> list[str]:
         fitting = [row for row in smaller if row["bytes"] <= nbytes]
         some |= {"coded": max(fitting, key=lambda row: row["bytes"])} if fitting else {}
         cells = [
-            f"{_loss(some[name], dense[model]):.4f} / {some[name]['kl']:.5f}" if name in some else "-"
-            for name in LEVELS
+            f"{loss(some[name], dense[model]):.4f} / {some[name]['kl']:.5f}" if name in some else "-" for name in LEVELS
         ]
         cells.append(f"{_bits(some['coded']):.2f}" if "coded" in some else "-")
-        lines.append(f"| {model} | {_bits(some['gptq']):.2f} | {' | '.join(cells)} |")
-    return lines
+        lines.append([model, f"{_bits(some['gptq']):.2f}", *cells])
+    return markdown_table(["model", "bits a weight", *LEVELS, "its bits"], lines).splitlines()
 
 
 def _bits(row: dict[str, Any]) -> float:
@@ -414,14 +383,14 @@ def _bits(row: dict[str, Any]) -> float:
 def figure(output: Annotated[Path, typer.Option(help="folder of the images")] = IMAGES) -> None:
     """Draw errors of projections against their bytes, D stored, D = I, low rank; and the loss added against bits."""
     rows = _rows()
-    dense = {row["model"]: row for row in rows if row["method"] == "dense"}
+    dense = {row["model"]: row for row in rows if row["method"] == DENSE}
     _draw(
         output / "bytes.svg", rows, DRAWN, ALONE, lambda row: 1 - row["ratio_reached"],
         lambda row: row["mean_relative_error"],
         {"xlabel": "bytes, of the dense ones", "ylabel": "relative error at the outputs, mean"},
     )  # fmt: skip
     _draw(
-        output / "bits.svg", rows, DRAWN_BY_BITS, "gptq", _bits, lambda row: _loss(row, dense[row["model"]]),
+        output / "bits.svg", rows, DRAWN_BY_BITS, "gptq", _bits, lambda row: loss(row, dense[row["model"]]),
         {"xlabel": "bits a weight, all told", "ylabel": "ln(perplexity / dense)", "ylim": (1e-4, 10)},
     )  # fmt: skip
 
@@ -462,10 +431,6 @@ def _draw(
 
 def _rows() -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-
-
-def _loss(row: dict[str, Any], dense: dict[str, Any]) -> float:
-    return math.log(row["perplexity"] / dense["perplexity"])
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ NOT_RUN = "not run by the tests"
 
 ELSEWHERE = {
     "cospadi bench": "commands/test_bench.py::test_what_bench_prints",
+    "cospadi compare": "commands/test_compare.py::test_progress_and_json",
     "cospadi lm-eval": "commands/test_accuracy.py::test_lm_evals_own_command_gives_the_same_answers",
     "curl http://localhost:8000/v1/completions": "test_examples.py::test_quickstart_notebook",
     "from vllm import LLM": "integrations/test_vllm.py::test_every_form_gives_the_tokens_of_transformers",

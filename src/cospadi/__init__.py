@@ -13,6 +13,7 @@ from cospadi.__about__ import __version__
 from cospadi.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
+    from cospadi.commands.compare import compare
     from cospadi.compress import Compressed, compress, measure_plan
     from cospadi.model.load import load
     from cospadi.recipe import Recipe
@@ -25,6 +26,7 @@ __all__ = [
     "Recipe",
     "UserError",
     "__version__",
+    "compare",
     "compress",
     "load",
     "measure_plan",
@@ -34,6 +36,7 @@ _WHERE = {
     "Compressed": "cospadi.compress",
     "CompressedLinear": "cospadi.runtime.layer",
     "Recipe": "cospadi.recipe",
+    "compare": "cospadi.commands.compare",
     "compress": "cospadi.compress",
     "load": "cospadi.model.load",
     "measure_plan": "cospadi.compress",

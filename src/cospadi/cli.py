@@ -29,7 +29,7 @@ import typer
 
 from cospadi.__about__ import __version__
 from cospadi.errors import UserError
-from cospadi.recipe import CACHE_BYTES, MOST, Recipe
+from cospadi.recipe import CACHE_BYTES, CALIBRATED, MOST, Recipe
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -187,7 +187,15 @@ def _shown(value: object) -> str:
 def _of_a_job(command: Callable[..., None]) -> Callable[..., None]:
     """Put flags for the recipe and for `_how` in place of a command's parameter `flags`, which gets what was given."""
     file = Parameter("recipe", Parameter.KEYWORD_ONLY, default=None, annotation=RecipeFile)
-    made = [file, *(_flag(name, field) for name, field in Recipe.model_fields.items())]
+    return _with_flags(command, [file, *(_flag(name, field) for name, field in Recipe.model_fields.items())])
+
+
+def _of_jobs(command: Callable[..., None]) -> Callable[..., None]:
+    """The same with flags for what jobs of several recipes have in common."""
+    return _with_flags(command, [_flag(name, Recipe.model_fields[name]) for name in CALIBRATED])
+
+
+def _with_flags(command: Callable[..., None], made: list[Parameter]) -> Callable[..., None]:
     made += HOW.values()
     names = [parameter.name for parameter in made]
     parameters: list[Parameter] = []
@@ -311,6 +319,67 @@ def plan(
         with stages.shown():
             found = look(model, recipe, measure, timing, stages, **how)
     _show(found.as_json(), as_json, *found.parts(), done=f"The plan is saved to {measure}." if measure else None)
+
+
+@app.command()
+@_of_jobs
+def compare(
+    model: Model,
+    text: Annotated[Path, typer.Option(metavar="FILE", help="text, or rows, for perplexity and divergence")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="folder of rows, tables and figure")],
+    ratios: Annotated[
+        str | None, typer.Option(metavar="R,R", help="sizes of methods that leave weights out, or are of low rank")
+    ] = None,
+    bits: Annotated[str | None, typer.Option(metavar="B,B", help="sizes of methods that store levels")] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="of `cospadi methods`; METHOD+FIELD=VALUE is one changed  [default: all]"),
+    ] = None,
+    text_field: Annotated[
+        str | None, typer.Option(metavar="NAME", help="the text's field, of rows  [default: text, content, messages]")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="lm-eval's tasks, with commas between; 'paper': the paper's")
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(metavar="FOLDER", help="more task files of lm-eval's")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="the first documents of each task  [default: all]")] = None,
+    keep_models: Annotated[bool, typer.Option("--keep-models", help="leave the models in DIR/models")] = False,
+    *,
+    flags: dict[str, Any],
+    runtime: RuntimeFlag = "auto",
+    as_json: Json = False,
+    progress: Progress = "auto",
+) -> None:
+    """Compress a model by every method at every size: one table and one figure of what each loses."""
+    if tasks is None and (include_path is not None or limit is not None):
+        raise UserError("--include-path and --limit are of --tasks, which is not given")
+    with _if_stopped(lambda: f"What is finished is kept in {output}: the same command resumes from there."):
+        given = _given(flags, CALIBRATED)
+        stages, how = _talk(progress), _how(**_part(flags, HOW))
+        from cospadi.commands.compare import compare as run
+        from cospadi.commands.compare import parse_sizes
+        from cospadi.commands.comparison import comparison_json, comparison_table, notes
+
+        with stages.shown():
+            rows = run(
+                model,
+                text,
+                output,
+                ratios=parse_sizes(ratios, "--ratios"),
+                bits=parse_sizes(bits, "--bits"),
+                methods=methods and methods.split(","),
+                recipe=given,
+                text_field=text_field,
+                tasks=tasks and tasks.split(","),
+                include_path=include_path,
+                limit=limit,
+                keep_models=keep_models,
+                runtime=_runtime(runtime),
+                stages=stages,
+                **how,
+            )
+    parts = [comparison_table(rows), *notes(rows), f"Written to {output}."]
+    _show(comparison_json(rows), as_json, *parts, done=f"The rows are computed, and {output} is written.")
 
 
 @app.command("eval")
@@ -608,7 +677,7 @@ def main() -> None:
     _fill_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no characters
-    if sys.argv[1:2] in (["compress"], ["plan"], ["demo"]):
+    if sys.argv[1:2] in (["compress"], ["compare"], ["plan"], ["demo"]):
         # OpenMP's threads then sleep while they wait. Spinning, they slow the many small products of sparse coding
         # several times as soon as anything else wants a core. Read when torch is loaded, which has not happened yet.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -665,7 +734,7 @@ def _one_line(message: str) -> str:
 
 def _recipe(flags: dict[str, Any], plan: Path | None = None) -> Recipe:
     """A recipe of the flags that were given, over the recipe file or the saved plan."""
-    given = {name: value for name, value in _part(flags, Recipe.model_fields).items() if value is not None}
+    given = _given(flags, Recipe.model_fields)
     if plan is None:
         return Recipe.build(flags["recipe"], **given)
     if flags["recipe"] is not None:
@@ -673,6 +742,10 @@ def _recipe(flags: dict[str, Any], plan: Path | None = None) -> Recipe:
     from cospadi.budget.plan import read_plan_recipe
 
     return read_plan_recipe(plan, **given)
+
+
+def _given(flags: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: value for name, value in _part(flags, names).items() if value is not None}
 
 
 def _part(flags: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:

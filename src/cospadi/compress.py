@@ -40,6 +40,7 @@ def compress(
     resume: bool | None = None,
     engine: Engine | None = None,
     cache_bytes: int = CACHE_BYTES,
+    shared: JobDirectory | None = None,
     stages: Stages | None = None,
 ) -> Compressed:
     """Compress a causal language model after training.
@@ -59,6 +60,9 @@ def compress(
         resume: False restarts where an unfinished job of this output lies; else it is resumed if it is the same job.
         engine: who solves; None is this process.
         cache_bytes: of hidden states kept in memory; the rest lies on disk.
+        shared: tokens, Grams and gradients of the dense model are taken from there, and put there where they are not;
+            jobs of the same model, of the same fields `recipe.CALIBRATED`, can have it in common. The model is one on
+            disk.
         stages: where to show progress.
 
     Raises:
@@ -74,7 +78,7 @@ def compress(
         ledger = open_ledger(target, not loaded, overwrite, resume, inputs)
         stack.callback(ledger.close)
         job = stack.enter_context(
-            opened(model, recipe, tokenizer, stages, engine, ledger, cache_bytes, whole=target is None)
+            opened(model, recipe, tokenizer, stages, engine, ledger, cache_bytes, target is None, shared)
         )
         parameters = sum(parameter.numel() for parameter in job.blocks.model.parameters())
         sizes = safetensors.tensor_sizes(job.folder) if job.folder else {}

@@ -5,6 +5,10 @@ class UserError(ValueError):
     """A request that cannot be met as asked. The message is a sentence: what is wrong, where, what to do."""
 
 
+class SizeError(UserError):
+    """A size that a projection is too small for. The message names the projection and what to do."""
+
+
 class CheckpointError(UserError):
     """A checkpoint that is damaged or not what it says it is. The message names the file and the tensor."""
 

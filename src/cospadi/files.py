@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -235,6 +236,26 @@ def staged(output: Path, staging: Path | None = None, retired: Path | None = Non
             with suppress(OSError):  # another program may have put something there
                 parent.rmdir()
         raise
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file beside its name, then rename it: it is there whole or not at all."""
+    staging = path.with_name(f".{path.name[:200]}.new")
+    try:
+        with staging.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

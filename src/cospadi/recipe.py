@@ -68,6 +68,13 @@ METHODS: dict[str, Method] = {
 }
 """All of them, the default first."""
 
+CALIBRATED = (
+    *("calibration", "calibration_config", "calibration_split", "calibration_field", "sequences", "length"),
+    *("batch_size", "gradient_sequences", "seed", "include", "exclude", "target", "text_only", "device", "revision"),
+)
+"""Fields that a dense model's tokens, Grams and gradients follow from, of which no method sets one: jobs that have them
+in common can share what they calibrate."""
+
 
 class Recipe(BaseModel):
     """What to compress, how far, and how. Unknown fields are errors."""

@@ -20,6 +20,8 @@ import torch
 from conftest import SHARED_MODELS, Answer
 from questions import CHOOSE, QUESTIONS
 
+import cospadi
+from cospadi.commands import comparison
 from cospadi.model import load
 
 TASKS = SHARED_MODELS.parent / "tasks"
@@ -289,3 +291,28 @@ def test_flags_that_go_together(words: list[Any], dense_folder: Path, run: Calla
     answer = run("eval", dense_folder, *words)
     assert answer.code == 2
     assert "--tasks" in answer.err
+
+
+def test_rows_of_a_comparison_have_the_accuracies_of_eval(
+    accuracy: Any, tasks: Path, dense_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = {"methods": ["magnitude"], "ratios": [0.5], "tasks": ["sums", "both"], "limit": 4}
+    rows = cospadi.compare(dense_folder, text_file, tmp_path / "out", **asked, include_path=tasks, keep_models=True)
+    models = [dense_folder, tmp_path / "out" / "models" / "magnitude-0.5"]
+    found = accuracy.measure_accuracies(models, accuracy.open_suite(["sums", "both"], tasks), limit=4)
+    for row, (_, figures) in zip(rows, found, strict=True):
+        right = {task: "".join(f"{one:.0f}" for one in metrics["acc"]) for task, metrics in figures.items()}
+        assert row["right"] == right
+        assert row["documents"] == {"sums": 4, "both": 8}
+    told = accuracy.accuracy_json(list(reversed(found)))
+    dense, other = told["models"][1]["average"], told["models"][0]["average"]
+    assert comparison.average(rows[1]) == pytest.approx(100 * other["value"])
+    assert comparison.standard_error(rows[0]) == pytest.approx(100 * dense["stderr"])
+    assert comparison.paired_error(*reversed(rows)) == pytest.approx(100 * told["difference"]["average"]["stderr"])
+    (line,) = [line for line in (tmp_path / "out" / "compare.md").read_text().splitlines() if "| magnitude |" in line]
+    gain = f"{100 * (other['value'] - dense['value']):+.2f} ± {100 * told['difference']['average']['stderr']:.2f}"
+    assert line.endswith(f"| {gain} |")
+    header, *_ = (tmp_path / "out" / "compare.csv").read_text().splitlines()
+    assert header.endswith(",both,sums")
+    with pytest.raises(cospadi.UserError, match="another comparison, with limit 4, not 3"):
+        cospadi.compare(dense_folder, text_file, tmp_path / "out", **asked | {"limit": 3}, include_path=tasks)

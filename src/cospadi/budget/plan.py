@@ -16,7 +16,7 @@ from torch import nn
 
 from cospadi import compat
 from cospadi.budget import accounting
-from cospadi.errors import UserError
+from cospadi.errors import SizeError, UserError
 from cospadi.experts import parameter_of
 from cospadi.files import check_name
 from cospadi.format.codecs import codec_of_bits
@@ -179,7 +179,7 @@ def _uniform_group(members: tuple[Projection, ...], recipe: Recipe) -> Group:
             taken = form.nbytes(d1, d2s, k, []).total / dense_bytes(d1, sum(d2s))
             what = f"telling which weights stay takes {taken:.1%} of its bytes, and no weight fits beside that"
             instead = "Use a smaller one, or leave"
-        raise UserError(
+        raise SizeError(
             f"{members[0].name}: a projection of {d1} x {sum(d2s)} is too small for {size}: {what}. "
             f"{instead} {'it' if len(kinds) == 1 else 'them'} dense with "
             + " ".join(f"--exclude '*.{kind}'" for kind in kinds)

@@ -102,7 +102,7 @@ def fill_up(grams: Mapping[str, Tensor], tokens: Mapping[str, int]) -> None:
         grams: name of a layer -> G, written to. tokens: name -> how many are in it.
     """
     beside: dict[str, list[str]] = {}
-    for name in grams:
+    for name in sorted(grams):  # sums do not depend on which expert runs first
         if of_all := all_beside(name):
             beside.setdefault(of_all, []).append(name)
     for names in beside.values():

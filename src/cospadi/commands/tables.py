@@ -15,7 +15,19 @@ def megabytes(nbytes: int | None) -> str:
     return "unknown" if nbytes is None else f"{nbytes / 1e6:,.2f} MB"
 
 
-LEFT = ("projection", "", "model", "layout", "values", "task", "metric", "method", "what it is", "what it sets")
+LEFT = (
+    "projection",
+    "",
+    "model",
+    "layout",
+    "values",
+    "task",
+    "metric",
+    "method",
+    "what it is",
+    "what it sets",
+    "asked",
+)
 """Columns of words."""
 
 

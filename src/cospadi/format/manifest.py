@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, Strict, StrictInt, ValidationError
 
 from cospadi.errors import CheckpointError
-from cospadi.files import read_json
+from cospadi.files import file_digest, read_json
 from cospadi.format.form import dense_bytes
 from cospadi.format.safetensors import all_safetensors, hash_tensors, stored_tensors, weight_files
 from cospadi.format.schema import StoredProjection, check_version, first_problem, read_config, spell
@@ -50,9 +50,7 @@ def hash_files(folder: Path) -> dict[str, Any]:
     """sha256 of every safetensors file in a folder and of every tensor's bytes in it."""
     hashes: dict[str, Any] = {}
     for path in all_safetensors(folder):
-        with path.open("rb") as stream:
-            whole = hashlib.file_digest(stream, "sha256").hexdigest()
-        hashes[path.name] = {"bytes": path.stat().st_size, "sha256": whole, "tensors": hash_tensors(path)}
+        hashes[path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path), "tensors": hash_tensors(path)}
     return hashes
 
 

@@ -151,7 +151,7 @@ class JobDirectory(Ledger):
                 there, here = self._identity.get(name), identity.get(name)
                 if there != here:
                     raise UserError(
-                        f"{self.folder} holds an unfinished job with {_difference(name, there, here)}. Ask for the "
+                        f"{self.folder} holds an unfinished job with {difference(name, there, here)}. Ask for the "
                         "same again to resume it, or pass --no-resume to restart"
                     )
             return True
@@ -187,6 +187,11 @@ class JobDirectory(Ledger):
         for path in self._files():
             if path.name.startswith(quote(prefix, safe="")):
                 path.unlink(missing_ok=True)
+
+    def kept_bytes(self) -> int:
+        """Bytes of what is finished."""
+        kept = (path for path in self.folder.rglob("*") if path.is_file() and self.folder / SCRATCH not in path.parents)
+        return sum(path.stat().st_size for path in kept)
 
     def remove(self) -> None:
         """Delete the folder: the job is done, and until the folder is gone, its lock says so."""
@@ -320,10 +325,10 @@ def _lock(folder: Path) -> int:
         os.close(handle)
 
 
-def _difference(name: str, there: object, here: object) -> str:
+def difference(name: str, there: object, here: object) -> str:
     """What is different between two jobs, for reading."""
     if isinstance(there, dict) and isinstance(here, dict):
         first = next(key for key in sorted(set(there) | set(here)) if there.get(key) != here.get(key))
-        return _difference(first if name == "recipe" else f"{name} {first}", there.get(first), here.get(first))
+        return difference(first if name == "recipe" else f"{name} {first}", there.get(first), here.get(first))
     short = [f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else value for value in (there, here)]
     return f"{name.replace('_', ' ')} {short[0]}, not {short[1]}"

@@ -30,11 +30,13 @@ class Costs:
     """Gamma of every selected projection, a piece of the ledger for each block.
 
     Attributes:
+        key: begins the keys of these pieces.
         of_kind: kind, experts taken together -> the mean over its projections of the mean diagonal, of those that
             tokens reached.
     """
 
     ledger: Ledger
+    key: str
     of_kind: Mapping[str, float]
 
     def of(self, group: Group) -> tuple[Tensor, ...]:
@@ -63,7 +65,7 @@ class Costs:
         return conditioned(diagonal, None, len(diagonal), 1.0)[0]
 
     def _read(self, index: int, name: str) -> Tensor:
-        piece = self.ledger.get(_key(index))
+        piece = self.ledger.get(_key(self.key, index))
         assert piece is not None
         return piece.tensors({name})[name]
 
@@ -75,13 +77,12 @@ class Costs:
 
 def estimate_costs(job: Job) -> Costs:
     """Take gradients of the loss, in the dense model, on the first of the calibration sequences."""
-    projections, kinds = job.uniform.projections, job.ledger.get("gradients")
-    pieces = [job.ledger.get(_key(index)) for index in sorted({p.block for p in projections})]
+    projections, ledger = job.uniform.projections, job.calibrated
+    full, pivots = job.recipe.metric == "two-sided", job.recipe.spreads_levels
+    key = "gradients" + ("-two-sided" if full else "-pivots" if pivots else "")
+    kinds, pieces = ledger.get(key), [ledger.get(_key(key, index)) for index in sorted({p.block for p in projections})]
     if kinds is None or None in pieces:
-        text, full = check_text(job), job.recipe.metric == "two-sided"
-        readers = set()
-        if job.recipe.spreads_levels:
-            readers = {job.inputs(group)[0] for group in job.uniform.compressed}
+        text, readers = check_text(job), {job.owner[p.name] for p in projections} if pivots else set()
         means: dict[str, list[float]] = {}
         with job.stages.stage("gradients", len(text)) as progress:
             if job.calls is None:
@@ -101,9 +102,9 @@ def estimate_costs(job: Job) -> Costs:
                         )
                     if mean:
                         means.setdefault(kinds_of([p.kind]), []).append(mean)
-                job.ledger.put(_key(index), {}, {name: gamma.cpu() for name, gamma in gammas.items()})
-        kinds = job.ledger.put("gradients", {kind: sum(some) / len(some) for kind, some in means.items()})
-    return Costs(job.ledger, kinds.record)
+                ledger.put(_key(key, index), {}, {name: gamma.cpu() for name, gamma in gammas.items()})
+        kinds = ledger.put(key, {kind: sum(some) / len(some) for kind, some in means.items()})
+    return Costs(ledger, key, kinds.record)
 
 
 def _by_block(
@@ -114,5 +115,5 @@ def _by_block(
         yield index, {name: whole[name] for name in names if name in whole}
 
 
-def _key(index: int) -> str:
-    return f"gradients/{index:04}"
+def _key(key: str, index: int) -> str:
+    return f"{key}/{index:04}"

@@ -15,7 +15,7 @@ from cospadi.calibration import walk
 from cospadi.calibration.grams import IDENTITY, Whitening, accumulate_grams, whiten
 from cospadi.calibration.walk import Flow, Stream
 from cospadi.jobs.progress import Stage
-from cospadi.model.projections import kinds_of
+from cospadi.model.projections import Projection, kinds_of
 from cospadi.stages.open import Job
 
 log = logging.getLogger("cospadi")
@@ -80,9 +80,12 @@ class WalkedBlock:
         dense model and that of the compressed one."""
         if not groups:
             return
-        if self.dense.block <= self.index:  # one pass measures all inputs of the block
-            self._grams = self.pass_dense(self._readers(self.groups))
         readers = self._readers(groups)
+        if self.job.shares_grams:
+            self._grams = shared_grams(self.job, self.index, [f"{self.name}.{name}" for name in readers])
+        elif self.dense.block <= self.index:  # one pass measures all inputs of the block
+            inside = self.pass_dense(self._readers(self.groups))
+            self._grams = {f"{self.name}.{name}": gram for name, gram in inside.items()}
         pairs = None if self.paired is None else self._pairs(self.paired, readers)
         whitenings = {name: self._whitening(name, None if pairs is None else pairs[name][0]) for name in readers}
         for group in groups:
@@ -102,7 +105,7 @@ class WalkedBlock:
         Args:
             compressed: the Gram in the compressed model of the tokens that both are looked at on.
         """
-        job, gram = self.job, self._grams.pop(name)
+        job, gram = self.job, self._grams.pop(f"{self.name}.{name}")
         assert job.sequences is not None
         tokens = job.sequences.numel()
         if compressed is not None and self.paired is not None:
@@ -165,6 +168,8 @@ def blocks_to_solve(job: Job, groups: Sequence[Group], missing: Sequence[Group])
         groups: all that are compressed. missing: those that are not done yet; the others only take part in running the
             text through the model.
     """
+    if missing and job.shares_grams:
+        share_grams(job)
     if not job.walks:
         # All of a block, since experts' Grams are filled up from each other's.
         blocks = {group.members[-1].block for group in missing}
@@ -174,11 +179,14 @@ def blocks_to_solve(job: Job, groups: Sequence[Group], missing: Sequence[Group])
         return
     assert job.sequences is not None
     assert job.calls is not None
-    dense = Stream(walk.embed(job.blocks, job.sequences, job.recipe.batch_size, job.spill))
     paired = -(-PAIRED_TOKENS // (job.recipe.batch_size * job.sequences.shape[1]))  # batches
+    text = job.sequences
+    if job.shares_grams and not job.refines:  # nothing else needs all of it in the dense model
+        text = text[: paired * job.recipe.batch_size]
+    dense = Stream(walk.embed(job.blocks, text, job.recipe.batch_size, job.spill))
     compressed = Stream(dense.flow.copy(None if job.refines else paired))
     count = max(group.members[0].block for group in missing) + 1
-    log.info("calibrating block by block on %d sequences of %d tokens", *job.sequences.shape)
+    log.info("calibrating block by block on %d sequences of %d tokens", *text.shape)
     for index, module in walk.walk(job.blocks, job.calls, range(count)):
         sets = _sets(job, groups, index)
         if not job.compensates:  # one pass measures all of them
@@ -247,25 +255,73 @@ def _uses(job: Job, by_end: Mapping[int, Sequence[Group]]) -> Counter[str]:
 
 
 def _by_block(job: Job, by_end: Mapping[int, Sequence[Group]]) -> Iterator[Grams]:
-    """Groups and the Grams of what they read, when their last block has been passed; one block in memory at a time."""
+    """Groups and the Grams of what they read, when their last block has been passed."""
+    members = [member for groups in by_end.values() for group in groups for member in group.members]
+    readers = _readers(job, members, max(by_end) + 1)
+    grams: dict[str, Tensor] = {}
+    uses = _uses(job, by_end)
+    kept = ((index, shared_grams(job, index, names)) for index, names in enumerate(readers))
+    for index, some in kept if job.shares_grams else _walked_grams(job, readers):
+        grams |= some
+        if index in by_end:
+            yield by_end[index], grams, uses
+
+
+def _readers(job: Job, members: Sequence[Projection], blocks: int) -> list[list[str]]:
+    """Of each of the first blocks the first readers of what some projections in it read."""
+    return [
+        list(dict.fromkeys(job.owner[member.name] for member in members if member.block == index))
+        for index in range(blocks)
+    ]
+
+
+def _walked_grams(job: Job, readers: Sequence[Sequence[str]]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Index of a block, and the Grams of what some of its modules read, by their full names: one block in memory at a
+    time, and none while the caller has the Grams.
+
+    Args:
+        readers: these modules of each of the first blocks.
+    """
     assert job.sequences is not None
     assert job.calls is not None
     flow = walk.embed(job.blocks, job.sequences, job.recipe.batch_size, job.spill)
-    last, count = max(by_end), len(job.sequences)
-    members = [member for groups in by_end.values() for group in groups for member in group.members]
-    grams: dict[str, Tensor] = {}
-    uses = _uses(job, by_end)
-    for index, block in walk.walk(job.blocks, job.calls, range(last + 1)):
-        with job.stages.stage("calibrate", (last + 1) * count) as progress:
-            progress.reach(index * count, f"block {index + 1} of {last + 1}")
-            readers = dict.fromkeys(job.owner[member.name] for member in members if member.block == index)
-            modules = {name: job.blocks.model.get_submodule(name) for name in readers}
-            grams |= walk.grams(block, index, job.calls, flow, modules, progress.advance)
-        if index in by_end:
+    count = len(job.sequences)
+    for index, block in walk.walk(job.blocks, job.calls, range(len(readers))):
+        with job.stages.stage("calibrate", len(readers) * count) as progress:
+            progress.reach(index * count, f"block {index + 1} of {len(readers)}")
+            modules = {name: job.blocks.model.get_submodule(name) for name in readers[index]}
+            grams = walk.grams(block, index, job.calls, flow, modules, progress.advance)
+        if modules:
             log.info("calibrated block %d on %d sequences of %d tokens", index, *job.sequences.shape)
-            job.blocks.release(index)
-            yield by_end[index], grams, uses
+        job.blocks.release(index)
+        yield index, grams
     flow.close()
+
+
+def share_grams(job: Job) -> None:
+    """Keep the Grams of all inputs in the dense model where other jobs find them, too, in one walk over the blocks."""
+    assert job.shared is not None
+    projections = job.uniform.projections
+    readers = _readers(job, projections, max(p.block for p in projections) + 1)
+    missing = [index for index, names in enumerate(readers) if names and job.shared.get(_grams_key(index)) is None]
+    if missing:
+        wanted = [names if index in missing else [] for index, names in enumerate(readers[: missing[-1] + 1])]
+        for index, grams in _walked_grams(job, wanted):
+            if index in missing:
+                job.shared.put(_grams_key(index), {}, grams)
+
+
+def shared_grams(job: Job, index: int, readers: Collection[str]) -> dict[str, Tensor]:
+    """The Grams of what some modules of a block read, by their full names, out of what is shared."""
+    if not readers:
+        return {}
+    piece = job.shared.get(_grams_key(index)) if job.shared is not None else None
+    assert piece is not None
+    return {name: gram.to(job.blocks.device) for name, gram in piece.tensors(readers).items()}
+
+
+def _grams_key(index: int) -> str:
+    return f"grams/{index:04}"
 
 
 def _by_whole_model(job: Job, by_end: Mapping[int, Sequence[Group]]) -> Iterator[Grams]:

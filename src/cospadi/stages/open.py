@@ -34,7 +34,7 @@ from cospadi.model import adapters, hub, load
 from cospadi.model.blocks import Blocks
 from cospadi.model.merge import merge_adapter
 from cospadi.model.projections import find_projections, running, select, shared_inputs, what_stays_dense
-from cospadi.recipe import Recipe
+from cospadi.recipe import CALIBRATED, Recipe
 from cospadi.stages.solve import GroupProblem, memory_of
 
 log = logging.getLogger("cospadi")
@@ -56,6 +56,7 @@ class Job:
         owner: projection -> the first reader of its input.
         uniform: the plan that gives every group the recipe's ratio.
         ledger: finished pieces. spill: hidden states. pool: who solves.
+        shared: what follows from the dense model and the text alone, which other jobs take from there; or None.
         cache_bytes: of hidden states kept in memory, and of Grams that a model that runs whole takes in one pass.
         sequences: calibration tokens, int64 (sequences, tokens); None without calibration.
         calls: how blocks are called; None for a model whose blocks do not simply follow each other, which runs whole.
@@ -78,6 +79,7 @@ class Job:
     spill: Spill
     pool: Pool
     cache_bytes: int
+    shared: JobDirectory | None = None
     sequences: Tensor | None = None
     calls: Calls | None = None
     pass_seconds: float | None = None
@@ -97,6 +99,16 @@ class Job:
     def walks(self) -> bool:
         """Whether the text runs through the model that is compressed so far."""
         return self.compensates or self.refines
+
+    @property
+    def calibrated(self) -> Ledger:
+        """Where tokens and gradients are kept."""
+        return self.ledger if self.shared is None else self.shared
+
+    @property
+    def shares_grams(self) -> bool:
+        """Whether Grams of the dense model are kept, too; a model that runs whole takes its own each time."""
+        return self.shared is not None and self.calls is not None
 
     def inputs(self, group: Group) -> tuple[str, ...]:
         """The tensors that a group's members read, each by its first reader."""
@@ -132,6 +144,7 @@ def opened(
     ledger: Ledger,
     cache_bytes: int,
     whole: bool = False,
+    shared: JobDirectory | None = None,
 ) -> Iterator[Job]:
     """Open a model, select its projections and plan them at a uniform ratio.
 
@@ -190,7 +203,7 @@ def opened(
         pool = stack.enter_context(engine.open(blocks.device))
         yield Job(
             recipe, settled, blocks, folder, source, hub_name, hub_revision, tokenizer, owner, uniform, stages, ledger,
-            spill, pool, cache_bytes,
+            spill, pool, cache_bytes, shared,
         )  # fmt: skip
 
 
@@ -223,20 +236,20 @@ def _given(model: nn.Module) -> Blocks:
 
 
 def begin(job: Job, plan: Plan | None) -> None:
-    """Find out which weights these are, and say in the ledger which job this is.
+    """Find out which weights these are, and say in the ledger which job this is, and in what it shares what that is of.
 
     Args:
         plan: the one that was given; None where it will be measured.
 
     Raises:
-        UserError: the ledger is another job's.
+        UserError: the ledger is another job's, or what is shared is of another model or text.
     """
     ledger, folder = job.ledger, job.folder
     digest: str | None = None
     stamps: list[Any] = []
     if folder is not None:
         stamps = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in safetensors.weight_files(folder)]
-        noted = ledger.note("weights") if isinstance(ledger, JobDirectory) else None
+        noted = job.calibrated.note("weights") if isinstance(job.calibrated, JobDirectory) else None
         if isinstance(noted, list) and len(noted) == 2 and noted[0] == stamps:
             digest = noted[1]
         else:
@@ -245,21 +258,29 @@ def begin(job: Job, plan: Plan | None) -> None:
     job.origin = {"model": job.hub_name, "weights_sha256": digest}
     if job.hub_revision is not None:
         job.origin["revision"] = job.hub_revision
+    asked = job.asked.model_dump(mode="json")
+    of_all = {
+        "weights": digest,
+        "version": {
+            "cospadi": __about__.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "threads": torch.get_num_threads(),
+        "device": device_model(job.blocks.device),
+    }
+    notes, but = {"weights": [stamps, digest]}, ["device"] if job.pool.allow_mixed else []
+    if job.shared is not None:
+        if folder is None:
+            raise UserError("what jobs share is of a model on the disk. Save the loaded one, and give its folder")
+        job.shared.begin({"recipe": {name: asked[name] for name in CALIBRATED}} | of_all, notes, but)
     if isinstance(ledger, JobDirectory):
-        identity = {
-            "recipe": job.asked.model_dump(mode="json"),
+        identity = of_all | {
+            "recipe": asked,
             "plan": None if plan is None else hashlib.sha256(repr(plan).encode()).hexdigest(),
-            "weights": digest,
-            "version": {
-                "cospadi": __about__.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-            "threads": torch.get_num_threads(),
             "threads_per_task": job.pool.threads,
-            "device": device_model(job.blocks.device),
         }
-        if ledger.begin(identity, {"weights": [stamps, digest]}, but=["device"] if job.pool.allow_mixed else []):
+        if ledger.begin(identity, notes, but):
             log.info("resuming the unfinished job in %s", ledger.folder)
 
 
@@ -385,21 +406,21 @@ def check_space(job: Job, plan: Plan, output: Path) -> None:
     """Refuse a disk that will be too full, before anything is computed.
 
     The job directory holds what gradients leave, and the factors, refined ones beside those that were solved; the
-    output is there another time.
+    output is there another time. What is shared holds Grams.
     """
     parameters = {name: parameter.nbytes for name, parameter in job.blocks.model.named_parameters()}
     replaced = sum(parameters[f"{member.name}.weight"] for group in plan.compressed for member in group.members)
     packed = sum(group.parts.total for group in plan.compressed)
     needed = sum(parameters.values()) - replaced + packed
-    if job.ledger.folder is not None:
+    if isinstance(job.ledger, JobDirectory):
         needed += packed * (2 if job.recipe.refine else 1)
         if job.recipe.wants_gradients:
             full = job.recipe.metric == "two-sided"
             needed += sum(4 * math.prod(gamma_shape(member.d2, full)) for member in plan.projections)
-        kept = (
-            path for path in job.ledger.folder.rglob("*") if path.is_file() and job.ledger.scratch not in path.parents
-        )
-        needed -= sum(path.stat().st_size for path in kept)
+        if job.shared is not None and not job.recipe.data_free:
+            readers = {job.owner[member.name]: member.d1 for member in plan.projections}
+            needed += max(0, sum(8 * d1**2 for d1 in readers.values()) - job.shared.kept_bytes())
+        needed -= job.ledger.kept_bytes()
     free = shutil.disk_usage(files.nearest_folder(output)).free
     if needed > free:
         raise UserError(

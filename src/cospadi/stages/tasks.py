@@ -63,30 +63,30 @@ class Tasks:
             groups: drawn one by one, so that only those that run are in memory.
         """
         for group, task in groups:
-            with self.job.stages.stage(self.stage, self._total) as progress:
+            with self.job.stages.stage(self.stage, self._total) as self._progress:
 
-                def report(fraction: float, note: str, group: Group = group, progress: Any = progress) -> None:
+                def report(fraction: float, note: str, group: Group = group) -> None:
                     self._parts[group] = fraction * cost_of(group)
-                    progress.reach(self._done + sum(self._parts.values()), note)
+                    self._progress.reach(self._done + sum(self._parts.values()), note)  # in the bar that shows now
 
                 report(0.0, "")
                 self._running[self.job.pool.submit(self.function, task, report)] = group
                 del task
-                self._collect([future for future in self._running if future.done()], progress)
+                self._collect([future for future in self._running if future.done()])
 
     def finish(self) -> None:
         """Wait for all that was given."""
         if self._running:
-            with self.job.stages.stage(self.stage, self._total) as progress:
-                self._collect(list(self._running), progress)
+            with self.job.stages.stage(self.stage, self._total) as self._progress:
+                self._collect(list(self._running))
 
-    def _collect(self, futures: list[Future[Any]], progress: Any) -> None:
+    def _collect(self, futures: list[Future[Any]]) -> None:
         for future in self.job.pool.completed(futures):
             group = self._running.pop(future)
             self.job.ledger.put(self.keys[group], *self.keep(future.result()))
             self._parts.pop(group, None)
             self._done += cost_of(group)
-            progress.reach(self._done + sum(self._parts.values()), "")
+            self._progress.reach(self._done + sum(self._parts.values()), "")
             self._count(group)
             elapsed, fresh = time.monotonic() - self._begun, self._done - self._before
             self.job.stages.stand(

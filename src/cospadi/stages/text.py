@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from cospadi.calibration.text import token_sequences
 from cospadi.calibration.walk import learn_calls, pass_seconds
 from cospadi.errors import UserError
+from cospadi.files import file_digest
 from cospadi.model import load
 from cospadi.stages.open import Job
 
@@ -35,20 +35,17 @@ def read_text(job: Job) -> None:
         )
     local = Path(recipe.calibration or "").expanduser()
     with job.stages.stage("text", 1):
-        digest = None
-        if local.is_file():
-            with local.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        piece = job.ledger.get("text")
+        digest = file_digest(local) if local.is_file() else None
+        piece = job.calibrated.get("text")
         if piece is None:
             model = job.blocks.model
             job.sequences = token_sequences(tokenizer, recipe, load.positions(model.config), load.vocabulary(model))
-            job.ledger.put("text", {"sha256_of_file": digest}, {"tokens": job.sequences})
+            job.calibrated.put("text", {"sha256_of_file": digest}, {"tokens": job.sequences})
         else:
             if piece.record.get("sha256_of_file") != digest:
                 raise UserError(
                     f"calibration text {recipe.calibration} is not the one that the unfinished job in "
-                    f"{job.ledger.folder} has read. Bring it back, or pass --no-resume to restart"
+                    f"{job.calibrated.folder} has read. Bring it back, or pass --no-resume to restart"
                 )
             job.sequences = piece.tensors()["tokens"]
     texts = [(job.sequences, recipe.batch_size), (check_text(job), 1)]
