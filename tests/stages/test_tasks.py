@@ -40,15 +40,19 @@ class Late:
         assert not futures
 
 
+def record(number: int) -> dict[str, Any]:
+    return {"entries": {}, "errors": {f"p{number}": 0.1 * number}}
+
+
 def test_what_a_task_reports_late_is_shown_in_the_bar_of_now() -> None:
     groups = [Group((Projection(f"p{n}", 0, "p", 4, 4),), None, 4, 0, Parts(0, 0, 0)) for n in range(3)]
     stages = Stages(Console(file=io.StringIO(), force_terminal=True))
     job: Any = SimpleNamespace(stages=stages, ledger=Ledger(), pool=Late())
     with (
         stages.shown(),
-        Tasks(job, "solve", keys_of("factors", groups), lambda n: n, lambda n: ({"n": n}, None)) as tasks,
+        Tasks(job, "solve", keys_of("factors", groups), lambda n: n, lambda n: (record(n), None)) as tasks,
     ):
         for number, group in enumerate(groups):
             tasks.give([(group, Task((number,)))])
         tasks.finish()
-    assert [piece.record for piece in tasks.pieces(groups)] == [{"n": 0}, {"n": 1}, {"n": 2}]
+    assert [piece.record for piece in tasks.pieces(groups)] == [record(0), record(1), record(2)]
