@@ -156,7 +156,8 @@ def _row(model: Path, calibration: str, text: Path, ratio: float, method: str, t
         if method == "dense":
             ((_, measured),) = evaluate.evaluate_models([model], text, device="cpu")
         else:
-            ((_, measured), _), row["kl"] = evaluate.compare_models(folder, model, text, device="cpu")
+            both = evaluate.compare_models(folder, model, text, device="cpu")
+            measured, row["kl"] = both.results[0][1], both.divergence
     return row | {
         "perplexity": measured.value,
         "windows": measured.windows,

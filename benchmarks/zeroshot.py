@@ -82,7 +82,8 @@ def run(
                 }
                 row |= {"seconds_compress": sum(result.seconds.values()), "pass_seconds": result.pass_seconds}
             if one:
-                both, row["kl"] = evaluate.compare_models(folder, model, text, 1024, device=device, runtime="dense")
+                compared = evaluate.compare_models(folder, model, text, 1024, device=device, runtime="dense")
+                both, row["kl"] = compared.results, compared.divergence
             else:
                 both = evaluate.evaluate_models([folder], text, 1024, device=device)
             row["perplexity"] = both[0][1].value

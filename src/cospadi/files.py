@@ -190,6 +190,16 @@ def nearest_folder(path: Path) -> Path:
     return path
 
 
+def write_text(path: Path, text: str) -> None:
+    """Put a text into a file, whole or not at all; it is written beside its name first."""
+    staging = path.with_name(f".{path.name[:100]}.new")
+    try:
+        staging.write_text(text, encoding="utf-8", newline="")
+        staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
 @contextmanager
 def staged(output: Path, staging: Path | None = None, retired: Path | None = None) -> Iterator[Path]:
     """A folder beside `output` to write into, renamed to `output` at the end, or removed if anything goes wrong.
