@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +64,7 @@ def test_without_gradients_there_is_none(compressed_folder: Path) -> None:
     assert not any("loss" in entry for entry in projections.values())
 
 
-def test_it_goes_with_the_weights_that_it_is_of(
-    dense_folder: Path, default: dict[str, Any], tmp_path: Path, make_llama: Callable[..., Path]
-) -> None:
+def test_it_goes_with_the_weights_that_it_is_of(dense_folder: Path, default: dict[str, Any], tmp_path: Path) -> None:
     result = cospadi.compress(dense_folder, default | {"refine": 0, "allocate": "uniform"}, tmp_path / "out")
     name = "model.layers.1.mlp.down_proj"
     result.model.get_submodule(name).unpack_values()

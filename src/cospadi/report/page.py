@@ -52,7 +52,7 @@ def render(content: Content) -> str:
 
 
 def markdown(content: Content) -> str:
-    """A summary for a model card: size, quality where it was measured, how it was made, how to load it."""
+    """A summary for a model card: size, quality where it was measured, how it was made."""
     parts = [f"## {cards.cell(content.name)}\n", f"{says(content)}\n"]
     parts.append(f"### Size\n\n{card.size_table(content.selected, content.kept, content.whole)}")
     if (measured := content.measured) is not None:
