@@ -224,6 +224,9 @@ def compress(
         str | None, typer.Option(metavar="REPO", help="upload the result to this hub repository, made if there is none")
     ] = None,
     private: Private = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="write DIR/report.html, too: see cospadi report, which can compare as well")
+    ] = False,
     *,
     flags: dict[str, Any],
     as_json: Json = False,
@@ -240,6 +243,11 @@ def compress(
         from cospadi.model import hub
         from cospadi.stages.open import check_before
 
+        if report:
+            from cospadi.commands.report import REPORT, gather, write
+            from cospadi.report.figures import check_library
+
+            check_library()
         repo = None
         if push is not None:
             check_before(output, overwrite)  # a repository is not made for nothing
@@ -248,6 +256,9 @@ def compress(
             result = run(model, recipe, output, plan=plan, overwrite=overwrite, stages=stages, **how)
     data, parts = compressed_json(result, recipe), compressed_parts(result, recipe)
     done, failed = f"The model is compressed, and {output} is written.", None
+    if report:
+        write(gather(output), output / REPORT)
+        parts.append(f"Report: {output / REPORT}")
     if repo is not None:
         again = f"{shlex.join(['cospadi', 'push', str(output), repo])} uploads it"
         with _if_stopped(lambda: f"{output} is written: {again}."):
@@ -435,7 +446,8 @@ def evaluate(
 
             divergence, how = None, (length, batch_size, device, stages, chosen, text_field)
             if kl and against is not None:
-                results, divergence = compare_models(model, against, text, *how)
+                compared = compare_models(model, against, text, *how)
+                results, divergence = compared.results, compared.divergence
             else:
                 results = evaluate_models(models, text, *how)
             data |= perplexity_json(results, divergence)
@@ -506,6 +518,53 @@ def verify(folder: Folder, as_json: Json = False) -> None:
 
     count = verify.verify(hub.folder_of(folder))
     _show({"tensors": count, "ok": True}, as_json, f"{folder}: all {count} tensors are as they were written.")
+
+
+@app.command()
+def report(
+    folder: Folder,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="the dense model it was made of, to compare with")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="held-out text, or rows, on which both are compared")
+    ] = None,
+    text_field: Annotated[
+        str | None, typer.Option(metavar="NAME", help="the rows' text field  [default: text, content, messages]")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="page to write  [default: DIR/report.html]")
+    ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="print a summary for a model card instead; no page is written")
+    ] = False,
+    length: Annotated[int | None, typer.Option(min=2, help="tokens a window  [default: min(1024, positions)]")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="windows in a forward pass")] = 4,
+    device: Device = "auto",
+    runtime: RuntimeFlag = "auto",
+    as_json: Json = False,
+    progress: Progress = "auto",
+) -> None:
+    """One page of HTML on a compressed model: sizes, errors by layer, its recipe; with --against and --text what is
+    lost, token by token. It opens from the disk and needs no network."""
+    if text is not None and against is None:
+        raise UserError("--text compares with the dense model. Give --against MODEL, too")
+    if text is None and (text_field is not None or length is not None):
+        raise UserError("--text-field and --length are of --text, which is not given")
+    if markdown and output is not None:
+        raise UserError("--markdown prints, and writes no page. Leave --output out")
+    stages, chosen = _talk(progress, loads_models=text is not None), _runtime(runtime)
+    from cospadi.commands.report import check_place, gather, report_json, report_lines, write
+    from cospadi.report.page import markdown as summary
+
+    place = None if markdown else check_place(folder, output)
+    with stages.shown():
+        content = gather(folder, against, text, length, batch_size, device, stages, chosen, text_field)
+    if place is None:
+        _show(report_json(content, None), as_json, summary(content))
+        return
+    write(content, place)
+    _show(report_json(content, place), as_json, *report_lines(content, place), done=f"The report is in {place}.")
 
 
 @app.command()

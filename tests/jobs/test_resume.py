@@ -93,6 +93,20 @@ def test_nothing_finished_is_computed_again(
     assert not output.with_name("out.work").exists()
 
 
+@pytest.mark.parametrize("metric", ["output", "weights"])
+def test_a_job_that_does_not_walk_goes_on_from_its_last_piece(
+    metric: str, dense_folder: Path, quick: dict[str, Any], tmp_path: Path
+) -> None:
+    fields = quick | {"metric": metric}
+    cospadi.compress(dense_folder, fields, tmp_path / "reference")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(safetensors, "write_weights", stop)
+        with pytest.raises(KeyboardInterrupt):
+            cospadi.compress(dense_folder, fields, tmp_path / "out")
+    cospadi.compress(dense_folder, fields, tmp_path / "out", resume=True)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "reference")
+
+
 def test_pieces_damaged_between_runs_are_computed_again_and_said(
     interrupted: tuple[Path, dict[str, str]],
     dense_folder: Path,

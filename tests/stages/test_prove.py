@@ -187,6 +187,11 @@ def test_text_only_names_what_it_leaves_out(run: Callable[..., Answer], tmp_path
     answer = run(*words, "--text-only")
     assert answer.code == 0, answer.err
     assert "left out of model.visual" in answer.out
+    left_out = json.loads((tmp_path / "out" / "cospadi.json").read_text())["left_out"]
+    before = load_file(tmp_path / "in" / "model.safetensors")
+    gone = [tensor for name, tensor in before.items() if ".visual." in name]
+    assert left_out == {"parts": ["model.visual"], "tensors": len(gone), "bytes": sum(one.nbytes for one in gone)}
+    assert len(gone) > 0
     assert not any(".visual." in name for name in load_file(tmp_path / "out" / "model.safetensors"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(model).__name__ == "Qwen3_5ForCausalLM"

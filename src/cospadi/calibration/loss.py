@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,40 @@ def mean_loss(
     return total / predicted_tokens(windows)
 
 
+@dataclass(frozen=True)
+class ByToken:
+    """Two models of one vocabulary on the same windows, token by token; the first token of a window is predicted by
+    nobody.
+
+    Attributes:
+        windows: int64 (windows, length).
+        losses: float32 (2, windows, length - 1), negative log-likelihoods in nats: the model's, the reference's.
+        divergences: float32 (windows, length - 1), KL(q || p) in nats, q the next-token distribution of the reference
+            and p that of the model.
+        likeliest: int64 (2, windows, length - 1), the token that each of them takes for the likeliest.
+    """
+
+    windows: Tensor
+    losses: Tensor
+    divergences: Tensor
+    likeliest: Tensor
+
+    @property
+    def means(self) -> tuple[float, float, float]:
+        """`mean_loss` of the model and of the reference, and the mean divergence."""
+        ours, theirs, divergence = (
+            float(one.double().sum()) / predicted_tokens(self.windows) for one in (*self.losses, self.divergences)
+        )
+        return ours, theirs, divergence
+
+    @property
+    def differences(self) -> Tensor:
+        """What each token costs the model more than the reference, float64 (windows, length - 1), in nats; nothing
+        where neither gives it any chance."""
+        ours, theirs = self.losses.double()
+        return torch.nan_to_num(ours - theirs, 0.0, 1e3, -1e3)
+
+
 @torch.inference_mode()
 def compared(
     model: nn.Module,
@@ -53,29 +88,26 @@ def compared(
     windows: Tensor,
     batch_size: int = 4,
     on_batch: Callable[[int], None] | None = None,
-) -> tuple[float, float, float]:
-    """Two models of one vocabulary on the same windows, int64 (windows, length), logits in their dtypes.
+) -> ByToken:
+    """Two models of one vocabulary on the same windows, int64 (windows, length); logits in the models' dtypes,
+    log-softmax in float32.
 
     Args:
         on_batch: called with the number of windows just done.
-
-    Returns:
-        `mean_loss` of each; and KL(q || p), q the next-token distribution of the reference and p that of the model, in
-        nats, the mean over the same tokens, log-softmax in float32.
     """
     device = next(model.parameters()).device
-    losses, divergence = [0.0, 0.0], 0.0
+    losses, divergences, likeliest = [], [], []
     for start in range(0, len(windows), batch_size):
         batch = windows[start : start + batch_size].to(device)
-        found = [one(input_ids=batch, use_cache=False).logits for one in (model, reference)]
-        losses = [loss + total_loss(logits, batch) for loss, logits in zip(losses, found, strict=True)]
-        for ours, theirs in zip(*found, strict=True):
-            p, q = ours[:-1].float().log_softmax(-1), theirs[:-1].float().log_softmax(-1)
-            divergence += float((q.exp() * (q - p)).sum(-1).sum(dtype=torch.float64))
+        found = [one(input_ids=batch, use_cache=False).logits[:, :-1] for one in (model, reference)]
+        for tokens, *both in zip(batch[:, 1:], *found, strict=True):
+            p, q = (logits.float().log_softmax(-1) for logits in both)
+            losses.append(torch.stack([-one.gather(-1, tokens[:, None])[:, 0] for one in (p, q)]).cpu())
+            divergences.append((q.exp() * (q - p)).sum(-1).cpu())
+            likeliest.append(torch.stack([one.argmax(-1) for one in (p, q)]).cpu())
         if on_batch:
             on_batch(len(batch))
-    tokens = predicted_tokens(windows)
-    return losses[0] / tokens, losses[1] / tokens, divergence / tokens
+    return ByToken(windows, torch.stack(losses, 1), torch.stack(divergences), torch.stack(likeliest, 1))
 
 
 def predicted_tokens(windows: Tensor) -> int:

@@ -48,9 +48,7 @@ def write_measured(path: Path, data: Mapping[str, Any], asked: Mapping[str, Any]
     against = _public(asked["against"]) if asked["against"] else None
     head = ["", "this model", *([card.cell(against)] if against else [])]
     text = card.with_measured(card.read(path), command_of(asked), card.table(head, measured_rows(data)))
-    whole = path.with_name(f".{path.name}.new")
-    whole.write_text(text, encoding="utf-8", newline="")
-    whole.replace(path)
+    files.write_whole(path, text)
 
 
 def command_of(asked: Mapping[str, Any]) -> str:

@@ -471,7 +471,8 @@ def measured(
     if model == dense:
         told = evaluate.perplexity_json(evaluate.evaluate_models([dense], *how))
     else:
-        told = evaluate.perplexity_json(*evaluate.compare_models(model, dense, *how))
+        both = evaluate.compare_models(model, dense, *how)
+        told = evaluate.perplexity_json(both.results, both.divergence)
     figures = {name: told["models"][0][name] for name in ("perplexity", "windows", "length")}
     return figures if model == dense else figures | {"kl": told["kl_divergence"]}
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cospadi.calibration.documents import Document, file_documents
-from cospadi.calibration.loss import compared, mean_loss, perplexity_of
+from cospadi.calibration.loss import ByToken, compared, mean_loss, perplexity_of
 from cospadi.calibration.text import document_tokens, sequence_length
 from cospadi.errors import UserError
 from cospadi.jobs.progress import Stages
@@ -124,6 +124,23 @@ def why_no_number(model: nn.Module, name: str | Path) -> NoReturn:
     raise UserError(f"{name} computes NaN, though all of its tensors are finite. Its config.json may be damaged")
 
 
+@dataclass(frozen=True)
+class SideBySide:
+    """A model beside another one on a text.
+
+    Attributes:
+        results: name and perplexity of both.
+        divergence: of the first one's predictions from the second's, in nats a token, the mean.
+        tokens: the same token by token.
+        tokenizer: the first one's.
+    """
+
+    results: list[tuple[str, Perplexity]]
+    divergence: float
+    tokens: ByToken
+    tokenizer: Any
+
+
 def compare_models(
     model: str | Path,
     reference: str | Path,
@@ -134,9 +151,8 @@ def compare_models(
     stages: Stages | None = None,
     runtime: Runtime = "auto",
     text_field: str | None = None,
-) -> tuple[list[tuple[str, Perplexity]], float]:
-    """`evaluate_models` of two, both in memory at once, in windows that both have the positions for; and the mean
-    divergence of the first from the second.
+) -> SideBySide:
+    """`evaluate_models` of two, both in memory at once, in windows that both have the positions for, token by token.
 
     Raises:
         UserError: as there, or two that do not read or predict the same tokens.
@@ -144,21 +160,22 @@ def compare_models(
     documents = file_documents(text, text_field)
     where, stages = load.pick_device(device), stages or Stages()
     opened = [open_model(name, where, runtime, stages) for name in (model, reference)]
-    (first, _), (second, _) = opened
+    (first, its_tokenizer), (second, _) = opened
     asked = sequence_length(length, min(load.positions(one.config) for one, _ in opened))
     windows, others = (text_windows(tokenizer, documents, asked, load.vocabulary(one)) for one, tokenizer in opened)
     if load.vocabulary(first) != load.vocabulary(second) or not torch.equal(windows, others):
         raise UserError(
             f"{model} and {reference} do not read or predict the same tokens, so that there is no divergence between "
-            "them. Leave --kl out"
+            "them. Compare with the model that it was made of, or leave --kl out"
         )
     with stages.stage("evaluate", len(windows)) as progress:
-        *losses, divergence = compared(first, second, windows, batch_size, progress.advance)
+        tokens = compared(first, second, windows, batch_size, progress.advance)
+    *losses, divergence = tokens.means
     found = [Perplexity(perplexity_of(loss), *windows.shape) for loss in losses]
     for one, (opened_model, _), result in zip((model, reference), opened, found, strict=True):
         if math.isnan(result.value):
             why_no_number(opened_model, one)
-    return [(str(model), found[0]), (str(reference), found[1])], divergence
+    return SideBySide([(str(model), found[0]), (str(reference), found[1])], divergence, tokens, its_tokenizer)
 
 
 def perplexity_json(results: Sequence[tuple[str, Perplexity]], divergence: float | None = None) -> dict[str, Any]:

@@ -44,6 +44,7 @@ def inspect_json(
             "dense_bytes": dense_bytes(entry.d1, entry.d2),
             "bytes": sum(tensors[tensor].nbytes for tensor in entry.tensors(name)),
             "relative_error": recorded.get(name, {}).get("relative_error"),
+            "loss": recorded.get(name, {}).get("loss"),
         }
         for name, entry in entries.items()
     }
@@ -52,6 +53,7 @@ def inspect_json(
         projections[name] = {
             "layout": "dense", "values": None, "d1": d1, "d2": d2, "k": None, "nnz": 0, "value_bits": None,
             "dictionary": None, "dense_bytes": nbytes, "bytes": nbytes, "relative_error": None,
+            "loss": None,
         }  # fmt: skip
     dense = sum(item["dense_bytes"] for item in projections.values())
     compressed = sum(item["bytes"] for item in projections.values())

@@ -97,6 +97,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def rows(text: str) -> list[list[str]]:
+    """The cells of a Markdown table as `table` writes it, its head first; no line for what is under the head."""
+    lines = [line for line in text.splitlines() if line.startswith("| ") and line.endswith(" |")]
+    found = [[_uncelled(cell) for cell in line[2:-2].split(" | ")] for line in lines]  # in a cell it is escaped
+    return [cells for cells in found if not all(re.fullmatch("-+:?", cell) for cell in cells)]
+
+
+def _uncelled(text: str) -> str:
+    return html.unescape(re.sub(r"\\([\\`*\[\]|])", r"\1", text)).strip()
+
+
 def cell(text: str) -> str:
     """A text that Markdown shows as it is, in a table too."""
     shown = html.escape(printable(text), quote=False)
@@ -140,10 +151,16 @@ def with_measured(text: str, command: str, found: str) -> str:
     start, inside, end = _measured(text)
     if not inside:
         start, inside = f"{start.rstrip()}\n\n".lstrip("\n"), f"{MEASURED}\n\n"
-    heading, *parts = COMMAND.split(inside)
-    blocks = dict(zip(parts[::2], parts[1::2], strict=True)) | {command: f"\n{found.strip()}\n\n"}
+    heading = COMMAND.split(inside)[0]
+    blocks = measured(inside) | {command: f"\n{found.strip()}\n\n"}
     whole = "".join(f"```\n{name}\n```\n{block}" for name, block in blocks.items())
     return f"{start}{heading}{whole}{end}".rstrip() + "\n"
+
+
+def measured(text: str) -> dict[str, str]:
+    """What a card says was measured: command -> Markdown."""
+    _, *parts = COMMAND.split(_measured(text)[1])
+    return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
 def without_measured(text: str) -> str:

@@ -18,6 +18,11 @@ from cospadi.format.schema import StoredProjection, check_version, first_problem
 
 MANIFEST = "cospadi.json"
 
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+
+OF_WEIGHTS = ("relative_error", "loss")
+"""What a projection's record says of its tensors as they were written, and not of others."""
+
 
 class FileRecord(BaseModel):
     """What the manifest says of one safetensors file: its size and the sha256 of it and of each tensor's bytes."""
@@ -27,12 +32,22 @@ class FileRecord(BaseModel):
     tensors: dict[str, str]
 
 
+class LossRecord(BaseModel):
+    """What one projection costs the loss to second order, in nats a token: its error, and one as large as all of its
+    output."""
+
+    of_error: Number
+    of_all: Number
+
+
 class ProjectionRecord(BaseModel):
-    """What the manifest says of one projection that is read again: its error, if it is known."""
+    """What the manifest says of one projection that is read again, where it is known: its error, and what it costs in
+    the loss."""
 
     model_config = ConfigDict(extra="allow")
 
-    relative_error: Annotated[float, Strict()] | None = Field(None, allow_inf_nan=False)
+    relative_error: Number | None = None
+    loss: LossRecord | None = None
 
 
 class Manifest(BaseModel):
@@ -98,7 +113,7 @@ def new_manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     """`content` with the hashes of the folder's files as they are now.
 
     Where a projection's tensors, or the dictionary that it shares, are not those that `content` has hashes for, its
-    recorded error is dropped.
+    recorded error is dropped, and what that costs.
     """
     files = hash_files(folder)
     before, now = tensor_hashes(content), tensor_hashes({"files": files})
@@ -109,7 +124,7 @@ def new_manifest(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
         if entry.dictionary_tensor in differing:
             changed.add(name)
     projections = {
-        name: {key: value for key, value in entry.items() if key != "relative_error" or name not in changed}
+        name: {key: value for key, value in entry.items() if key not in OF_WEIGHTS or name not in changed}
         for name, entry in content.get("projections", {}).items()
     }
     return content | {"format_version": spell(stored)[0], "projections": projections, "files": files}

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import shlex
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cospadi import files
 from cospadi.budget.plan import Plan
 from cospadi.errors import UserError
-from cospadi.format import card, safetensors
+from cospadi.format import card, safetensors, sizes
 from cospadi.format.card import PLACE
-from cospadi.format.form import dense_bytes
+from cospadi.format.form import DENSE_BITS, dense_bytes
+from cospadi.format.sizes import Part
 from cospadi.model import adapters, load
+from cospadi.recipe import Recipe
 from cospadi.stages.open import Job
 
 PAPER = "2509.22075"
 TAGS = ("cospadi", "compressed")
-SMALL = 0.01
-"""What is kept as it was and is less than this of the checkpoint has no line of its own."""
 
 
 def model_card(job: Job, plan: Plan, manifest: Mapping[str, Any], folder: Path | None) -> str:
@@ -39,7 +38,7 @@ def model_card(job: Job, plan: Plan, manifest: Mapping[str, Any], folder: Path |
         "tags": list(tags),
     }
     name = job.hub_name if job.hub_name != load.DEMO else None
-    parts = [_what(name, manifest), LOADING, _sizes(job, plan, manifest, folder), _making(job, plan, manifest)]
+    parts = [_what(name, manifest), LOADING, _sizes(job, plan, manifest, folder), _making(manifest, plan)]
     return card.render(fields, "\n".join(parts))
 
 
@@ -102,63 +101,69 @@ def _sizes(job: Job, plan: Plan, manifest: Mapping[str, Any], folder: Path | Non
     """Bytes by kind of projection, of what was kept, and of the whole checkpoint."""
     stored = {name: sum(entry["bytes"].values()) for name, entry in manifest["projections"].items()}
     stored |= manifest.get("dense", {})
-    kinds: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    for member in plan.projections:
-        kinds[_kind(member.name)].append((dense_bytes(member.d1, member.d2), stored[member.name]))
-    lines = [
-        [f"{kind}, {len(sizes)} projections", *(_megabytes(sum(one)) for one in zip(*sizes, strict=True))]
-        for kind, sizes in kinds.items()
-    ]
-    lines.append(["these projections together", _megabytes(plan.dense_bytes), _megabytes(plan.bytes)])
+    selected = {member.name: (dense_bytes(member.d1, member.d2), stored[member.name]) for member in plan.projections}
+    kept, whole = [], None
     if folder is not None:
-        lines += _kept(job, plan, folder)
-    sizes = card.table(["part", "before", "after"], lines)
-    return f"## Size\n\n{sizes}\nA dense projection counts 16 bits a weight; all else counts as it is stored.\n"
+        before = safetensors.tensor_sizes(job.folder) if job.folder is not None else {}
+        after = safetensors.tensor_sizes(folder)
+        kept = sizes.kept_parts(selected, before, after)
+        left_out = sum(before[name] for name in job.blocks.unknown) if job.recipe.text_only else 0
+        whole = Part("whole checkpoint", len(after), sum(before.values()) - left_out or None, sum(after.values()))
+    return f"## Size\n\n{size_table(sizes.selected_parts(selected), kept, whole)}"
 
 
-def _kept(job: Job, plan: Plan, folder: Path) -> list[list[str]]:
-    """Lines for what is no projection of the plan, and for the whole checkpoint."""
-    before = safetensors.tensor_sizes(job.folder) if job.folder is not None else {}
-    after = safetensors.tensor_sizes(folder)
-    whole, selected = sum(after.values()), {member.name for member in plan.projections}
-    kinds: dict[str, list[str]] = defaultdict(list)
-    for name in after:
-        module = name.rpartition(".")[0]
-        if module not in selected:
-            kinds[_kind(module)].append(name)
-    small = [kind for kind, names in kinds.items() if sum(after[name] for name in names) < SMALL * whole]
-    if rest := [name for kind in small for name in kinds.pop(kind)]:
-        kinds["everything else"] = rest
+def size_table(selected: Sequence[Part], kept: Sequence[Part], whole: Part | None) -> str:
+    """Parts of a checkpoint in Markdown, with what counts how.
 
-    def line(kind: str, names: list[str]) -> list[str]:
-        known = all(name in before for name in names)
-        had = _megabytes(sum(before[name] for name in names)) if known else "-"
-        return [kind, had, _megabytes(sum(after[name] for name in names))]
+    Args:
+        kept: with `whole`; none where nothing was written.
+    """
 
-    lines = [line(kind, names) for kind, names in kinds.items()]
-    left_out = sum(before[name] for name in job.blocks.unknown) if job.recipe.text_only else 0
-    had = _megabytes(sum(before.values()) - left_out) if before else "-"
-    return [*lines, ["whole checkpoint", had, _megabytes(whole)]]
+    def line(part: Part, name: str) -> list[str]:
+        return [name, "-" if part.before is None else megabytes(part.before), megabytes(part.after)]
+
+    lines = [line(part, f"{part.kind}, {part.number} projections") for part in selected]
+    lines.append(line(sizes.together(selected), "these projections together"))
+    lines += [line(part, part.kind) for part in (*kept, whole) if part is not None]
+    counted = "A dense projection counts 16 bits a weight; all else counts as it is stored."
+    return f"{card.table(['part', 'before', 'after'], lines)}\n{counted}\n"
 
 
-def _kind(name: str) -> str:
-    """What a module is, whatever block or expert it is of: the last part of its name that is no number."""
-    return next((part for part in reversed(name.split(".")) if not part.isdigit()), name)
-
-
-def _megabytes(nbytes: int) -> str:
+def megabytes(nbytes: int) -> str:
     return f"{nbytes / 1e6:,.2f} MB" if nbytes >= 10_000 else f"{nbytes:,} bytes"
 
 
-def _making(job: Job, plan: Plan, manifest: Mapping[str, Any]) -> str:
-    recipe, errors = manifest["recipe"], [entry["relative_error"] for entry in manifest["projections"].values()]
-    text, facts = manifest.get("calibration"), [["method", recipe["method"]], ["solver", recipe["solver"]]]
-    if plan.left_dense:
-        facts.append(["projections left dense by the budget", str(len(plan.left_dense))])
-    facts += [
-        ["ratio asked / reached", f"{recipe['ratio']:.4f} / {plan.ratio:.4f}"],
-        ["bits a weight", f"{plan.bits:.3f}"],
-        ["mean relative error, whitened", f"{sum(errors) / len(errors):.4f}"],
+def _making(manifest: Mapping[str, Any], plan: Plan) -> str:
+    return f"""## How it was made
+
+```
+{command(manifest)}
+```
+
+{card.table(["", ""], facts(manifest, plan.dense_bytes, plan.bytes))}
+`cospadi inspect {PLACE}` lists every projection; `cospadi verify {PLACE}` checks every byte.
+"""
+
+
+def facts(manifest: Mapping[str, Any], dense: int, stored: int) -> list[list[str]]:
+    """How a model was made, a name and a value each.
+
+    Args:
+        dense, stored: bytes of the selected projections, before and after.
+    """
+    recipe, text = manifest["recipe"], manifest.get("calibration")
+    found = [["method", recipe["method"]], ["solver", recipe["solver"]]]
+    if left := manifest.get("dense"):
+        found.append(["projections left dense by the budget", str(len(left))])
+    found += [
+        ["ratio asked / reached", f"{recipe['ratio']:.4f} / {(dense - stored) / dense:.4f}"],
+        ["bits a weight", f"{DENSE_BITS * stored / dense:.3f}"],
+    ]
+    errors = [entry["relative_error"] for entry in manifest["projections"].values() if "relative_error" in entry]
+    if errors:
+        found.append(["mean relative error, whitened", f"{sum(errors) / len(errors):.4f}"])
+    return [
+        *found,
         [
             "calibration text",
             f"{recipe['calibration']}, {text['sequences']} sequences of {text['length']} tokens"
@@ -167,21 +172,15 @@ def _making(job: Job, plan: Plan, manifest: Mapping[str, Any]) -> str:
         ],
         ["made by", f"cospadi {manifest['package_version']}"],
     ]
-    return f"""## How it was made
-
-```
-{command(job, recipe)}
-```
-
-{card.table(["", ""], facts)}
-`cospadi inspect {PLACE}` lists every projection; `cospadi verify {PLACE}` checks every byte.
-"""
 
 
-def command(job: Job, recipe: Mapping[str, Any]) -> str:
-    """The command that makes the same model, in one line without paths of this machine."""
-    asked = job.asked
-    if asked.calibration is not None:
-        asked = asked.model_copy(update={"calibration": recipe["calibration"]})
-    source = "@".join(part for part in (job.hub_name or "MODEL", job.hub_revision) if part)
-    return card.printable(shlex.join(["cospadi", "compress", source, *asked.flags(), "--output", "DIR"]))
+def command(manifest: Mapping[str, Any]) -> str:
+    """The command that makes the same model, in one line without paths of this machine.
+
+    Raises:
+        UserError: the manifest is of a version that knows other options.
+    """
+    source = manifest["source"]
+    name = "@".join(part for part in (source["model"] or "MODEL", source.get("revision")) if part)
+    flags = Recipe.build(manifest["recipe"]).flags()
+    return card.printable(shlex.join(["cospadi", "compress", name, *flags, "--output", "DIR"]))

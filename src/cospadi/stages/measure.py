@@ -168,14 +168,14 @@ def blocks_to_solve(job: Job, groups: Sequence[Group], missing: Sequence[Group])
         groups: all that are compressed. missing: those that are not done yet; the others only take part in running the
             text through the model.
     """
-    if missing and job.shares_grams:
+    if not missing:
+        return
+    if job.shares_grams:
         share_grams(job)
     if not job.walks:
         # All of a block, since experts' Grams are filled up from each other's.
         blocks = {group.members[-1].block for group in missing}
         yield from measured_groups(job, [group for group in groups if group.members[-1].block in blocks], set(missing))
-        return
-    if not missing:
         return
     assert job.sequences is not None
     assert job.calls is not None

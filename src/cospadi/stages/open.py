@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,6 +55,7 @@ class Job:
         tokenizer: the model's, or None.
         owner: projection -> the first reader of its input.
         uniform: the plan that gives every group the recipe's ratio.
+        stays_dense: what no recipe compresses, in sentences without a stop.
         ledger: finished pieces. spill: hidden states. pool: who solves.
         shared: what follows from the dense model and the text alone, which other jobs take from there; or None.
         cache_bytes: of hidden states kept in memory, and of Grams that a model that runs whole takes in one pass.
@@ -74,6 +75,7 @@ class Job:
     tokenizer: Any
     owner: Mapping[str, str]
     uniform: Plan
+    stays_dense: Sequence[str]
     stages: Stages
     ledger: Ledger
     spill: Spill
@@ -188,9 +190,9 @@ def opened(
             raise
         except Exception as error:  # a model may ask for anything beside tokens
             raise UserError(f"{type(blocks.model).__name__} does not run on text alone: {first_line(error)}") from error
-        for left in what_stays_dense(
-            blocks.model, [projection for projection in selected if projection.name not in owner]
-        ):
+        idle = [projection for projection in selected if projection.name not in owner]
+        stays_dense = what_stays_dense(blocks.model, idle)
+        for left in stays_dense:
             log.warning("%s", left)
         if blocks.unknown:
             parts = ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) for name in blocks.unknown))
@@ -202,8 +204,8 @@ def opened(
         stack.callback(spill.close)
         pool = stack.enter_context(engine.open(blocks.device))
         yield Job(
-            recipe, settled, blocks, folder, source, hub_name, hub_revision, tokenizer, owner, uniform, stages, ledger,
-            spill, pool, cache_bytes, shared,
+            recipe, settled, blocks, folder, source, hub_name, hub_revision, tokenizer, owner, uniform, stays_dense,
+            stages, ledger, spill, pool, cache_bytes, shared,
         )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -86,17 +86,19 @@ class Packed:
         tensors: full tensor names -> what is stored, on the CPU.
         errors: each member's relative error in the whitened metric, of the stored factors.
         shift: the diagonal shift of the Gram.
+        losses: each member's price in the loss (`_losses`); empty where no gradients were taken.
     """
 
     entries: dict[str, StoredProjection]
     tensors: dict[str, Tensor]
     errors: dict[str, float]
     shift: float
+    losses: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """Everything but the tensors, as JSON has it."""
         entries = {name: entry.model_dump() for name, entry in self.entries.items()}
-        return {"entries": entries, "errors": self.errors, "shift": self.shift}
+        return {"entries": entries, "errors": self.errors, "shift": self.shift, "losses": self.losses}
 
 
 def factorize(given: GroupProblem, report: Report) -> Packed:
@@ -226,6 +228,8 @@ def pack(given: GroupProblem, solution: Factorization | Coded) -> Packed:
     entries: dict[str, StoredProjection] = {}
     tensors: dict[str, Tensor | None] = {f"{owner.name}.{form.names.dictionary}": stored_dictionary}
     errors: dict[str, float] = {}
+    losses: dict[str, dict[str, float]] = {}
+    prices = _prices(given)
     start = 0
     for member in group.members:
         columns = slice(start, start + member.d2)
@@ -237,12 +241,14 @@ def pack(given: GroupProblem, solution: Factorization | Coded) -> Packed:
         tensors[f"{member.name}.{form.names.values}"] = stored
         rounded = kind.scatter(support, codec.decode(stored, list(values.shape)), member.d2, group.k)
         approximation = rounded if atoms is None else rounded @ atoms
-        errors[member.name] = _relative_error(whitening, given.weight[:, columns], approximation.T)
+        energies = _energies(whitening, given.weight[:, columns], approximation.T)
+        errors[member.name] = _relative_error(*energies)
+        losses |= _losses(member, whitening.tokens, prices.get(member), *energies)
         nnz = values.numel() if kind.chosen else 0
         entries[member.name] = _entry(group, member, member if atoms is None else owner, nnz=nnz)
     cpu = {name: tensor.cpu() for name, tensor in tensors.items() if tensor is not None}
     assert sum(map(_nbytes, cpu.values())) == group.parts.total
-    return Packed(entries, cpu, errors, 0.0 if atoms is None else whitening.shift)
+    return Packed(entries, cpu, errors, 0.0 if atoms is None else whitening.shift, losses)
 
 
 def _pack_coded(given: GroupProblem, solution: Coded) -> Packed:
@@ -251,14 +257,18 @@ def _pack_coded(given: GroupProblem, solution: Coded) -> Packed:
     entries: dict[str, StoredProjection] = {}
     tensors: dict[str, Tensor] = {}
     errors: dict[str, float] = {}
+    losses: dict[str, dict[str, float]] = {}
+    prices = _prices(given)
     weights = torch.split(given.weight, group.d2s, dim=1)
     for member, weight, found in zip(group.members, weights, solution.members, strict=True):
         tensors[f"{member.name}.{form.names.values}"] = found.code.cpu()
-        errors[member.name] = _relative_error(given.whitening, weight, found.weight)
+        energies = _energies(given.whitening, weight, found.weight)
+        errors[member.name] = _relative_error(*energies)
+        losses |= _losses(member, given.whitening.tokens, prices.get(member), *energies)
         nbytes = found.code.numel() if form.codec.coded else 0
         entries[member.name] = _entry(group, member, member, nbytes=nbytes)
     assert sum(map(_nbytes, tensors.values())) <= group.parts.total
-    return Packed(entries, tensors, errors, 0.0)
+    return Packed(entries, tensors, errors, 0.0, losses)
 
 
 def _entry(group: Group, member: Projection, owner: Projection, **sizes: int) -> StoredProjection:
@@ -268,11 +278,35 @@ def _entry(group: Group, member: Projection, owner: Projection, **sizes: int) ->
     return StoredProjection(**kinds, d1=member.d1, d2=member.d2, k=group.k, owner=owner.name, **sizes)
 
 
-def _relative_error(whitening: Whitening, weight: Tensor, approximation: Tensor) -> float:
-    """||X (W - V)|| / ||X W||; 0 where both are."""
-    whole = float(whitening.energy(weight).sum())
-    left: float = float(whitening.energy(weight.double() - approximation.double()).sum())
-    return math.sqrt(left / whole if whole > 0 else left)
+def _energies(whitening: Whitening, weight: Tensor, approximation: Tensor) -> tuple[Tensor, Tensor]:
+    """||X w_j||^2 and ||X (w_j - v_j)||^2 of every column, float64 (d2,)."""
+    return whitening.energy(weight), whitening.energy(weight.double() - approximation.double())
+
+
+def _relative_error(whole: Tensor, left: Tensor) -> float:
+    """||X (W - V)|| / ||X W||, by `_energies`; 0 where both are."""
+    of_all, of_error = float(whole.sum()), float(left.sum())
+    return math.sqrt(of_error / of_all if of_all > 0 else of_error)
+
+
+def _prices(given: GroupProblem) -> dict[Projection, Tensor]:
+    """The diagonal of Gamma of each member, float64 (d2,); nothing where no gradients were taken, or the group reads
+    only zeros."""
+    if given.costs is None or given.whitening.gram is None:
+        return {}
+    diagonal = torch.cat([cost if cost.ndim == 1 else cost.diagonal() for cost in given.costs]).double()
+    return dict(zip(given.group.members, torch.split(diagonal, given.group.d2s), strict=True))
+
+
+def _losses(
+    member: Projection, tokens: int, price: Tensor | None, whole: Tensor, left: Tensor
+) -> dict[str, dict[str, float]]:
+    """What a member costs the loss, in nats a token, to second order and output by output, 1/2 sum_j Gamma_jj
+    ||X e_j||^2 / tokens: the error that it has, and one as large as all of its output."""
+    if price is None:
+        return {}
+    of_error, of_all = (float((price.to(energy) * energy).sum()) / (2 * tokens) for energy in (left, whole))
+    return {member.name: {"of_error": of_error, "of_all": of_all}}
 
 
 def _saturate(values: Tensor) -> Tensor:
@@ -322,4 +356,4 @@ def packed_of(piece: Piece) -> Packed:
     entries = entries_of(piece)
     own = {tensor for name, entry in entries.items() for tensor in entry.tensors(name)}
     tensors = {name: tensor for name, tensor in piece.tensors().items() if name in own}
-    return Packed(entries, tensors, piece.record["errors"], piece.record["shift"])
+    return Packed(entries, tensors, piece.record["errors"], piece.record["shift"], piece.record.get("losses", {}))

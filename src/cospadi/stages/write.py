@@ -67,6 +67,15 @@ def describe(job: Job, plan: Plan, pieces: Sequence[Piece]) -> dict[str, Any]:
     }
     if left := plan.left_dense:
         manifest["dense"] = {member.name: dense_bytes(member.d1, member.d2) for member in left}
+    if job.stays_dense:
+        manifest["stays_dense"] = list(job.stays_dense)
+    if job.recipe.text_only and job.folder is not None and job.blocks.unknown:
+        sizes = safetensors.tensor_sizes(job.folder)
+        manifest["left_out"] = {
+            "parts": list(dict.fromkeys(".".join(name.split(".")[:2]) for name in job.blocks.unknown)),
+            "tensors": len(job.blocks.unknown),
+            "bytes": sum(sizes[name] for name in job.blocks.unknown),
+        }
     if (sequences := job.sequences) is not None:
         digest = hashlib.sha256(sequences.numpy().tobytes()).hexdigest()
         manifest["calibration"] = {"sequences": len(sequences), "length": sequences.shape[1], "tokens_sha256": digest}
@@ -81,6 +90,8 @@ def describe(job: Job, plan: Plan, pieces: Sequence[Piece]) -> dict[str, Any]:
                 "relative_error": piece.record["errors"][name],
                 "gram_shift": piece.record["shift"],
             }
+            if name in (losses := piece.record.get("losses", {})):
+                manifest["projections"][name]["loss"] = losses[name]
     return manifest
 
 
