@@ -370,12 +370,11 @@ def test_a_page_that_cannot_be_written_whole_leaves_the_old_one(
     assert run("report", folder).code == 0
     before = (folder / "report.html").read_bytes()
 
-    def full(path: Path, *_: object, **__: object) -> None:
-        path.touch()
+    def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
+        patch.setattr("cospadi.files.os.fsync", full)
         assert run("report", folder).code == 1
     assert (folder / "report.html").read_bytes() == before
     assert not [path for path in folder.iterdir() if path.name.endswith(".new")]
