@@ -1223,6 +1223,8 @@ def test_progress_for_programs(run: Callable[..., Answer], dense_folder: Path, t
     assert last["bits"] == last["bits_planned"] == pytest.approx(8, abs=0.1)
     assert last["seconds_left"] == 0
     assert 0 < last["error"] < 1
+    manifest = json.loads((tmp_path / "out" / "cospadi.json").read_text())["projections"].values()
+    assert last["loss"] == pytest.approx(sum(entry["loss"]["of_error"] for entry in manifest))
 
 
 # Kernels

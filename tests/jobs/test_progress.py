@@ -25,7 +25,7 @@ def test_time_of_a_stage_within_another_counts_once(monkeypatch: pytest.MonkeyPa
 
 
 def standing(block: int) -> Standing:
-    return Standing(block, 30, 0.01234, 2.98, 3.0, 61.4, 1_200_000_000)
+    return Standing(block, 30, 0.01234, 0.00567, 2.98, 3.0, 61.4, 1_200_000_000)
 
 
 def test_where_a_job_stands_is_a_line_below_the_bars(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +34,7 @@ def test_where_a_job_stands_is_a_line_below_the_bars(monkeypatch: pytest.MonkeyP
     with stages.shown(), stages.stage("solve", 4) as stage:
         stage.advance(1, "q_proj")
         stages.stand(standing(5))
-    told = "block 5 of 30 · error so far 0.0123 · 2.98 bits a weight, planned 3.00 · memory up to 1.2 GB · 0:01:01 left"
+    told = "block 5 of 30 · error so far 0.0123, 0.0057 nats · 2.98 bits a weight, planned 3.00 · memory up to 1.2 GB"
     assert told in screen.getvalue()
 
 

@@ -36,6 +36,7 @@ class Standing:
         block: number of the last block of which a group is solved, from 1.
         blocks: how many there are.
         error: mean relative error of the projections so far.
+        loss: what their errors cost in the loss, in nats a token to second order; None where no gradients were taken.
         bits: a weight that these take, all told.
         bits_planned: what the plan gives them.
         seconds_left: until all groups are solved, at the pace so far, earlier blocks' refinement included.
@@ -45,6 +46,7 @@ class Standing:
     block: int
     blocks: int
     error: float
+    loss: float | None
     bits: float
     bits_planned: float
     seconds_left: float
@@ -53,7 +55,7 @@ class Standing:
     def __str__(self) -> str:
         parts = [
             f"block {self.block} of {self.blocks}",
-            f"error so far {self.error:.4f}",
+            f"error so far {self.error:.4f}" + ("" if self.loss is None else f", {self.loss:.4f} nats"),
             f"{self.bits:.2f} bits a weight, planned {self.bits_planned:.2f}",
         ]
         if self.peak_memory is not None:

@@ -45,7 +45,7 @@ class Tasks:
         self._begun = time.monotonic()
         self._blocks = max((group.members[-1].block + 1 for group in keys), default=0)
         self._taken = self._planned = self._dense = self._projections = 0
-        self._errors = 0.0
+        self._errors, self._losses = 0.0, list[float]()
         for group in keys:
             if group not in missing:
                 self._count(group)
@@ -94,6 +94,7 @@ class Tasks:
                     block=group.members[-1].block + 1,
                     blocks=self._blocks,
                     error=self._errors / self._projections,
+                    loss=sum(self._losses) if self._losses else None,
                     bits=DENSE_BITS * self._taken / self._dense,
                     bits_planned=DENSE_BITS * self._planned / self._dense,
                     seconds_left=elapsed * (self._total - self._done) / fresh,
@@ -111,6 +112,7 @@ class Tasks:
         self._dense += group.dense_bytes
         self._errors += sum(piece.record["errors"].values())
         self._projections += len(piece.record["errors"])
+        self._losses += [price["of_error"] for price in piece.record.get("losses", {}).values()]
 
     def pieces(self, groups: Sequence[Group]) -> list[Piece]:
         """The finished pieces of some groups, in their order."""
