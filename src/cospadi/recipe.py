@@ -372,7 +372,11 @@ class Healing(BaseModel):
         lt=MOST,
         description="of the optimizer, in place of a time: equal runs then give equal bytes (default: as time allows)",
     )
-    learning_rate: float = Field(0.006, gt=0, description="largest step, in root mean squares of the tensor it moves")
+    learning_rate: float = Field(
+        0.006,
+        gt=0,
+        description="largest step, in root mean squares of the tensor it moves; of a matrix of more than 64 inputs less",
+    )
     trained: Trained = Field(
         "norms",
         description="values (all that is stored of compressed projections), norms (biases and these, too) or all "

@@ -30,7 +30,7 @@ def part_of(form: Form) -> tuple[Tensor, list[int]]:
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.values)
 def test_unmoved_it_is_what_was_stored(form: Form) -> None:
     stored, shape = part_of(form)
-    tuned = form.codec.tuned(stored, shape)
+    tuned = form.codec.tuned(stored, shape, K)
     numbers = {name: tuned.rounded(name, one) for name, one in tuned.numbers.items()}
     assert all(torch.equal(numbers[name], tuned.numbers[name]) for name in numbers)
     assert torch.equal(tuned.values(numbers).view(shape), form.codec.decode(stored, shape))
@@ -42,7 +42,7 @@ def test_unmoved_it_is_what_was_stored(form: Form) -> None:
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.values)
 def test_moved_it_comes_back_as_it_was_rounded_in_as_many_bytes(form: Form) -> None:
     stored, shape = part_of(form)
-    tuned = form.codec.tuned(stored, shape)
+    tuned = form.codec.tuned(stored, shape, K)
     generator = torch.Generator().manual_seed(5)
     for size in (0.1, 3.0):  # the second beyond every range
         moved = {
@@ -65,7 +65,7 @@ def test_moved_it_comes_back_as_it_was_rounded_in_as_many_bytes(form: Form) -> N
 def test_gradients_are_those_of_what_is_rounded(form: Form) -> None:
     """Against differences, of steps of a code against those of 2^(q / 4)."""
     stored, shape = part_of(form)
-    tuned = form.codec.tuned(stored, shape)
+    tuned = form.codec.tuned(stored, shape, K)
     numbers = {name: one.clone().requires_grad_() for name, one in tuned.numbers.items()}
     wanted = torch.randn(shape, generator=torch.Generator().manual_seed(7))
     (tuned.values(numbers).view(shape) * wanted).sum().backward()
@@ -99,7 +99,7 @@ def value(tuned: Any, numbers: dict[str, Tensor], name: str, change: Tensor) -> 
 
 def test_the_code_of_levels_is_untouched() -> None:
     stored, shape = part_of(FORMS[[form.values for form in FORMS].index("ec")])
-    tuned = EC.tuned(stored, shape)
+    tuned = EC.tuned(stored, shape, K)
     moved = {name: tuned.rounded(name, one + 2) for name, one in tuned.numbers.items()}
     written = tuned.stored(moved)
     assert torch.equal(EC.decode_levels(written)[0], EC.decode_levels(stored)[0])

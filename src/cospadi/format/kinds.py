@@ -138,6 +138,16 @@ def root_mean_square(numbers: Tensor) -> float:
     return float((numbers.square().sum(dtype=torch.float64) / max(1, numbers.numel())).sqrt())
 
 
+NARROW = 64
+"""Inputs at which a step of a matrix is as large as one of a vector."""
+
+
+def narrowed(inputs: int) -> float:
+    """What a step of a matrix is to be multiplied by. Its entries move together, and an output, which sums over the
+    inputs, by as many times more than they as the root of these: the wider, the smaller the step."""
+    return math.sqrt(NARROW / inputs)
+
+
 @dataclass(frozen=True)
 class Codec(ABC):
     """How values are stored.
@@ -174,8 +184,12 @@ class Codec(ABC):
         """What is stored -> float32 values of this shape, exact."""
 
     @abstractmethod
-    def tuned(self, stored: Tensor, values: list[int]) -> Tuned:
-        """What of stored values of this shape training may move."""
+    def tuned(self, stored: Tensor, values: list[int], inputs: int) -> Tuned:
+        """What of stored values of this shape training may move.
+
+        Args:
+            inputs: of S, its rows.
+        """
 
     def room(self, stored: Tensor) -> int:
         """Values that a stored tensor has room for: all there are, and what else its bits would hold."""
@@ -205,8 +219,9 @@ class Numbers(Codec):
     def rounded(self, values: Tensor) -> Tensor:
         """float32 values of any shape as they come back once they were stored."""
 
-    def tuned(self, stored: Tensor, values: list[int]) -> Tuned:
-        return TunedNumbers.of(self, self.decode(stored, values))
+    def tuned(self, stored: Tensor, values: list[int], inputs: int) -> Tuned:
+        numbers = self.decode(stored, values)
+        return TunedNumbers({"entries": numbers}, {"entries": root_mean_square(numbers) * narrowed(inputs)}, self)
 
 
 @dataclass(frozen=True)
@@ -214,10 +229,6 @@ class TunedNumbers(Tuned):
     """Every value moves by itself."""
 
     codec: Numbers
-
-    @classmethod
-    def of(cls, codec: Numbers, values: Tensor) -> TunedNumbers:
-        return cls({"entries": values}, {"entries": root_mean_square(values)}, codec)
 
     def rounded(self, name: str, numbers: Tensor) -> Tensor:
         return self.codec.rounded(numbers)

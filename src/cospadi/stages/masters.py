@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cospadi.format import safetensors
-from cospadi.format.kinds import Tuned, root_mean_square
+from cospadi.format.kinds import Tuned, narrowed, root_mean_square
 from cospadi.format.schema import StoredProjection
 from cospadi.recipe import Trained
 from cospadi.runtime.swap import quantizer_of
@@ -143,10 +143,10 @@ def student_of(model: Any, folder: Path, trained: Trained) -> Student:
             dtype = form.dictionary_kind.dtype
             atoms[shared] = nn.Parameter(read(shared).float())
             # What an input is worth to atoms differs as inputs do: they were solved in the metric of these.
-            unit = atoms[shared].detach().square().mean(0, keepdim=True).sqrt()
+            unit = atoms[shared].detach().square().mean(0, keepdim=True).sqrt() * narrowed(entry.d1)
             masters[shared] = Master.of(atoms[shared], unit, partial(_cast, dtype))
             plain[shared] = (shared, dtype)
-        tuned = form.codec.tuned(read(f"{name}.{form.names.values}"), entry.values_shape)
+        tuned = form.codec.tuned(read(f"{name}.{form.names.values}"), entry.values_shape, entry.k)
         layer = TunedLinear(entry, tuned, chosen, atoms.get(shared), model.get_submodule(name).bias)
         layers[name] = layer
         model.set_submodule(name, layer)
@@ -160,7 +160,9 @@ def student_of(model: Any, folder: Path, trained: Trained) -> Student:
         if parameter.is_floating_point() and (parameter.ndim < 2 or trained == "all"):
             known.add(id(parameter))
             dtype = safetensors.SAFETENSORS_TYPES[where[name].dtype]
-            of_all = torch.tensor(root_mean_square(parameter.detach().float()), device=device)
+            size = root_mean_square(parameter.detach().float())
+            size *= narrowed(parameter.shape[-1]) if parameter.ndim > 1 else 1
+            of_all = torch.tensor(size, device=device)
             masters[name] = Master.of(parameter, of_all, partial(_cast, dtype))
             plain[name] = (name, dtype)
     for master in masters.values():

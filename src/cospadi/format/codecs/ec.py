@@ -178,13 +178,13 @@ class Ec(Codec):
             place = end
         return lanes, unit, found, place
 
-    def tuned(self, stored: Tensor, values: list[int]) -> Tuned:
+    def tuned(self, stored: Tensor, values: list[int], inputs: int) -> Tuned:
         """Unit and steps; the code of the levels stays, and with it every width."""
         levels, _, _ = self.decode_levels(stored)
-        _, unit, (outputs, inputs, rows, cols), _ = self._lists(stored)
+        _, unit, (of_outputs, of_inputs, rows, cols), _ = self._lists(stored)
         bits, least = _widths(stored[:HEADER].cpu().numpy()), stored[4:8].cpu().numpy().view(np.int8)
         bounds = {}
-        for name, place, steps, sums in (("outputs", 0, outputs, rows), ("inputs", 1, inputs, cols)):
+        for name, place, steps, sums in (("outputs", 0, of_outputs, rows), ("inputs", 1, of_inputs, cols)):
             # Both, the steps and their sums with widths that do not change, must fit the bits that they have.
             low, high = (torch.full_like(steps, -LARGEST), torch.full_like(steps, LARGEST))
             for numbers, which in ((steps, place), (sums, place + 2)):
@@ -194,8 +194,8 @@ class Ec(Codec):
             bounds[name] = (low.float().to(stored.device), high.float().to(stored.device))
         found = {
             "unit": torch.zeros(1, device=stored.device),
-            "outputs": outputs.float().to(stored.device),
-            "inputs": inputs.float().to(stored.device),
+            "outputs": of_outputs.float().to(stored.device),
+            "inputs": of_inputs.float().to(stored.device),
         }
         quarter = 4 / math.log(2)
         return TunedSteps(found, {"unit": 1.0, "outputs": quarter, "inputs": quarter}, stored, levels, unit, bounds)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cospadi.format import packing
-from cospadi.format.kinds import Codec, Tuned, root_mean_square
+from cospadi.format.kinds import Codec, Tuned, narrowed, root_mean_square
 
 BITS = (2, 3, 4, 5, 6, 8)
 
@@ -74,11 +74,13 @@ class Integers(Codec):
         k = levels.shape[1]
         return torch.arange(k, device=levels.device) // (self.group or k)
 
-    def tuned(self, stored: Tensor, values: list[int]) -> Tuned:
+    def tuned(self, stored: Tensor, values: list[int], inputs: int) -> Tuned:
         levels, scales, zeros = self.decode_levels(stored, values)
         numbers = {"levels": levels.float(), "scales": scales}
         size = root_mean_square((levels - zeros[:, self.group_of(levels)]).float())
-        return TunedIntegers(numbers, {"levels": size, "scales": root_mean_square(scales)}, self, zeros)
+        return TunedIntegers(
+            numbers, {"levels": size * narrowed(inputs), "scales": root_mean_square(scales)}, self, zeros
+        )
 
     def problem(self, tensor: Any, values: list[int]) -> str | None:
         """Scales are read, and the last byte of either stream."""
