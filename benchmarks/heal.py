@@ -1,11 +1,12 @@
 """What healing gives: a row a run, a file a row, each judged on a text that no run has read.
 
+    python benchmarks/heal.py start NAME FOLDER --teacher MODEL --judge FILE
     python benchmarks/heal.py run NAME FOLDER --teacher MODEL --text FILE --judge FILE --set steps=300 --set top=512
     python benchmarks/heal.py lora NAME FOLDER --teacher MODEL --text FILE --judge FILE --seconds 60
     python benchmarks/heal.py write MODEL --tokens 100000 --output FILE.jsonl
     python benchmarks/heal.py table --output docs/healing-rows.md
 
-`run` is `cospadi heal` with the settings that are named; `lora` trains an adapter of PEFT on the same folder for so
+`start` judges a folder as it is; `run` is `cospadi heal` with the settings that are named; `lora` trains an adapter of PEFT on the same folder for so
 many seconds of this process's time on a CPU, on the text (the usual way) or on the same predictions; `write` has a
 model write text. A row that has its file is not computed again.
 """
@@ -41,6 +42,21 @@ app = typer.Typer(add_completion=False)
 
 
 @app.command()
+def start(
+    name: str, folder: Path, teacher: Annotated[Path, typer.Option()], judge: Annotated[Path, typer.Option()]
+) -> None:
+    """Judge a folder before it is healed."""
+    if not (path := RESULTS / f"{name}.json").exists():
+        nothing = {"settings": {}, "kind": "start", "steps": 0, "cpu_seconds": 0.0, "text": "-"}
+        _write(path, nothing | _judged(folder, teacher, judge) | _what(folder, judge))
+
+
+def _judged(folder: Path, teacher: Path, judge: Path) -> dict[str, Any]:
+    ((_, found), (_, dense)), far = evaluate.compare_models(folder, teacher, judge, device="cpu")
+    return {"perplexity": found.value, "dense": dense.value, "kl": far}
+
+
+@app.command()
 def run(
     name: str,
     folder: Path,
@@ -63,10 +79,9 @@ def run(
         row: dict[str, Any] = {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu}
         row |= {"steps": result.steps, "best": result.best, "sequences": result.sequences, "length": result.length}
         row |= {"held_out": [list(result.before), list(result.after)]}
-        (((_, before), (_, dense)), kl_before) = evaluate.compare_models(folder, teacher, judge, device="cpu")
-        (((_, after), _), kl_after) = evaluate.compare_models(healed, teacher, judge, device="cpu")
-    row |= {"before": [before.value, kl_before], "after": [after.value, kl_after], "dense": dense.value}
-    _write(path, row | _what(folder, text, judge) | {"settings": fields, "kind": "heal", "threads": threads})
+        row |= _judged(healed, teacher, judge)
+    row |= {"settings": fields, "kind": "heal", "threads": threads, "text": text.name}
+    _write(path, row | _what(folder, judge))
 
 
 @app.command()
@@ -116,14 +131,11 @@ def lora(
     model.eval()
     loss, dense_loss, far = compared(model, dense, held)
     count = sum(one.numel() for one in model.parameters() if one.requires_grad)
-    found: dict[str, Any] = {
-        "after": [perplexity_of(loss), far],
-        "dense": perplexity_of(dense_loss),
-        "cpu_seconds": spent,
-    }
-    found |= {"adapter_numbers": count, "steps": steps, "length": length, "kind": f"LoRA, on {on}"}
+    found: dict[str, Any] = {"perplexity": perplexity_of(loss), "dense": perplexity_of(dense_loss), "kl": far}
+    found |= {"cpu_seconds": spent, "adapter_numbers": count, "steps": steps, "length": length}
     settings = {"rank": rank, "learning_rate": learning_rate, "batch": batch}
-    _write(path, found | _what(folder, text, judge) | {"settings": settings, "threads": threads})
+    found |= {"settings": settings, "kind": f"LoRA, on the {on}", "threads": threads, "text": text.name}
+    _write(path, found | _what(folder, judge))
 
 
 @torch.no_grad()
@@ -154,11 +166,11 @@ def write(
                 stream.write(json.dumps({"text": text}) + "\n")
 
 
-def _what(folder: Path, text: Path, judge: Path) -> dict[str, Any]:
+def _what(folder: Path, judge: Path) -> dict[str, Any]:
     recipe = json.loads((folder / "cospadi.json").read_text())["recipe"]
     size = f"{recipe['bits']:g} bits" if recipe["bits"] else f"ratio {recipe['ratio']:g}"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    names = {"folder": f"{recipe['method']}, {size}", "text": text.name, "judge": judge.name}
+    names = {"folder": f"{recipe['method']}, {size}", "judge": judge.name}
     return names | {"bytes": tensor_bytes(folder), "versions": versions}
 
 
@@ -179,8 +191,8 @@ def table(output: Annotated[Path | None, typer.Option(help="page to write; witho
 
 
 def page_of(rows: list[tuple[str, dict[str, Any]]]) -> str:
-    """A line a row: ln(ppl / dense) and the divergence before and after, on the text that judges."""
-    head = ["row", "of", "how", "text", "steps", "CPU min", "ln(ppl / dense), before", "after", "KL, before", "after"]
+    """A line a row: ln(ppl / dense) and the divergence on the text that judges."""
+    head = ["row", "of", "how", "text", "steps", "CPU min", "ln(ppl / dense)", "KL"]
     lines = [
         "# Healing: every row",
         "",
@@ -192,17 +204,11 @@ def page_of(rows: list[tuple[str, dict[str, Any]]]) -> str:
     ]
     for name, row in rows:
         settings = ", ".join(f"{field} {value}" for field, value in row["settings"].items())
-        how = settings if row["kind"] == "heal" else f"{row['kind']}: {settings}"
-        figures = [("-", "-") if pair is None else _figures(pair, row) for pair in (row.get("before"), row["after"])]
-        (loss, kl), (after, kl_after) = figures
+        how = settings if row["kind"] == "heal" else ": ".join(filter(None, (row["kind"], settings)))
         told = [name, row["folder"], how, row["text"], str(row["steps"]), f"{row['cpu_seconds'] / 60:.1f}"]
-        lines.append(f"| {' | '.join([*told, loss, after, kl, kl_after])} |")
+        told += [f"{math.log(row['perplexity'] / row['dense']):.4f}", f"{row['kl']:.5f}"]
+        lines.append(f"| {' | '.join(told)} |")
     return "\n".join(lines) + "\n"
-
-
-def _figures(pair: list[float], row: dict[str, Any]) -> tuple[str, str]:
-    perplexity, far = pair
-    return f"{math.log(perplexity / row['dense']):.4f}", f"{far:.5f}"
 
 
 if __name__ == "__main__":

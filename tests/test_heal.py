@@ -213,15 +213,24 @@ def test_a_time_bounds_all_of_it(
 def test_the_time_of_earlier_runs_counts(
     start: Callable[[str], Path], dense_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distil, "judge", stop)
-    monkeypatch.setattr("cospadi.heal.judge", stop)
-    how = Healing(minutes=1, length=32, batch=64)
-    with pytest.raises(KeyboardInterrupt):
-        heal(start("default"), text_file, tmp_path / "out", how, teacher=dense_folder)
-    monkeypatch.undo()
-    monkeypatch.setattr("cospadi.heal._spent", lambda _: 1e6)
+    """The dense model seems to take a minute, the job is stopped in what follows; the next run has no time left."""
+    passed, now = [0.0], time.monotonic
+    taught = teacher._predicted
+
+    def slow(*args: Any) -> Any:
+        passed[0] += 60
+        return taught(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher, "_predicted", slow)
+        patch.setattr(time, "monotonic", lambda: now() + passed[0])
+        patch.setattr(sys.modules["cospadi.heal"], "judge", stop)
+        with pytest.raises(KeyboardInterrupt):
+            heal(start("default"), text_file, tmp_path / "out", Healing(minutes=1, length=32), teacher=dense_folder)
+    how = Healing(minutes=1, length=32)
     result = heal(start("default"), text_file, tmp_path / "out", how, teacher=dense_folder)
     assert result.steps == 0
+    assert hashes(tmp_path / "out") == hashes(start("default"))
 
 
 def stop(*_: Any) -> Any:

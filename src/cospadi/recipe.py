@@ -375,7 +375,7 @@ class Healing(BaseModel):
     learning_rate: float = Field(
         0.006,
         gt=0,
-        description="largest step, in root mean squares of the tensor it moves; of a matrix of more than 64 inputs less",
+        description="largest step, in root mean squares of the tensor it moves",
     )
     trained: Trained = Field(
         "norms",
