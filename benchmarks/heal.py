@@ -6,9 +6,9 @@
     python benchmarks/heal.py write MODEL --tokens 100000 --output FILE.jsonl
     python benchmarks/heal.py table --output docs/healing-rows.md
 
-`start` judges a folder as it is; `run` is `cospadi heal` with the settings that are named; `lora` trains an adapter of PEFT on the same folder for so
-many seconds of this process's time on a CPU, on the text (the usual way) or on the same predictions; `write` has a
-model write text. A row that has its file is not computed again.
+`start` judges a folder as it is. `run` is `cospadi heal` with the settings that are named. `lora` trains an adapter of
+PEFT on the same folder for so many seconds of this process's time on a CPU, on the text (the usual way) or on the same
+predictions. `write` has a model write text. A row that has its file is not computed again.
 """
 
 from __future__ import annotations

@@ -327,6 +327,22 @@ def test_another_model_is_no_teacher(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_same_model_in_another_dtype_is_taken(
+    start: Callable[[str], Path],
+    dense_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its hash is another, which a warning tells."""
+    model = AutoModelForCausalLM.from_pretrained(dense_folder, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "wide")
+    load.load_tokenizer(dense_folder).save_pretrained(tmp_path / "wide")
+    how = Healing(**FEW | {"steps": 1})
+    heal(start("default"), text_file, tmp_path / "out", how, teacher=tmp_path / "wide")
+    assert "is not, by its hash" in caplog.text
+
+
 def test_healed_twice_the_manifest_tells_of_both(
     start: Callable[[str], Path], dense_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:

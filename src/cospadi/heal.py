@@ -255,6 +255,12 @@ def _open_teacher(
     told = manifest.get("source")
     if not isinstance(told, dict) or told.get("weights_sha256") != origin["weights_sha256"]:
         check_teacher(model, load.load_model(source, device), str(dense))
+        log.warning(
+            "%s is not, by its hash, what %s was made of. It is the teacher all the same, since whatever was not "
+            "compressed is equal in both",
+            dense,
+            source,
+        )
     return model
 
 

@@ -94,7 +94,7 @@ def distil(
     _save_memory(model, min(size, _rows(model, targets)) * length)
     state = _resumed(student, optimizer, ledger, ranks)
     if state is None:
-        state = Distilled(student.numbers(), 0, judge(model, held))
+        state = Distilled(student.numbers(), 0, ranks.agreed(judge(model, held) if ranks.first else None))
         _keep(student, optimizer, state, clock, ledger, ranks)
         log.info("before: divergence %.5f, loss %.4f", *state.quality)
     step, checked = state.steps, clock.done(state.steps, closing)
