@@ -19,6 +19,7 @@ from conftest import Answer, with_solver
 from killed import hashes
 from safetensors.torch import load_file, save_file
 from test_cli import check_mistake
+from tiny_families import tiny_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
@@ -355,3 +356,19 @@ def test_healed_twice_the_manifest_tells_of_both(
     assert (tmp_path / "three" / "model.safetensors").read_bytes() == (
         tmp_path / "two" / "model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2", "gpt_neox"])
+def test_experts_and_biases_are_healed_too(family: str, tokenizer: Any, text_file: Path, tmp_path: Path) -> None:
+    dense, folder = tmp_path / "dense", tmp_path / "in"
+    tiny_model(family).to(torch.float32).save_pretrained(dense)
+    tokenizer.save_pretrained(dense)
+    cospadi.compress(dense, {"metric": "weights", "iterations": 1, "ratio": 0.5}, folder)
+    how = Healing(steps=16, length=16, batch=128, learning_rate=0.02, trained="norms")
+    assert heal(folder, text_file, tmp_path / "out", how, teacher=dense).better
+    verify.verify(tmp_path / "out")
+    old, new = (load_file(one / "model.safetensors") for one in (folder, tmp_path / "out"))
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    kinds = {"mixtral": ("experts.separate.",), "qwen2": ("q_proj.bias",), "gpt_neox": ("dense_h_to_4h.bias",)}
+    for kind in kinds[family]:
+        assert any(kind in name for name in changed), sorted(changed)
