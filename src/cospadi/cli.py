@@ -209,13 +209,10 @@ def _fields(model: type[BaseModel]) -> list[Parameter]:
     return [_flag(name, field) for name, field in model.model_fields.items()]
 
 
-_of_a_job = _taking(
-    [
-        Parameter("recipe", Parameter.KEYWORD_ONLY, default=None, annotation=RecipeFile),
-        *_fields(Recipe),
-        *HOW.values(),
-    ]
-)
+def _of_a_job(command: Callable[..., None]) -> Callable[..., None]:
+    """Flags for the recipe and for `_how`."""
+    file = Parameter("recipe", Parameter.KEYWORD_ONLY, default=None, annotation=RecipeFile)
+    return _taking([file, *_fields(Recipe), *HOW.values()])(command)
 
 
 @app.command()
