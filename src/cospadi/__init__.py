@@ -15,19 +15,23 @@ from cospadi.errors import CheckpointError, UserError
 if TYPE_CHECKING:
     from cospadi.commands.compare import compare
     from cospadi.compress import Compressed, compress, measure_plan
+    from cospadi.heal import Healed, heal
     from cospadi.model.load import load
-    from cospadi.recipe import Recipe
+    from cospadi.recipe import Healing, Recipe
     from cospadi.runtime.layer import CompressedLinear
 
 __all__ = [
     "CheckpointError",
     "Compressed",
     "CompressedLinear",
+    "Healed",
+    "Healing",
     "Recipe",
     "UserError",
     "__version__",
     "compare",
     "compress",
+    "heal",
     "load",
     "measure_plan",
 ]
@@ -35,9 +39,12 @@ __all__ = [
 _WHERE = {
     "Compressed": "cospadi.compress",
     "CompressedLinear": "cospadi.runtime.layer",
+    "Healed": "cospadi.heal",
+    "Healing": "cospadi.recipe",
     "Recipe": "cospadi.recipe",
     "compare": "cospadi.commands.compare",
     "compress": "cospadi.compress",
+    "heal": "cospadi.heal",
     "load": "cospadi.model.load",
     "measure_plan": "cospadi.compress",
 }

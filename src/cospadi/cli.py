@@ -17,7 +17,7 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from inspect import Parameter, Signature, signature
@@ -29,9 +29,10 @@ import typer
 
 from cospadi.__about__ import __version__
 from cospadi.errors import UserError
-from cospadi.recipe import CACHE_BYTES, CALIBRATED, MOST, Recipe
+from cospadi.recipe import CACHE_BYTES, CALIBRATED, MOST, Healing, Recipe
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
     from pydantic.fields import FieldInfo
 
     from cospadi.jobs.progress import Stages
@@ -97,19 +98,21 @@ CacheGb = Annotated[
     ),
 ]
 
+Resume = Annotated[
+    bool | None,
+    typer.Option(
+        "--resume/--no-resume",
+        help="resume an unfinished job beside the output, or restart  [default: resume if it is the same job]",
+    ),
+]
+
 ALIASES = {"compensate": "propagate"}
 """Recipe field -> another spelling of its flag."""
 BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 
 def _how(
-    resume: Annotated[
-        bool | None,
-        typer.Option(
-            "--resume/--no-resume",
-            help="resume an unfinished job in DIR.work, or restart  [default: resume if it is the same job]",
-        ),
-    ] = None,
+    resume: Resume = None,
     engine: Annotated[str, typer.Option(help="who solves: local (this machine) or ray (a cluster)")] = "local",
     workers: Annotated[
         int, typer.Option(min=1, help="processes that solve, with --engine local; 1 is this one alone")
@@ -184,31 +187,40 @@ def _shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _taking(made: Sequence[Parameter]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Put flags in place of a command's parameter `flags`, which gets what was given."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        names = [parameter.name for parameter in made]
+        parameters: list[Parameter] = []
+        for parameter in signature(command, eval_str=True).parameters.values():
+            parameters += made if parameter.name == "flags" else [parameter]
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            command(flags={name: given.pop(name) for name in names}, **given)
+
+        keywords = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters]
+        run.__signature__ = Signature(keywords)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _fields(model: type[BaseModel]) -> list[Parameter]:
+    return [_flag(name, field) for name, field in model.model_fields.items()]
+
+
 def _of_a_job(command: Callable[..., None]) -> Callable[..., None]:
-    """Put flags for the recipe and for `_how` in place of a command's parameter `flags`, which gets what was given."""
+    """Flags for the recipe and for `_how`."""
     file = Parameter("recipe", Parameter.KEYWORD_ONLY, default=None, annotation=RecipeFile)
-    return _with_flags(command, [file, *(_flag(name, field) for name, field in Recipe.model_fields.items())])
+    return _taking([file, *_fields(Recipe), *HOW.values()])(command)
 
 
 def _of_jobs(command: Callable[..., None]) -> Callable[..., None]:
-    """The same with flags for what jobs of several recipes have in common."""
-    return _with_flags(command, [_flag(name, Recipe.model_fields[name]) for name in CALIBRATED])
-
-
-def _with_flags(command: Callable[..., None], made: list[Parameter]) -> Callable[..., None]:
-    made += HOW.values()
-    names = [parameter.name for parameter in made]
-    parameters: list[Parameter] = []
-    for parameter in signature(command, eval_str=True).parameters.values():
-        parameters += made if parameter.name == "flags" else [parameter]
-
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        command(flags={name: given.pop(name) for name in names}, **given)
-
-    keywords = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters]
-    run.__signature__ = Signature(keywords)  # type: ignore[attr-defined]
-    return run
+    """Flags for what jobs of several recipes have in common, and for `_how`."""
+    fields = [_flag(name, Recipe.model_fields[name]) for name in CALIBRATED]
+    return _taking([*fields, *HOW.values()])(command)
 
 
 @app.command()
@@ -391,6 +403,44 @@ def compare(
             )
     parts = [comparison_table(rows), *notes(rows), f"Written to {output}."]
     _show(comparison_json(rows), as_json, *parts, done=f"The rows are computed, and {output} is written.")
+
+
+@app.command()
+@_taking(_fields(Healing))
+def heal(
+    folder: Folder,
+    text: Annotated[
+        Path, typer.Option(metavar="FILE", help="text, or rows (.jsonl, .json, .parquet); its end is set aside")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUTPUT", help="folder to write")],
+    teacher: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="the dense model  [default: the one that the folder names]")
+    ] = None,
+    text_field: Annotated[
+        str | None, typer.Option(metavar="NAME", help="the rows' text field  [default: text, content, messages]")
+    ] = None,
+    *,
+    flags: dict[str, Any],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is in the output folder")] = False,
+    resume: Resume = None,
+    device: Device = "auto",
+    as_json: Json = False,
+    progress: Progress = "auto",
+) -> None:
+    """Train what a compressed folder stores towards its dense model's predictions; the bytes stay the same."""
+    how = Healing.build(**{name: value for name, value in flags.items() if value is not None})
+    with _if_stopped(lambda: _what_is_left(output)):
+        stages = _talk(progress)
+        from cospadi.commands.heal import healed_json, healed_lines, healed_table
+        from cospadi.heal import heal as run
+        from cospadi.jobs.ranks import is_first
+
+        given: dict[str, Any] = {"teacher": teacher, "text_field": text_field, "device": device, "resume": resume}
+        with stages.shown():
+            result = run(folder, text, output, how, overwrite=overwrite, stages=stages, **given)
+    if is_first():
+        shown = healed_table(result), *healed_lines(result)
+        _show(healed_json(result), as_json, *shown, done=f"{output} is written.")
 
 
 @app.command("eval")

@@ -364,6 +364,54 @@ class Recipe(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
+Trained = Literal["norms", "values", "all"]
+
+
+class Healing(BaseModel):
+    """How a compressed model is healed. Its fields are the flags of `cospadi heal`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    minutes: float | None = Field(None, gt=0, description="that all of it may take (default: none, with steps)")
+    steps: int | None = Field(
+        None,
+        ge=1,
+        lt=MOST,
+        description="of the optimizer, in place of a time: equal runs then give equal bytes (default: as time allows)",
+    )
+    learning_rate: float = Field(
+        0.006,
+        gt=0,
+        description="largest step, in root mean squares of the tensor it moves",
+    )
+    trained: Trained = Field(
+        "norms",
+        description="values (all that is stored of compressed projections), norms (biases and these, too) or all "
+        "(embeddings and dense layers, too)",
+    )
+    top: int = Field(64, ge=0, description="likeliest tokens of the teacher that are learned; 0 takes the text alone")
+    length: int | None = Field(None, ge=2, description="tokens a sequence (default: min(256, positions))")
+    batch: int = Field(2048, ge=1, lt=MOST, description="tokens a step, at least one sequence")
+    seed: int = Field(42, ge=0, lt=2**63, description="of the order of the text")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.minutes is None) == (self.steps is None):
+            raise ValueError("healing takes a time or a number of steps. Give --minutes or --steps, and not both")
+        return self
+
+    @classmethod
+    def build(cls, **fields: Any) -> Self:
+        """
+        Raises:
+            UserError: unknown fields, or values that are out of range.
+        """
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            raise UserError("; ".join(map(_sentence, error.errors()[:MOST_PROBLEMS]))) from None
+
+
 def _words(text: str) -> tuple[str, ...]:
     """What stands between commas."""
     return tuple(word.strip() for word in text.split(",") if word.strip())

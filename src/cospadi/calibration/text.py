@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,6 +58,24 @@ def token_sequences(tokenizer: Any, recipe: Recipe, positions: int, vocabulary: 
             length,
             recipe.sequences,
         )
+    return torch.tensor(tokens[: count * length], dtype=torch.int64).view(count, length)
+
+
+def text_windows(
+    tokenizer: Any, documents: str | Sequence[Document], length: int, vocabulary: int | None = None
+) -> Tensor:
+    """Non-overlapping windows of a text's tokens, or of all documents', joined, the last partial one dropped: int64
+    (windows, length).
+
+    Raises:
+        UserError: the text is shorter than one window, has tokens that the model's vocabulary has not, or is a chat
+            that the model's template does not take.
+    """
+    documents = [documents] if isinstance(documents, str) else documents
+    tokens = [token for document in documents for token in document_tokens(tokenizer, document, vocabulary)]
+    count = len(tokens) // length
+    if count == 0:
+        raise UserError(f"the text has {len(tokens)} tokens, less than one window of {length}. Give a longer text")
     return torch.tensor(tokens[: count * length], dtype=torch.int64).view(count, length)
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from cospadi import demo
+from cospadi.calibration.text import text_windows
 from cospadi.commands import evaluate, tables
 from cospadi.compress import compress
 from cospadi.jobs.progress import Stages
@@ -45,7 +46,7 @@ def run_demo(ratio: float, iterations: int, stages: Stages) -> list[Row]:
     device = load.pick_device("auto")
     dense = load.load_model(folder, device)
     length = min(1024, load.positions(dense.config))
-    windows = evaluate.text_windows(tokenizer, ["\n".join(demo.stdlib_documents("heldout"))], length)
+    windows = text_windows(tokenizer, ["\n".join(demo.stdlib_documents("heldout"))], length)
     windows = windows[:: max(1, len(windows) // WINDOWS)]
 
     def measure(model: nn.Module) -> float:

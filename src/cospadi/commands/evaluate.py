@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from cospadi.calibration.documents import Document, file_documents
+from cospadi.calibration.documents import file_documents
 from cospadi.calibration.loss import ByToken, compared, mean_loss, perplexity_of
-from cospadi.calibration.text import document_tokens, sequence_length
+from cospadi.calibration.text import sequence_length, text_windows
 from cospadi.errors import UserError
 from cospadi.jobs.progress import Stages
 from cospadi.model import load
@@ -33,24 +33,6 @@ class Perplexity:
     value: float
     windows: int
     length: int
-
-
-def text_windows(
-    tokenizer: Any, documents: str | Sequence[Document], length: int, vocabulary: int | None = None
-) -> Tensor:
-    """Non-overlapping windows of a text's tokens, or of all documents', joined, the last partial one dropped: int64
-    (windows, length).
-
-    Raises:
-        UserError: the text is shorter than one window, has tokens that the model's vocabulary has not, or is a chat
-            that the model's template does not take.
-    """
-    documents = [documents] if isinstance(documents, str) else documents
-    tokens = [token for document in documents for token in document_tokens(tokenizer, document, vocabulary)]
-    count = len(tokens) // length
-    if count == 0:
-        raise UserError(f"the text has {len(tokens)} tokens, less than one window of {length}. Give a longer text")
-    return torch.tensor(tokens[: count * length], dtype=torch.int64).view(count, length)
 
 
 def perplexity(

@@ -169,6 +169,21 @@ def without_measured(text: str) -> str:
     return f"{start}{end}".rstrip() + "\n" if inside else text
 
 
+HEALED = """\
+## Healed
+
+Its stored numbers were trained towards the predictions of the dense model by `cospadi heal`, supports, codes and bytes
+as they were: `cospadi.json` says on which text and how. Errors of projections that it was made with are not known any
+more.
+"""
+
+
+def healed(text: str) -> str:
+    """A card that says so, without what was measured before."""
+    text = without_measured(text)
+    return text if HEALED in text else f"{text.rstrip()}\n\n{HEALED}"
+
+
 def _measured(text: str) -> tuple[str, str, str]:
     """What stands before the section of measurements, the section with its heading, and what stands after it."""
     found = re.search(rf"^{MEASURED}$.*?(?=^#|\Z)", text, re.MULTILINE | re.DOTALL)

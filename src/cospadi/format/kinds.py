@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -108,6 +109,46 @@ class Support(ABC):
 
 
 @dataclass(frozen=True)
+class Tuned(ABC):
+    """Stored values while they are trained: the numbers that move, and the way back to as many bytes.
+
+    Attributes:
+        numbers: name -> float32 tensor, as they come back from what is stored.
+        units: name -> the size that a step of training is a fraction of.
+    """
+
+    numbers: dict[str, Tensor]
+    units: dict[str, float]
+
+    @abstractmethod
+    def rounded(self, name: str, numbers: Tensor) -> Tensor:
+        """Numbers of that name, float32, as they come back once they were stored."""
+
+    @abstractmethod
+    def values(self, numbers: Mapping[str, Tensor]) -> Tensor:
+        """The values that rounded numbers stand for, float32, in their shape; gradients pass through."""
+
+    @abstractmethod
+    def stored(self, numbers: Mapping[str, Tensor]) -> Tensor:
+        """What is stored of rounded numbers."""
+
+
+def root_mean_square(numbers: Tensor) -> float:
+    """Of all numbers; 0 where there are none."""
+    return float((numbers.square().sum(dtype=torch.float64) / max(1, numbers.numel())).sqrt())
+
+
+NARROW = 64
+"""Inputs at which a step of a matrix is as large as one of a vector."""
+
+
+def narrowed(inputs: int) -> float:
+    """What a step of a matrix is to be multiplied by. Its entries move together, and an output, which sums over the
+    inputs, by as many times more than they as the root of these: the wider, the smaller the step."""
+    return math.sqrt(NARROW / inputs)
+
+
+@dataclass(frozen=True)
 class Codec(ABC):
     """How values are stored.
 
@@ -116,7 +157,7 @@ class Codec(ABC):
         bits: a value's width; 0 where values have codes of different lengths, and config.json tells how many bytes all
             of them take.
         levels: whether values are integers with steps, as a solver has found them together. They are all of S, since
-            zero is a level, and other numbers cannot be put in their place: they are not trained.
+            zero is a level, and other numbers cannot be put in their place; `tuned` says what of them can move.
         dtype: of its tensor.
         plain: whether its tensor is the values themselves, as numbers that can be multiplied and trained.
         kernel_bits: the width that kernels are told, if they read it; 0 if they do not.
@@ -141,6 +182,14 @@ class Codec(ABC):
     @abstractmethod
     def decode(self, stored: Tensor, values: list[int]) -> Tensor:
         """What is stored -> float32 values of this shape, exact."""
+
+    @abstractmethod
+    def tuned(self, stored: Tensor, values: list[int], inputs: int) -> Tuned:
+        """What of stored values of this shape training may move.
+
+        Args:
+            inputs: of S, its rows.
+        """
 
     def room(self, stored: Tensor) -> int:
         """Values that a stored tensor has room for: all there are, and what else its bits would hold."""
@@ -169,3 +218,23 @@ class Numbers(Codec):
     @abstractmethod
     def rounded(self, values: Tensor) -> Tensor:
         """float32 values of any shape as they come back once they were stored."""
+
+    def tuned(self, stored: Tensor, values: list[int], inputs: int) -> Tuned:
+        numbers = self.decode(stored, values)
+        return TunedNumbers({"entries": numbers}, {"entries": root_mean_square(numbers) * narrowed(inputs)}, self)
+
+
+@dataclass(frozen=True)
+class TunedNumbers(Tuned):
+    """Every value moves by itself."""
+
+    codec: Numbers
+
+    def rounded(self, name: str, numbers: Tensor) -> Tensor:
+        return self.codec.rounded(numbers)
+
+    def values(self, numbers: Mapping[str, Tensor]) -> Tensor:
+        return numbers["entries"]
+
+    def stored(self, numbers: Mapping[str, Tensor]) -> Tensor:
+        return self.codec.encode(numbers["entries"])

@@ -19,6 +19,8 @@ How many rows a block has follows from d2 and k (`block_rows`).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +29,7 @@ from torch import Tensor
 
 from cospadi.errors import CheckpointError
 from cospadi.format import rans
-from cospadi.format.kinds import Codec
+from cospadi.format.kinds import Codec, Tuned
 
 BLOCK = 2**17
 """Levels that a block has at least, where there are as many."""
@@ -152,6 +154,15 @@ class Ec(Codec):
         Raises:
             ValueError: it cannot be read.
         """
+        lanes, unit, (outputs, inputs, rows, cols), nbytes = self._lists(stored)
+        return Head(lanes, step_of(outputs), unit * step_of(inputs), rows - outputs, cols - inputs, nbytes)
+
+    def _lists(self, stored: Tensor) -> tuple[int, float, list[Tensor], int]:
+        """Lanes, unit, the four lists, int16, and the bytes of all that.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
         d2, k = self._sizes(stored)
         content = stored.cpu().contiguous().numpy()
         lanes, bits = int(content[0]), _widths(content)
@@ -165,8 +176,44 @@ class Ec(Codec):
                 raise ValueError("ends before its steps and widths do")
             found.append(_unpack(size, int(least), content[place:end], count))
             place = end
-        outputs, inputs, rows, cols = found
-        return Head(lanes, step_of(outputs), unit * step_of(inputs), rows - outputs, cols - inputs, place)
+        return lanes, unit, found, place
+
+    def tuned(self, stored: Tensor, values: list[int], inputs: int) -> Tuned:
+        """Unit and steps; the code of the levels stays, and with it every width."""
+        levels, _, _ = self.decode_levels(stored)
+        _, unit, (of_outputs, of_inputs, rows, cols), _ = self._lists(stored)
+        bits, least = _widths(stored[:HEADER].cpu().numpy()), stored[4:8].cpu().numpy().view(np.int8)
+        bounds = {}
+        for name, place, steps, sums in (("outputs", 0, of_outputs, rows), ("inputs", 1, of_inputs, cols)):
+            # Both, the steps and their sums with widths that do not change, must fit the bits that they have.
+            low, high = (torch.full_like(steps, -LARGEST), torch.full_like(steps, LARGEST))
+            for numbers, which in ((steps, place), (sums, place + 2)):
+                first = int(least[which])
+                low = torch.maximum(low, first - numbers + steps)
+                high = torch.minimum(high, first + 2 ** bits[which] - 1 - numbers + steps)
+            bounds[name] = (low.float().to(stored.device), high.float().to(stored.device))
+        found = {
+            "unit": torch.zeros(1, device=stored.device),
+            "outputs": of_outputs.float().to(stored.device),
+            "inputs": of_inputs.float().to(stored.device),
+        }
+        quarter = 4 / math.log(2)
+        return TunedSteps(found, {"unit": 1.0, "outputs": quarter, "inputs": quarter}, stored, levels, unit, bounds)
+
+    def with_steps(self, stored: Tensor, unit: float, outputs: Tensor, inputs: Tensor) -> Tensor:
+        """The same levels with other steps, quarter octaves that fit the bits of those that are there."""
+        content = stored.cpu().contiguous().numpy().copy()
+        _, _, before, _ = self._lists(stored)
+        moved = [outputs.cpu().to(torch.int16) - before[0], inputs.cpu().to(torch.int16) - before[1]]
+        content[8:12].view("<f4")[:] = unit
+        place = HEADER
+        for numbers, change, bits, least in zip(
+            before, moved * 2, _widths(content), content[4:8].view(np.int8), strict=True
+        ):
+            stream = _stream(numbers + change - int(least), bits)
+            content[place : place + len(stream)] = stream
+            place += len(stream)
+        return torch.from_numpy(content).to(stored.device)
 
     def decode_levels(self, stored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """N transposed, int16 (d2, k), and the steps of outputs and inputs, float32, on the stored tensor's device.
@@ -218,6 +265,39 @@ class Ec(Codec):
         return int(d2), int(k)
 
 
+@dataclass(frozen=True)
+class TunedSteps(Tuned):
+    """ln of the unit over what it was, and the steps of outputs and inputs in quarter octaves; levels stay as they are
+    coded.
+
+    Attributes:
+        code: what was stored. levels: int16 (d2, k). unit: what it was.
+        bounds: "outputs" and "inputs" -> the least and the largest step that each may have.
+    """
+
+    code: Tensor
+    levels: Tensor
+    unit: float
+    bounds: Mapping[str, tuple[Tensor, Tensor]]
+
+    def rounded(self, name: str, numbers: Tensor) -> Tensor:
+        return numbers if name == "unit" else numbers.round().clamp(*self.bounds[name])
+
+    def values(self, numbers: Mapping[str, Tensor]) -> Tensor:
+        outputs, inputs = (_smooth(numbers[name]) for name in ("outputs", "inputs"))
+        return self.levels * (self.unit * numbers["unit"].exp() * inputs) * outputs[:, None]
+
+    def stored(self, numbers: Mapping[str, Tensor]) -> Tensor:
+        unit = float(self.unit * numbers["unit"].exp())
+        return EC.with_steps(self.code, unit, numbers["outputs"], numbers["inputs"])
+
+
+def _smooth(quarters: Tensor) -> Tensor:
+    """`step_of`, with the gradient of 2^(q / 4)."""
+    exact = quarters.detach()
+    return step_of(exact) * ((quarters - exact) * (math.log(2) / 4)).exp()
+
+
 def _widths(content: np.ndarray) -> list[int]:
     """Bits of each of the four lists of steps and widths, as the header says."""
     return [int(content[2 + i // 2]) >> (4 if i % 2 == 0 else 0) & 15 for i in range(4)]
@@ -234,8 +314,13 @@ def _pack(numbers: Tensor) -> tuple[int, int, np.ndarray]:
     least = max(-128, min(127, int(numbers.min())))
     above = (numbers.to(torch.int32) - least).clamp(0, 2**WIDEST - 1).numpy()
     bits = int(above.max()).bit_length()
-    each = ((above[:, None] >> np.arange(bits)) & 1).astype(np.uint8)
-    return bits, least, np.packbits(each.flatten(), bitorder="little")
+    return bits, least, _stream(torch.from_numpy(above), bits)
+
+
+def _stream(numbers: Tensor, bits: int) -> np.ndarray:
+    """Numbers from 0 on as a stream of so many bits each."""
+    each = ((numbers.numpy()[:, None] >> np.arange(bits)) & 1).astype(np.uint8)
+    return np.packbits(each.flatten(), bitorder="little")
 
 
 def _unpack(bits: int, least: int, stream: np.ndarray, count: int) -> Tensor:

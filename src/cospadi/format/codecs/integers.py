@@ -10,6 +10,7 @@ A value is (level - zero) times the scale of its group: exact in float32.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cospadi.format import packing
-from cospadi.format.kinds import Codec
+from cospadi.format.kinds import Codec, Tuned, narrowed, root_mean_square
 
 BITS = (2, 3, 4, 5, 6, 8)
 
@@ -53,13 +54,33 @@ class Integers(Codec):
         return torch.cat([numbers.view(torch.uint8), *parts])
 
     def decode(self, stored: Tensor, values: list[int]) -> Tensor:
+        levels, scales, zeros = self.decode_levels(stored, values)
+        group = self.group_of(levels)
+        return (levels - zeros[:, group]) * scales[:, group]
+
+    def decode_levels(self, stored: Tensor, values: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Levels int32 (d2, k), scales float32 and zeros int32 (d2, groups)."""
         d2, k = values
         n = self.groups(k)
         scales, zeros, levels = torch.split(stored, self._parts(d2, k))
-        group = torch.arange(k, device=stored.device) // (self.group or k)
-        numbers = packing.unpack_codes(levels, d2 * k, self.bits).view(d2, k)
-        numbers = numbers - packing.unpack_codes(zeros, d2 * n, self.bits).view(d2, n)[:, group]
-        return numbers * _numbers(scales).view(d2, n)[:, group]
+        return (
+            packing.unpack_codes(levels, d2 * k, self.bits).view(d2, k),
+            _numbers(scales).view(d2, n),
+            packing.unpack_codes(zeros, d2 * n, self.bits).view(d2, n),
+        )
+
+    def group_of(self, levels: Tensor) -> Tensor:
+        """The group of each input of levels (d2, k), int64 (k,)."""
+        k = levels.shape[1]
+        return torch.arange(k, device=levels.device) // (self.group or k)
+
+    def tuned(self, stored: Tensor, values: list[int], inputs: int) -> Tuned:
+        levels, scales, zeros = self.decode_levels(stored, values)
+        numbers = {"levels": levels.float(), "scales": scales}
+        size = root_mean_square((levels - zeros[:, self.group_of(levels)]).float())
+        return TunedIntegers(
+            numbers, {"levels": size * narrowed(inputs), "scales": root_mean_square(scales)}, self, zeros
+        )
 
     def problem(self, tensor: Any, values: list[int]) -> str | None:
         """Scales are read, and the last byte of either stream."""
@@ -76,6 +97,28 @@ class Integers(Codec):
         """Bytes of scales, zeros and levels."""
         count = d2 * self.groups(k)
         return [2 * count, *(packing.value_stream_bytes(n, self.bits) for n in (count, d2 * k))]
+
+
+@dataclass(frozen=True)
+class TunedIntegers(Tuned):
+    """Levels and scales move; zeros, int32 (d2, groups), stay."""
+
+    codec: Integers
+    zeros: Tensor
+
+    def rounded(self, name: str, numbers: Tensor) -> Tensor:
+        most = 2**self.codec.bits - 1
+        if name == "levels":
+            return numbers.round().clamp(0, most)
+        largest = torch.finfo(torch.bfloat16).max / (most + 1)
+        return numbers.clamp(torch.finfo(torch.bfloat16).tiny, largest).to(torch.bfloat16).float()
+
+    def values(self, numbers: Mapping[str, Tensor]) -> Tensor:
+        group = self.codec.group_of(numbers["levels"])
+        return (numbers["levels"] - self.zeros[:, group]) * numbers["scales"][:, group]
+
+    def stored(self, numbers: Mapping[str, Tensor]) -> Tensor:
+        return self.codec.encode_levels(numbers["levels"], numbers["scales"], self.zeros)
 
 
 def _numbers(scales: Tensor) -> Tensor:
