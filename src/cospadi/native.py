@@ -43,6 +43,7 @@ def library() -> ctypes.CDLL | None:
     found.cospadi_multiply.argtypes = [pointer, pointer, ctypes.c_int64, number, *stored, number, number]
     found.cospadi_unpack.argtypes = [pointer, number, number, number, *stored, number, number]
     found.cospadi_multiply_dense.argtypes = [pointer, pointer, ctypes.c_int64, pointer, number, number, number, number]
+    found.cospadi_gram.argtypes = [pointer, pointer, *[number] * 4]
     # packed levels, their places, what is beside them
     levels: list[Any] = [pointer] * 5
     found.cospadi_multiply_levels.argtypes = [
@@ -118,6 +119,32 @@ def best_level() -> int:
     if wanted not in levels():
         raise UserError(f"COSPADI_CPU is {wanted!r}, which this machine does not have. Use {', '.join(levels())}")
     return levels()[wanted]
+
+
+GRAM_TOKENS = 512
+"""Rows that `gram` sums in one go: as exact as torch's float32 products, and a tile of them fits the second cache."""
+
+
+@cache
+def takes_grams() -> bool:
+    """Whether there is a kernel for `gram`: with AVX-512 BF16."""
+    found = library()
+    return found is not None and bool(found.cospadi_level_multiplies_tiles(best_level()))
+
+
+def gram(x: Tensor) -> Tensor:
+    """X^T X, float32 (d, d), of X in bf16 (rows, d), where `takes_grams`: half of the products, at the rate of bf16."""
+    found, d = library(), x.shape[1]
+    assert found is not None, "callers ask `takes_grams` first"
+    sums = torch.zeros(d, d)
+    for start in range(0, len(x), GRAM_TOKENS):
+        part = x[start : start + GRAM_TOKENS]
+        turned = part.T.contiguous()
+        given = turned.data_ptr(), sums.data_ptr(), d, len(part), torch.get_num_threads(), best_level()
+        if found.cospadi_gram(*given):
+            raise MemoryError("there is not enough memory for a Gram matrix")
+    upper = sums.triu_()
+    return upper + upper.triu(1).T
 
 
 def quantize(

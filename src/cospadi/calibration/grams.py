@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from cospadi import compat, native
 from cospadi.errors import UserError
 from cospadi.experts import all_beside
 from cospadi.model.projections import read_by_linear
@@ -127,10 +128,13 @@ def gram_block(x: Tensor, y: Tensor, name: str, what: str = "input") -> Tensor:
     Raises:
         UserError: it is not finite; the message says that it is this, the input unless told otherwise, of `name`.
     """
-    left = x.flatten(0, -2).float()
+    left = x.flatten(0, -2)
     exact_in_bf16 = x.dtype == y.dtype == torch.bfloat16
-    with float32_products("medium") if exact_in_bf16 else nullcontext():
-        block = self_product(left) if y is x else left.T @ y.flatten(0, -2).float()
+    if exact_in_bf16 and y is x and x.is_cpu and native.takes_grams() and not compat.cpu_multiplies_in_tiles():
+        block = native.gram(left)
+    else:
+        with float32_products("medium") if exact_in_bf16 else nullcontext():
+            block = self_product(left.float()) if y is x else left.float().T @ y.flatten(0, -2).float()
     if not torch.isfinite(block.diagonal()).all():
         raise UserError(
             f"the {what} of {name} is not finite on the calibration text. "

@@ -159,6 +159,44 @@ EXPORT int cospadi_multiply_dense(const void* x, void* z, int64_t rows, const ui
   return OUT_OF_MEMORY;
 }
 
+// G (d, d) += A A^T on its diagonal and above it, in float, for A (d, tokens) in bf16, both contiguous; what is below is
+// left to whoever needs it. Each entry is summed by one thread in one order.
+EXPORT int cospadi_gram(const uint16_t* a, float* gram, int d, int tokens, int threads, int level) try {
+  const Kernels& kernels = *LEVELS[level];
+  const auto batches = in_batches<uint16_t>(a, d, tokens, BF16, nullptr, threads);
+  const size_t stride = tile_stride(tokens);
+  std::atomic<bool> out_of_memory{false};
+  parallel(runs(d), threads, [&](int run) {
+    const int first = (runs(d) - 1 - run) * TILE, count = std::min(TILE, d - first);  // the longest work first
+    Room room;
+    try {
+      room = room_of_thread(TILE * stride, MAX_ROWS * TILE);
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+      return;
+    }
+    for (int c = 0; c < TILE; ++c) {
+      uint16_t* row = room.tile + c * stride;
+      const int entries = c < count ? tokens : 0;
+      std::copy_n(a + static_cast<size_t>(first + c) * tokens, entries, row);
+      std::fill(row + entries, row + padded(tokens), 0);
+    }
+    kernels.interleave(room.tile, stride, padded(tokens));
+    for (const Rows<uint16_t>& batch : batches) {
+      if (batch.first() >= first + count) break;
+      std::fill_n(room.sums, MAX_ROWS * TILE, 0.0f);
+      kernels.multiply_tile(room.tile, stride, padded(tokens), batch.data(), batch.padded_count(), room.sums, {});
+      for (int r = 0; r < batch.count(); ++r) {
+        float* to = gram + static_cast<size_t>(batch.first() + r) * d + first;
+        for (int c = 0; c < count; ++c) to[c] += room.sums[r * TILE + c];
+      }
+    }
+  });
+  return out_of_memory ? OUT_OF_MEMORY : OK;
+} catch (const std::bad_alloc&) {
+  return OUT_OF_MEMORY;
+}
+
 // Columns `begin` to `end` of S as rows of k entries, of `dtype` FLOAT or BF16.
 EXPORT int cospadi_unpack(void* out, int dtype, int begin, int end, const uint8_t* support, const uint8_t* values,
                           size_t value_bytes, const int32_t* offsets, int d2, int k, int value_bits, int threads,
