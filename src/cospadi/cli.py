@@ -760,6 +760,9 @@ def doctor(
     if bits is not None and model is None:
         raise UserError("--bits is of a job that compresses MODEL, which is not given")
     _talk("off", loads_models=model is not None)
+    from cospadi.model.load import pick_device
+
+    pick_device(device)
     from cospadi.commands.doctor import doctor_table, examine
 
     looked, parts, data = None, [], {}
@@ -767,7 +770,7 @@ def doctor(
         from cospadi.commands.prospects import BITS, prospects, prospects_table
 
         looked = prospects(model, BITS if bits is None else bits, device, timing)
-        parts, data = ["", prospects_table(looked), *looked.problems], {"model": looked.as_json()}
+        parts, data = ["", prospects_table(looked), *looked.notes, *looked.problems], {"model": looked.as_json()}
     found = examine()
     _show(found.as_json() | data, as_json, doctor_table(found), *found.advice, *parts)
     if not found.right:

@@ -304,7 +304,7 @@ def test_places_that_are_not_for_it(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     for output, why in (
-        (tmp_path / "mine", "holds letter.txt, and no rows of a comparison"),
+        (tmp_path / "mine", "holds letter.txt, which is no part of a comparison"),
         (text_file, "the text"),
         (dense_folder, "the model"),
     ):
@@ -373,3 +373,25 @@ def test_progress_and_json(
     answer = run("compare", asked["model"], *words, "-o", again)
     assert f"Written to {again}." in answer.out
     assert "2 of 2 rows are there already" in answer.err
+
+
+@pytest.mark.parametrize("place", ["work/thesis.txt", "rows/notes.txt", "notes.txt", "models/mine.txt"])
+def test_nothing_of_somebody_elses_is_touched(place: str, asked: dict[str, Any], tmp_path: Path) -> None:
+    mine = tmp_path / "mine" / place
+    for folder in ("work", "rows", "models"):
+        (tmp_path / "mine" / folder).mkdir(parents=True)
+    mine.write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(cospadi.UserError, match=r"which is no part of a comparison|was not made by a comparison"):
+        cospadi.compare(asked["model"], asked["text"], tmp_path / "mine", ratios=[0.3], methods=["wanda"])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_calibration_text_is_looked_at_first(asked: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(cospadi.UserError, match="is empty"):
+        cospadi.compare(
+            asked["model"], asked["text"], tmp_path / "out", ratios=[0.3], methods=["wanda"],
+            recipe={"calibration": str(tmp_path / "empty.txt")},
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()

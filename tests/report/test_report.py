@@ -347,7 +347,7 @@ def test_what_is_no_compressed_folder_is_refused(
     dense_folder: Path, run: Callable[..., Answer], tmp_path: Path
 ) -> None:
     assert "is not a CoSpaDi checkpoint" in run("report", dense_folder, "-o", tmp_path / "x.html").err
-    assert "where no report is written. Name a file: --output" in run("report", "someone/model").err
+    assert "Of a model on the hub name the file to write: --output" in run("report", "someone/model").err
     answer = run("report", tmp_path / "none")
     assert (answer.code, "is not a folder" in answer.err) == (2, True)
     assert not (tmp_path / "x.html").exists()

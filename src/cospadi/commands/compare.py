@@ -16,7 +16,7 @@ import platform
 import shutil
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ from cospadi.format.manifest import weights_digest
 from cospadi.jobs.ledger import JobDirectory, difference
 from cospadi.jobs.pool import Engine, device_model
 from cospadi.jobs.progress import Stages
-from cospadi.model import load
+from cospadi.model import hub, load
 from cospadi.recipe import CACHE_BYTES, CALIBRATED, METHODS, Recipe
 from cospadi.runtime.layer import Runtime
 from cospadi.solvers import find_solver
@@ -47,6 +47,9 @@ log = logging.getLogger("cospadi")
 
 ROWS, WORK, MODELS, SHARED = "rows", "work", "models", "calibration"
 """Folders in that of a comparison; SHARED lies in WORK."""
+
+MARK = "comparison"
+"""A file in WORK which says that this command made that folder, and may delete it."""
 
 NEEDED = {"of", "method", "ratio_asked", "bits_asked", "seconds"}
 """What every row has from its beginning."""
@@ -148,6 +151,8 @@ def compare(
     cases = [Case(DENSE, common), *cases_of(methods, ratios, bits, common)]
     text = files.local_path(text, "text file")
     file_documents(text, text_field)
+    if common.calibration and (Path(common.calibration).exists() or hub.is_path(common.calibration)):
+        file_documents(files.local_path(common.calibration, "calibration file"), common.calibration_field)
     suite = None
     if tasks:
         from cospadi.commands import accuracy  # needs lm-eval
@@ -165,7 +170,7 @@ def compare(
     )
     with closing(JobDirectory(output / WORK / SHARED, resume)) as shared:
         if resume is False:
-            _clear(output / WORK, but=SHARED)
+            _clear(output / WORK, but=(SHARED, MARK))
         _compute(comparison, cases, shared)
         shared.remove()
     shutil.rmtree(output / WORK, ignore_errors=True)
@@ -269,8 +274,16 @@ def _check_folder(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file. Name a folder")
     held = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
-    if held and not {ROWS, WORK} & set(held):
-        raise UserError(f"output folder {output} holds {held[0]}, and no rows of a comparison. Name another")
+    strange = [name for name in held if name not in (ROWS, WORK, MODELS) and not name.startswith("compare.")]
+    if strange or (held and not {ROWS, WORK} & set(held)):
+        name = (strange or held)[0]
+        raise UserError(f"output folder {output} holds {name}, which is no part of a comparison. Name another")
+    for folder, mine in ((ROWS, lambda path: path.suffix == ".json"), (MODELS, Path.is_dir)):
+        for path in sorted((output / folder).iterdir()) if (output / folder).exists() else ():
+            if not mine(path):
+                raise UserError(f"output folder {output} holds {path}, which is no part of a comparison. Name another")
+    if (output / WORK).exists() and not (output / WORK / MARK).is_file():
+        raise UserError(f"{output / WORK} was not made by a comparison. Name another output folder")
 
 
 def _belongs_to(
@@ -288,9 +301,9 @@ def _belongs_to(
     }
 
 
-def _clear(folder: Path, but: str) -> None:
+def _clear(folder: Path, but: Collection[str]) -> None:
     for path in folder.iterdir():
-        if path.name != but:
+        if path.name not in but:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -338,6 +351,7 @@ def _compute(comparison: Comparison, cases: Sequence[Case], shared: JobDirectory
     folder.mkdir(exist_ok=True)
     done = read_rows(comparison, ROWS)
     read_rows(comparison, WORK)
+    (comparison.output / WORK / MARK).touch()
     there = [case for case in cases if (folder / f"{case.file}.json").exists()]
     if there:
         log.info("%d of %d rows are there already", len(there), len(cases))

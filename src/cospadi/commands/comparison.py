@@ -201,19 +201,30 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+LEAST = 0.99
+"""Of the bytes that were asked for; a row that takes less is told of."""
+
+
 def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What of the rows has no figure, and why."""
     dense = dense_row(rows)
     told = [f"{row['method']} at {_asked(row)}: {row['why_not']}" for row in rows if "why_not" in row]
     endless = [row for row in rows if "why_not" not in row and not math.isfinite(loss(row, dense))]
-    return told + [f"{row['method']} at {_asked(row)}: its perplexity is beyond a float." for row in endless]
+    told += [f"{row['method']} at {_asked(row)}: its perplexity is beyond a float." for row in endless]
+    smaller = [
+        row
+        for row in rows
+        if row is not dense and row.get("bytes", math.inf) < LEAST * (1 - row["ratio_asked"]) * row["dense_bytes"]
+    ]
+    names = ", ".join(f"{row['method']} at {_asked(row)}" for row in smaller)
+    return told + [f"No method takes more bytes than asked; these take over 1 % less: {names}."] * bool(smaller)
 
 
 def page(rows: Sequence[dict[str, Any]], drawn: bool) -> str:
     """All rows as Markdown."""
     dense = dense_row(rows)
     parts = [
-        f"# {dense['model']}: every method at equal bytes",
+        f"# {dense['model']}: every method at equal bytes, or at most as many",
         f"Dense perplexity {_number(dense['perplexity'], '{:.4f}')} on {dense['text']} "
         f"({dense['windows']} windows of {dense['length']} tokens).",
         f"![Loss added against bytes, by method]({NAME}.svg)" if drawn else "",

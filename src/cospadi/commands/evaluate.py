@@ -148,7 +148,7 @@ def compare_models(
     if load.vocabulary(first) != load.vocabulary(second) or not torch.equal(windows, others):
         raise UserError(
             f"{model} and {reference} do not read or predict the same tokens, so that there is no divergence between "
-            "them. Compare with the model that it was made of, or leave --kl out"
+            "them. Compare with the model that it was made of"
         )
     with stages.stage("evaluate", len(windows)) as progress:
         tokens = compared(first, second, windows, batch_size, progress.advance)

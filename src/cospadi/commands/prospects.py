@@ -38,7 +38,8 @@ class Prospects:
         job_memory, job_disk, job_seconds: what it would take, as `cospadi plan` tells; None where that is not known.
         weights, load_seconds: memory of the model's tensors once it is loaded, and the time of loading and one token:
             measured of a compressed model; of a dense one what is stored, and no time.
-        problems: what cannot be done here, in sentences.
+        problems: what cannot be done here, in sentences. notes: what cannot be done with the model as it is, but with
+            what a job makes of it.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Prospects:
     weights: int | None = None
     load_seconds: float | None = None
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """The same for machines."""
@@ -91,6 +93,12 @@ def prospects(model: str, bits: float = BITS, device: str = "auto", timing: bool
     found.stored, found.after, found.bits, found.weights = ahead.before, ahead.after, bits, ahead.before
     found.job_memory, found.job_disk = costs.memory_bytes, costs.disk_bytes
     found.job_seconds = None if costs.seconds is None else sum(costs.seconds.values())
+    if ahead.before is not None and ahead.before > room:
+        found.notes.append(
+            f"Running {model} as it is takes {tables.gigabytes(ahead.before)}, and {tables.gigabytes(room)} are free."
+        )
+    if ahead.after is not None:
+        _too_large(found, f"running {model}, compressed,", ahead.after, room, where)
     _too_large(found, f"compressing {model}", costs.memory_bytes, found.memory_free + (gpu_free or 0), where)
     if costs.disk_bytes > found.disk_free:
         found.problems.append(

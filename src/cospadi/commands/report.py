@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from cospadi import files
 from cospadi.commands import evaluate
 from cospadi.commands.inspect import inspect_json
 from cospadi.errors import UserError
-from cospadi.format import card, safetensors, verify
+from cospadi.format import card, safetensors, schema, verify
+from cospadi.format.schema import StoredProjection
 from cospadi.jobs.progress import Stages
 from cospadi.model import hub, load
 from cospadi.report import page, tokens
@@ -33,10 +35,11 @@ def check_place(model: str | Path, output: Path | None) -> Path:
     check_library()
     if output is None:
         folder = files.local_path(model, "model")
-        if not folder.is_dir() and not hub.is_path(model):
-            raise UserError(f"{model} is on the hub, where no report is written. Name a file: --output {REPORT}")
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file; a compressed model is a folder")
         if not folder.is_dir():
-            raise UserError(f"{folder} is not a folder")
+            hint = "" if hub.is_path(model) else f". Of a model on the hub name the file to write: --output {REPORT}"
+            raise UserError(f"{folder} is not a folder{hint}")
         output = folder / REPORT
     files.check_name(output, "report")
     if output.is_dir():
@@ -78,7 +81,7 @@ def gather(
     name = folder.resolve().name if Path(model).expanduser().exists() else str(model)
     before = measured = None
     if against is not None:
-        before = safetensors.tensor_sizes(load.resolve(against))
+        before = _sizes_before(load.resolve(against), entries)
         if text is not None:
             how = (length, batch_size, device, stages, runtime, text_field)
             measured = _measure(folder, against, text, *how)
@@ -92,6 +95,26 @@ def gather(
         measured,
         scores(folder),
     )
+
+
+def _sizes_before(dense: Path, entries: Mapping[str, StoredProjection]) -> dict[str, int]:
+    """Tensor -> bytes of the dense model.
+
+    Raises:
+        UserError: it cannot be what was compressed.
+    """
+    if schema.is_compressed(dense):
+        raise UserError(f"{dense} is compressed itself. Give --against the dense model that the folder was made of")
+    stored = safetensors.stored_tensors(dense)
+    for name, entry in entries.items():
+        weight = stored.get(f"{name}.weight")
+        if weight is not None and sorted(weight.shape) != sorted((entry.d1, entry.d2)):
+            shape = " x ".join(map(str, weight.shape))
+            raise UserError(
+                f"{name} is {entry.d2} x {entry.d1} in the folder, and {shape} in {dense}, which it was not made of. "
+                "Name the right one with --against"
+            )
+    return safetensors.tensor_sizes(dense)
 
 
 def _measure(folder: Path, against: str | Path, text: Path, *how: Any) -> Measured:

@@ -33,6 +33,14 @@ def open_file(path: Path) -> Iterator[Any]:
         raise
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}. Copy or download it again") from None
+    except RuntimeError as error:
+        if "unable to mmap" not in str(error):
+            raise
+        size = path.stat().st_size
+        raise UserError(
+            f"{path} has {size / 1e9:.1f} GB, more than this system lets a process map. Use a machine with more memory,"
+            " or a checkpoint in smaller files"
+        ) from None
 
 
 def tensor_index(path: Path) -> dict[str, dict[str, Any]]:

@@ -55,12 +55,13 @@ class Standing:
     def __str__(self) -> str:
         parts = [
             f"block {self.block} of {self.blocks}",
+            f"{timedelta(seconds=round(self.seconds_left))} left to solve",
             f"error so far {self.error:.4f}" + ("" if self.loss is None else f", {self.loss:.4f} nats"),
             f"{self.bits:.2f} bits a weight, planned {self.bits_planned:.2f}",
         ]
         if self.peak_memory is not None:
             parts.append(f"memory up to {decimal(self.peak_memory)}")
-        return " · ".join([*parts, f"{timedelta(seconds=round(self.seconds_left))} left to solve"])
+        return " · ".join(parts)
 
 
 class _Bars(Progress):
@@ -86,6 +87,7 @@ class Stages:
         self.seconds: dict[str, float] = {}
         self._within = 0.0  # seconds of the stages that ended inside the current one
         self._emit, self._block = emit, 0
+        self._told: dict[str, float] = {}
         self._bars: _Bars | None = None
         if console is not None:
             self._bars = _Bars(
@@ -114,7 +116,7 @@ class Stages:
     def stage(self, name: str, total: float) -> Iterator[Stage]:
         """One stage of `total` units; entered again, its time adds up and its bar restarts."""
         start, before, self._within = time.perf_counter(), self._within, 0.0
-        stage = Stage(name, total, self._bars, self._emit)
+        stage = Stage(name, total, self._bars, self._emit, self._told)
         try:
             yield stage
         finally:
@@ -123,10 +125,14 @@ class Stages:
             self._within = before + elapsed
             stage.close()
 
-    def stand(self, standing: Standing) -> None:
-        """Show where the job stands; in the log once a block."""
+    def stand(self, standing: Standing | None) -> None:
+        """Show where the job stands, in the log once a block; None where it stands nowhere any more."""
+        if standing is None:
+            self._block = 0
         if self._bars is not None:
-            self._bars.below = str(standing)
+            self._bars.below = "" if standing is None else str(standing)
+        elif standing is None:
+            pass
         elif self._emit is not None:
             self._emit({"event": "standing"} | asdict(standing))
         elif standing.block > self._block:
@@ -137,9 +143,12 @@ class Stages:
 class Stage:
     """Progress within one stage."""
 
-    def __init__(self, name: str, total: float, bars: Progress | None, emit: Emit | None = None) -> None:
+    def __init__(
+        self, name: str, total: float, bars: Progress | None, emit: Emit | None, told: dict[str, float]
+    ) -> None:
+        """`told` is when each stage's last event was, in seconds."""
         self.name, self.total, self.done = name, total, 0.0
-        self._bars, self._emit, self._note, self._told, self._moves = bars, emit, "", 0.0, False
+        self._bars, self._emit, self._note, self._told, self._moves = bars, emit, "", told, False
         self._task = bars.add_task(name, total=total, note="") if bars else None
 
     def advance(self, amount: float, note: str | None = None) -> None:
@@ -151,8 +160,7 @@ class Stage:
             if note is not None:
                 self._bars.update(self._task, note=note)
         self._note = self._note if note is None else note
-        if time.monotonic() - self._told > OFTEN:
-            self._tell()
+        self._tell()
 
     def reach(self, done: float, note: str | None = None) -> None:
         """So many units are done in all."""
@@ -167,9 +175,12 @@ class Stage:
         self._tell()
 
     def _tell(self) -> None:
-        if self._emit is not None:
-            self._told = time.monotonic()
-            done = min(1.0, self.done / self.total) if self.total else 1.0
+        """Emit an event, unless there was one just now; the end of a stage is always told."""
+        if self._emit is None:
+            return
+        now, done = time.monotonic(), min(1.0, self.done / self.total) if self.total else 1.0
+        if now - self._told.get(self.name, -OFTEN) >= OFTEN or done == 1.0:
+            self._told[self.name] = now
             self._emit({"event": "stage", "stage": self.name, "done": round(done, 4), "note": self._note})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def render(content: Content) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"size": figures.size, "signed": _signed}
+    environment.filters |= {"size": figures.size, "signed": _signed, "quoted": shlex.quote}
     measured, parts = content.measured, [*content.selected, *content.kept]
     drawn = {"sizes": figures.sizes_figure(parts)}
     if measured is not None:

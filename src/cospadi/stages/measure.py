@@ -292,7 +292,7 @@ def _walked_grams(job: Job, readers: Sequence[Sequence[str]]) -> Iterator[tuple[
             modules = {name: job.blocks.model.get_submodule(name) for name in readers[index]}
             grams = walk.grams(block, index, job.calls, flow, modules, progress.advance)
         if modules:
-            log.info("calibrated block %d on %d sequences of %d tokens", index, *job.sequences.shape)
+            log.info("calibrated block %d on %d sequences of %d tokens", index + 1, *job.sequences.shape)
         job.blocks.release(index)
         yield index, grams
     flow.close()

@@ -87,7 +87,7 @@ class Refinement:
                     name, block.module, index, job.calls, block.compressed.flow, block.dense.flow,
                     [packed_of(piece) for piece in pieces], costs, steps, job.recipe.seed, progress.advance,
                 )  # fmt: skip
-            log.info("refined block %d: error of its output %.3e, was %.3e", index, errors[1], errors[0])
+            log.info("refined block %d: error of its output %.3e, was %.3e", index + 1, errors[1], errors[0])
             tensors = {full: tensor for group in packed for full, tensor in group.tensors.items()}
             piece = job.ledger.put(
                 _key(index), {"groups": [group.record() for group in packed], "errors": list(errors)}, tensors

@@ -132,6 +132,7 @@ class Tasks:
 
     def __exit__(self, *_: object) -> None:
         self.job.pool.abandon(list(self._running))
+        self.job.stages.stand(None)
 
 
 def keys_of(key: str, groups: Sequence[Group]) -> dict[Group, str]:

@@ -167,6 +167,7 @@ def write(
         with job.stages.stage("prove", 2) as progress:
             progress.reach(1)
             prove(job, staging, expected)
+            progress.reach(2)
         with job.stages.stage("write", 1):
             digest = hashlib.sha256((staging / MANIFEST).read_bytes()).hexdigest()
             ledger.put("written", {"manifest": digest})
