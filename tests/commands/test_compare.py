@@ -118,7 +118,7 @@ def test_no_point_of_the_figure_vanishes() -> None:
     for name, some in losses.items():
         for place, value in enumerate(some):
             perplexity = None if value is None else 2 * math.exp(value)
-            row = {"method": name, "bytes": 10**6 * (1 + place), "dense_bytes": 4 * 10**6, "perplexity": perplexity}
+            row = {"method": name, "bytes": 10**6 * (3 + place), "dense_bytes": 4 * 10**6, "perplexity": perplexity}
             rows.append(row | {"ratio_asked": 0.3, "bits_asked": None})
     (axis, *_) = comparison.figure(rows).axes
     points = [line for line in axis.lines if line.get_marker() == "o"]

@@ -119,3 +119,16 @@ def test_a_model_without_a_template_is_refused(make_speaker: Callable[[], Speake
     speaker.tokenizer.chat_template = None
     with pytest.raises(UserError, match=r"no chat template.*cospadi generate"):
         talk(speaker, ["ab"])
+
+
+def test_bytes_that_are_no_text_are_the_users_mistake(make_speaker: Callable[[], Speaker]) -> None:
+    with pytest.raises(UserError, match=r"the text is not UTF-8 after 'h'"):
+        continue_text(make_speaker(), "h\udce9llo", Sampling(2), print)
+
+
+def test_a_text_that_fills_all_positions_says_so(make_speaker: Callable[[], Speaker]) -> None:
+    speaker = make_speaker()
+    speaker.network.generation_config.eos_token_id = None
+    pace = continue_text(speaker, "one", Sampling(10**6), lambda _: None)
+    assert pace.prompt + pace.tokens == speaker.room == pace.full
+    assert str(pace).endswith(f"the model's {speaker.room} positions are used up")

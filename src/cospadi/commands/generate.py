@@ -57,16 +57,22 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast tokens came: seconds until the first of them, and from it to the last."""
+    """How fast tokens came: seconds until the first of them, and from it to the last.
+
+    Attributes:
+        full: positions of the model, where the tokens ended because these are used up; else 0.
+    """
 
     prompt: int
     tokens: int
     first: float
     others: float
+    full: int = 0
 
     def __str__(self) -> str:
         rate = f", {(self.tokens - 1) / self.others:.1f} tokens/s" if self.tokens > 1 and self.others else ""
-        return f"{self.tokens} tokens{rate}; the first {self.first:.2f} s after a prompt of {self.prompt} tokens"
+        ended = f"; the model's {self.full} positions are used up" if self.full else ""
+        return f"{self.tokens} tokens{rate}; the first {self.first:.2f} s after a prompt of {self.prompt} tokens{ended}"
 
 
 @dataclass
@@ -119,7 +125,8 @@ class Speaker:
             self.known, self.cache = sequence[: cache.get_seq_length()], cache
         text: str = self.tokenizer.decode(sequence[len(prompt) :], skip_special_tokens=True)
         _, *times = told.times
-        return text, Pace(len(prompt), len(times), times[0] - start, times[-1] - times[0])
+        full = self.room if len(sequence) == self.room < len(prompt) + sampling.tokens else 0
+        return text, Pace(len(prompt), len(times), times[0] - start, times[-1] - times[0], full)
 
     def _check(self, _tokens: Tensor, scores: Tensor) -> Tensor:
         if scores.isnan().any():
@@ -164,8 +171,9 @@ def continue_text(speaker: Speaker, prompt: str, sampling: Sampling, write: Writ
     """Write a prompt, and what the model adds to it.
 
     Raises:
-        UserError: an empty prompt, or no room for it.
+        UserError: an empty prompt, one that is no text, or no room for it.
     """
+    check_text(prompt)
     tokens = list(tokenize(speaker.tokenizer, prompt, load.vocabulary(speaker.network)))
     if not tokens:
         raise UserError("the prompt is empty")
@@ -179,9 +187,10 @@ def answer(speaker: Speaker, messages: list[Message], sampling: Sampling, write:
     room for all of it, the oldest messages are taken out of `messages`, but what the system says.
 
     Raises:
-        UserError: the model has no chat template, or no room for the last message.
+        UserError: the model has no chat template, the last message is no text, or there is no room for it.
     """
     check_template(speaker)
+    check_text(messages[-1]["content"])
     while True:
         text = speaker.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         tokens: list[int] = speaker.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -191,6 +200,19 @@ def answer(speaker: Speaker, messages: list[Message], sampling: Sampling, write:
         if len(messages) <= first + 1:
             raise UserError(f"the message has {len(tokens)} tokens; the model has {speaker.room} positions")
         del messages[first : first + 2]  # what the user said, and the answer
+
+
+def check_text(text: str) -> None:
+    """Refuse bytes that stand for no characters, which a terminal or a pipe may hand over.
+
+    Raises:
+        UserError: there are some.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        before = text[: error.start][-20:]
+        raise UserError(f"the text is not UTF-8 after {before!r}. Write it in UTF-8") from None
 
 
 def check_template(speaker: Speaker) -> None:

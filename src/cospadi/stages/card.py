@@ -12,7 +12,7 @@ from cospadi.budget.plan import Plan
 from cospadi.errors import UserError
 from cospadi.format import card, safetensors, sizes
 from cospadi.format.card import PLACE
-from cospadi.format.form import DENSE_BITS, dense_bytes
+from cospadi.format.form import DENSE_BITS, Form, dense_bytes
 from cospadi.format.sizes import Part
 from cospadi.model import adapters, load
 from cospadi.recipe import Recipe
@@ -38,7 +38,7 @@ def model_card(job: Job, plan: Plan, manifest: Mapping[str, Any], folder: Path |
         "tags": list(tags),
     }
     name = job.hub_name if job.hub_name != load.DEMO else None
-    parts = [_what(name, manifest), LOADING, _sizes(job, plan, manifest, folder), _making(manifest, plan)]
+    parts = [_what(name, manifest, plan), LOADING, _sizes(job, plan, manifest, folder), _making(manifest, plan)]
     return card.render(fields, "\n".join(parts))
 
 
@@ -62,15 +62,24 @@ def _listed(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else list(value or ())
 
 
-def _what(name: str | None, manifest: Mapping[str, Any]) -> str:
+def _what(name: str | None, manifest: Mapping[str, Any], plan: Plan) -> str:
     title = name.rpartition("/")[2] if name else "A language model"
     source = f"[{card.cell(name)}](https://huggingface.co/{name})" if name else "A language model"
     return f"""# {card.cell(title)}, compressed
 
-{source} with {len(manifest["projections"])} of its linear projections stored in fewer bytes by CoSpaDi, as sparse
-weights, as a dictionary times sparse coefficients ([arXiv {PAPER}](https://arxiv.org/abs/{PAPER})), as low-rank
-factors, as levels in an entropy code, or as integers with scales and zeros.
+{source} with {len(manifest["projections"])} of its linear projections stored in fewer bytes by CoSpaDi, as
+{" or ".join(sorted({_in_words(group.stored) for group in plan.compressed}))}.
 """
+
+
+def _in_words(form: Form) -> str:
+    """What a projection is stored as."""
+    if form.dictionary_kind.shape(1, 1) is not None:
+        paper = f"a dictionary times sparse coefficients ([arXiv {PAPER}](https://arxiv.org/abs/{PAPER}))"
+        return paper if form.support_kind.chosen else "low-rank factors"
+    if form.support_kind.chosen:
+        return "sparse weights"
+    return "levels in an entropy code" if form.codec.coded else "integers with scales and zeros"
 
 
 LOADING = f"""## Load it
@@ -125,7 +134,7 @@ def size_table(selected: Sequence[Part], kept: Sequence[Part], whole: Part | Non
     lines = [line(part, f"{part.kind}, {part.number} projections") for part in selected]
     lines.append(line(sizes.together(selected), "these projections together"))
     lines += [line(part, part.kind) for part in (*kept, whole) if part is not None]
-    counted = "A dense projection counts 16 bits a weight; all else counts as it is stored."
+    counted = "A dense projection counts 16 bits a weight; all else counts as it is stored, the whole checkpoint, too."
     return f"{card.table(['part', 'before', 'after'], lines)}\n{counted}\n"
 
 
