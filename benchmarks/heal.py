@@ -76,12 +76,18 @@ def run(
     with tempfile.TemporaryDirectory() as scratch:
         healed = output or Path(scratch) / "healed"
         begun, cpu = time.perf_counter(), time.process_time()
-        result = cospadi.heal(folder, text, healed, Healing.build(**fields), teacher=teacher, overwrite=True)
+        how = Healing.build(**fields)
+        result = cospadi.heal(folder, text, healed, how, teacher=teacher, overwrite=True)
         row: dict[str, Any] = {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu}
         row |= {"steps": result.steps, "best": result.best, "sequences": result.sequences, "length": result.length}
         row |= {"held_out": [list(result.before), list(result.after)]}
         row |= _judged(healed, teacher, judge)
-    row |= {"settings": fields, "kind": "heal", "threads": threads, "text": text.name}
+    row |= {
+        "settings": {"learning_rate": how.learning_rate} | fields,
+        "kind": "heal",
+        "threads": threads,
+        "text": text.name,
+    }
     _write(path, row | _what(folder, judge))
 
 
@@ -150,7 +156,7 @@ def write(
     tokens: Annotated[int, typer.Option()],
     output: Annotated[Path, typer.Option()],
     length: int = 256,
-    rows: int = 64,
+    at_once: int = 64,
     threads: int = 1,
 ) -> None:
     """Have a model write text, drawn from its own predictions: a row of JSON a text."""
@@ -158,9 +164,9 @@ def write(
     torch.manual_seed(0)
     network: Any = load.load_model(model, CPU)
     tokenizer = load.load_tokenizer(model)
-    start = torch.full((rows, 1), network.config.bos_token_id)
+    start = torch.full((at_once, 1), network.config.bos_token_id)
     with output.open("w", encoding="utf-8") as stream:
-        for _ in range(-(-tokens // (rows * length))):
+        for _ in range(-(-tokens // (at_once * length))):
             told = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
             made = network.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=length, **told)
             for text in tokenizer.batch_decode(made, skip_special_tokens=True):
@@ -184,11 +190,16 @@ def _write(path: Path, row: dict[str, Any]) -> None:
 @app.command()
 def table(output: Annotated[Path | None, typer.Option(help="page to write; without it it is printed")] = None) -> None:
     """Every row there is, as Markdown."""
-    page = page_of([(path.stem, json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))])
+    page = page_of(rows())
     if output is None:
         print(page)
     else:
         output.write_text(page, encoding="utf-8")
+
+
+def rows() -> list[tuple[str, dict[str, Any]]]:
+    """Name and content of every row there is."""
+    return [(path.stem, json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
 
 
 def page_of(rows: list[tuple[str, dict[str, Any]]]) -> str:

@@ -380,7 +380,7 @@ class Healing(BaseModel):
         description="of the optimizer, in place of a time: equal runs then give equal bytes (default: as time allows)",
     )
     learning_rate: float = Field(
-        0.006,
+        0.012,
         gt=0,
         description="largest step, in root mean squares of the tensor it moves",
     )

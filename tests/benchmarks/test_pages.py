@@ -48,3 +48,8 @@ def test_factors_in_few_bits_take_what_they_are_given_and_say_their_error(name: 
         assert found.error == pytest.approx(expected, rel=1e-6)
         errors.append(found.error)
     assert errors[1] < errors[0] < 1
+
+
+def test_page_of_healing() -> None:
+    heal = script("heal")
+    assert heal.page_of(heal.rows()) == (ROOT / "docs" / "healing-rows.md").read_text(encoding="utf-8")
