@@ -214,7 +214,7 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     smaller = [
         row
         for row in rows
-        if row is not dense and row.get("bytes", math.inf) < LEAST * (1 - row["ratio_asked"]) * row["dense_bytes"]
+        if row is not dense and "bytes" in row and row["bytes"] < LEAST * (1 - row["ratio_asked"]) * row["dense_bytes"]
     ]
     names = ", ".join(f"{row['method']} at {_asked(row)}" for row in smaller)
     return told + [f"No method takes more bytes than asked; these take over 1 % less: {names}."] * bool(smaller)
