@@ -211,6 +211,22 @@ def test_a_time_bounds_all_of_it(
     assert manifest["healed"][0]["settings"]["minutes"] == 0.1
 
 
+def test_checks_take_a_tenth_of_the_time(
+    start: Callable[[str], Path], dense_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge, calls = distil.judge, []
+
+    def slow(*args: Any) -> Any:
+        calls.append(1)
+        time.sleep(0.5)
+        return judge(*args)
+
+    monkeypatch.setattr(distil, "judge", slow)
+    how = Healing(minutes=0.1, length=32, batch=64)
+    heal(start("default"), text_file, tmp_path / "out", how, teacher=dense_folder)
+    assert 1 <= len(calls) <= 3  # of 16
+
+
 def test_the_time_of_earlier_runs_counts(
     start: Callable[[str], Path], dense_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

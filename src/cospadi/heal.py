@@ -106,7 +106,7 @@ def heal(
             begun = time.monotonic()
             with stages.stage("judge", 1):
                 model: Any = load.load_model(source, where)
-                before = judge(model, held)
+                before = world.agreed(judge(model, held) if world.first else None)
             closing = 2 * (time.monotonic() - begun)
 
             # Its numbers in float32, trained on what is stored of them.
@@ -114,7 +114,7 @@ def heal(
                 model.float()
             student = student_of(model, source, how.trained)
             with stages.stage("heal", 1) as progress, torch.inference_mode(False), torch.enable_grad():
-                found = distil(student, targets, held, how, clock, closing, ledger, world, progress)
+                found = distil(student, targets, held, before, how, clock, closing, ledger, world, progress)
 
             # The same files with these numbers, if they are better as they are stored.
             if world.first:

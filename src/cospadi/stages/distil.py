@@ -25,6 +25,8 @@ log = logging.getLogger("cospadi")
 
 CHECKS = 16
 """Times that the sequences which were set aside are looked at, and the state is kept for a later run."""
+CHECKING = 0.1
+"""Part of a run's time that checks may take, but for the last one; where they would take more there are fewer."""
 PATIENCE = 8
 """Checks without a better state after which training ends."""
 WARM_UP = 10
@@ -73,6 +75,7 @@ def distil(
     student: Student,
     targets: Targets,
     held: Targets,
+    before: Quality,
     how: Healing,
     clock: Clock,
     closing: float,
@@ -83,7 +86,7 @@ def distil(
     """Train, as long as there is time.
 
     Args:
-        targets: to learn. held: to choose the best state by.
+        targets: to learn. held: to choose the best state by. before: what the model is worth there.
         closing: seconds that what follows takes.
     """
     model, masters = student.model, student.masters
@@ -94,10 +97,10 @@ def distil(
     _save_memory(model, min(size, _rows(model, targets)) * length)
     state = _resumed(student, optimizer, ledger, ranks)
     if state is None:
-        state = Distilled(student.numbers(), 0, ranks.agreed(judge(model, held) if ranks.first else None))
+        state = Distilled(student.numbers(), 0, before)
         _keep(student, optimizer, state, clock, ledger, ranks)
         log.info("before: divergence %.5f, loss %.4f", *state.quality)
-    step, checked = state.steps, clock.done(state.steps, closing)
+    step, checked, checking = state.steps, clock.done(state.steps, closing), 0.0
     while (fraction := ranks.agreed(clock.done(step, closing))) < 1 and state.idle < PATIENCE:
         rate = how.learning_rate * min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * fraction)) / 2
         for group in optimizer.param_groups:
@@ -108,9 +111,11 @@ def distil(
         step += 1
         fraction = ranks.agreed(clock.done(step, closing))
         progress.reach(min(fraction, 1.0), f"step {step}")
-        if int(fraction * CHECKS) > int(checked * CHECKS) or fraction >= 1:
-            checked = fraction
+        due = int(fraction * CHECKS) > int(checked * CHECKS)
+        if fraction >= 1 or (due and ranks.agreed(clock.steps is not None or checking <= CHECKING * clock.spent)):
+            checked, begun = fraction, clock.spent
             now = ranks.agreed(judge(model, held) if ranks.first else None)
+            checking += clock.spent - begun
             log.info("step %d: divergence %.5f, loss %.4f", step, *now)
             better = now.divergence < state.quality.divergence
             state = state._replace(steps=step, idle=0 if better else state.idle + 1)
