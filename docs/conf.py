@@ -29,7 +29,7 @@ html_show_copyright = False
 CONTENTS = {
     "Use": ["guide", "transformers", "vllm", "lm-eval", "peft"],
     "The method": ["method", "solvers", "format", "scaling"],
-    "Figures": ["results", "results/*", "smollm2", "performance", "performance/*"],
+    "Figures": ["results", "results/*", "smollm2", "healing", "healing-rows", "performance", "performance/*"],
     "Trust": ["testing", "reliability", "families"],
     "Reference": ["api"],
 }
