@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -211,7 +212,8 @@ def test_killed_it_resumes(compared: tuple[Path, Any], asked: dict[str, Any], tm
     words += ["--methods", ",".join(METHODS_ASKED)]
     words += [word for name, value in COMMON.items() for word in (f"--{name.replace('_', '-')}", value)]
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(list(map(str, words)), stdout=log, stderr=log)
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as many as here, for it is the same job
+        process = subprocess.Popen(list(map(str, words)), stdout=log, stderr=log, env=one_thread)
         deadline = time.monotonic() + 120
         while len(list((output / "rows").glob("*.json"))) < 2 and process.poll() is None:
             assert time.monotonic() < deadline

@@ -134,7 +134,8 @@ def size_table(selected: Sequence[Part], kept: Sequence[Part], whole: Part | Non
     lines = [line(part, f"{part.kind}, {part.number} projections") for part in selected]
     lines.append(line(sizes.together(selected), "these projections together"))
     lines += [line(part, part.kind) for part in (*kept, whole) if part is not None]
-    counted = "A dense projection counts 16 bits a weight; all else counts as it is stored, the whole checkpoint, too."
+    counted = "A dense projection counts 16 bits a weight"
+    counted += "." if whole is None else "; all else counts as it is stored, the whole checkpoint, too."
     return f"{card.table(['part', 'before', 'after'], lines)}\n{counted}\n"
 
 
