@@ -35,7 +35,7 @@ SHARED_MODELS = Path(__file__).resolve().parents[2] / "shared" / "models"
 
 
 LONG = ("test_memory", "test_quality", "test_ray", "test_resume", "test_examples", "test_refine", "test_triton")
-LONG += ("test_compare", "test_shared", "test_heal", "test_docs")
+LONG += ("test_compare", "test_shared", "test_heal", "test_docs", "test_fuzz")
 """Files of few tests that take long. They go first, so that neither of two processes has to wait for one at the end."""
 
 

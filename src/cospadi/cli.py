@@ -481,7 +481,7 @@ def evaluate(
     stages, chosen = _talk(progress), _runtime(runtime)
     models = [model, *([against] if against else [])]
     if card:
-        from cospadi.commands.card import check_card, write_measured
+        from cospadi.commands.card import check_card, quality_rows, write_measured
 
         path = check_card(model)
     data: dict[str, Any] = {}
@@ -508,7 +508,8 @@ def evaluate(
             parts += [accuracy.accuracy_table(found), accuracy.HOW_TO_READ]
     if card:
         asked = {"text": text, "text-field": text_field, "tasks": tasks, "against": against, "kl": kl, "length": length}
-        write_measured(path, data, asked | {"include-path": include_path, "limit": limit, "batch-size": batch_size})
+        asked |= {"include-path": include_path, "limit": limit, "batch-size": batch_size}
+        write_measured(path, "eval", asked, [against], quality_rows(data))
         parts.append(f"Written to {path}.")
     _show(data, as_json, *parts)
 
@@ -636,12 +637,20 @@ def generate(
 
     sampling = speech.Sampling(tokens, temperature)
     speaker = speech.load_speaker(model, sampling, seed, device, _runtime(runtime))
-    if chat:
-        _, pace = speech.answer(speaker, [{"role": "user", "content": prompt}], sampling, _print_part)
-    else:
-        pace = speech.continue_text(speaker, prompt, sampling, _print_part)
+
+    def tell(pace: speech.Pace) -> None:
+        typer.secho(f"{pace}; {speaker.weights()}.", dim=True, err=True)
+
+    try:
+        if chat:
+            _, pace = speech.answer(speaker, [{"role": "user", "content": prompt}], sampling, _print_part)
+        else:
+            pace = speech.continue_text(speaker, prompt, sampling, _print_part)
+    except speech.Stopped as stopped:
+        tell(stopped.pace)
+        raise
     _print("")
-    typer.secho(f"{pace}; {speaker.weights()}.", dim=True, err=True)
+    tell(pace)
 
 
 @app.command()
@@ -715,6 +724,9 @@ def bench(
     tokens: Annotated[int, typer.Option(help="decoding steps timed together")] = 16,
     repeats: Annotated[int, typer.Option(help="timed runs of each")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads  [default: torch's choice]")] = None,
+    card: Annotated[
+        bool, typer.Option("--card", help="write the figures into the model's card, DIR/README.md")
+    ] = False,
     device: Device = "auto",
     runtime: RuntimeFlag = "auto",
     as_json: Json = False,
@@ -729,6 +741,12 @@ def bench(
 
     if threads is not None:
         torch.set_num_threads(threads)
+    if card:
+        from cospadi.commands.card import check_card, speed_rows, write_measured
+        from cospadi.jobs.pool import device_model
+        from cospadi.model.load import pick_device
+
+        path = check_card(model)
     models = [name for name in (against, low_rank, model) if name is not None]
     with stages.shown():
         results = measure(
@@ -741,7 +759,14 @@ def bench(
             _runtime(runtime),
             stages,
         )
-    _show(bench_json(results), as_json, bench_table(results))
+    data, parts = bench_json(results), [bench_table(results)]
+    if card:
+        asked = {"against": against, "low-rank": low_rank, "prefill": prefill, "batch": batch, "threads": threads}
+        asked |= {"repeats": repeats, "tokens": tokens, "runtime": runtime}
+        where = f"{device_model(pick_device(device))}, threads: {torch.get_num_threads()}"
+        write_measured(path, "bench", asked, [against, low_rank], speed_rows(data, where))
+        parts.append(f"Written to {path}.")
+    _show(data, as_json, *parts)
 
 
 @app.command()

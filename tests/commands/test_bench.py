@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,9 @@ from conftest import Answer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cospadi.commands import bench
+from cospadi.commands.report import scores
 from cospadi.format import packing, safetensors
+from cospadi.format.card import PLACE
 from cospadi.format.schema import StoredProjection
 from cospadi.model import load
 from cospadi.model.projections import find_projections
@@ -107,6 +110,31 @@ def test_what_bench_prints(
     assert "decode, batch 3" in table
     assert re.search(r"resident after one token +123\.40 MB", table)
     assert re.search(r"peak resident +unknown", table)
+
+
+def test_figures_go_into_the_card(
+    run: Callable[..., Answer], compressed_folder: Path, dense_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(compressed_folder, tmp_path / "model")
+    words = ["--repeats", "1", "--tokens", "1", "--batch", "1", "--batch", "2", "--prefill", "8", "--threads", "1"]
+    answer = run("bench", folder, "--against", dense_folder, *words, "--card", "--json")
+    assert answer.code == 0, answer.err
+    (score,) = scores(folder)
+    assert score.command == (
+        f"cospadi bench {PLACE} --against {dense_folder.name} --prefill 8 --batch 1 --batch 2 --threads 1 --repeats 1 "
+        "--tokens 1"
+    )
+    assert score.head == ["", "this model", dense_folder.name]
+    dense, ours = json.loads(answer.out)["models"]
+    assert score.rows[1] == [
+        "batch 1, tokens/s",
+        *(f"{one['speeds'][1]['tokens_per_second']:,.1f}" for one in (ours, dense)),
+    ]
+    assert score.rows[-1][1].endswith("threads: 1")
+    assert run("report", folder).code == 0
+    assert "batch 2, tokens/s" in (folder / "report.html").read_text()
+    refused = run("bench", dense_folder, *words, "--card")
+    assert (refused.code, "has no card" in refused.err) == (2, True)
 
 
 @pytest.mark.parametrize(

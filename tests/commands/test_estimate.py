@@ -239,6 +239,9 @@ def test_the_command_tells_costs_and_leaves_timing_out(
     assert data["memory_bytes"] > data["disk_bytes"] > 0
 
 
-@pytest.mark.parametrize(("seconds", "told"), [(0.04, "0.0 s"), (119, "119.0 s"), (600, "10.0 min"), (9000, "2.5 h")])
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0.04, "0.0 s"), (119, "119.0 s"), (600, "10.0 min"), (9000, "2.5 h"), (1e8, "3.2 years")],
+)
 def test_durations(seconds: float, told: str) -> None:
     assert duration(seconds) == told

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cospadi.commands.generate import Pace, Sampling, Speaker, answer, chat, continue_text, load_speaker
+from cospadi.commands.generate import Pace, Sampling, Speaker, Stopped, answer, chat, continue_text, load_speaker
 from cospadi.errors import UserError
 
 TEMPLATE = "{% for message in messages %}[{{ message['role'][0] }}]{{ message['content'] }}{% endfor %}[a]"
@@ -111,7 +111,23 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation(make_speaker: Callable[[
 
     chat(speaker, ["ab", "cd"], Sampling(5), write, paces.append)
     assert not stops
-    assert len(paces) == 1
+    assert len(paces) == 2
+
+
+def test_ctrl_c_tells_how_fast_the_tokens_came(make_speaker: Callable[[], Speaker]) -> None:
+    parts = list[str]()
+
+    def write(part: str) -> None:
+        parts.append(part)
+        if len(parts) == 4:
+            raise KeyboardInterrupt
+
+    speaker = make_speaker()
+    speaker.network.generation_config.eos_token_id = None
+    with pytest.raises(Stopped) as stopped:
+        continue_text(speaker, "one two", Sampling(40), write)
+    assert 0 < stopped.value.pace.tokens < 10
+    assert parts[-1] == "\n"  # what is said next begins a line
 
 
 def test_a_model_without_a_template_is_refused(make_speaker: Callable[[], Speaker]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,6 +38,17 @@ def test_where_a_job_stands_is_a_line_below_the_bars(monkeypatch: pytest.MonkeyP
         stages.stand(standing(5))
     told = "block 5 of 30 · 0:01:01 left to solve · error so far 0.0123, 0.0057 nats · 2.98 bits a weight, planned 3.00"
     assert told in screen.getvalue()
+
+
+def test_time_left_is_what_the_caller_knows() -> None:
+    screen = io.StringIO()
+    stages = Stages(Console(file=screen, force_terminal=True, width=140))
+    with stages.shown(), stages.stage("rows", 4) as stage:
+        stage.reach(1, "row 2 of 4", 3725.0)
+        deadline = time.monotonic() + 10  # a thread draws the bars ten times a second
+        while not (found := re.search(r"left.*1:02:05.*row 2 of 4", screen.getvalue())):
+            assert time.monotonic() < deadline
+    assert found
 
 
 def test_the_log_tells_it_once_a_block(caplog: pytest.LogCaptureFixture) -> None:

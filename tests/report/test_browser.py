@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ NO_TEXT = ("too short", "non-text characters")
 PLACE = """(one => one === document.body ? ""
   : `${one.tagName} ${one.getAttribute("href") || one.getAttribute("aria-label") || ""}`)"""
 REACHABLE = f"""
-[...document.querySelectorAll("a[href], summary, [tabindex]")].filter(one => one.checkVisibility()).map({PLACE})
+[...document.querySelectorAll("a[href], summary, [tabindex='0']")].filter(one => one.checkVisibility()).map({PLACE})
 """
 SCROLLS_FOR_THE_MOUSE_ALONE = """
 [...document.querySelectorAll("body *")].filter(one => one.scrollWidth > one.clientWidth + 1 && one.tabIndex < 0
@@ -213,6 +214,27 @@ def test_a_quoted_token_leads_to_its_place(pages: dict[str, Path], chromium: bro
     for place, text in links:
         target = chromium.run(f"document.getElementById({place[1:]!r}).textContent")
         assert text in (target.replace("\n", ""), "␣" * len(target))
+
+
+TOLD = "getComputedStyle(document.getElementById({place!r}), '::after').content"
+
+
+def test_losses_of_a_token_are_told_without_a_mouse(pages: dict[str, Path], chromium: browser.Browser) -> None:
+    chromium.open(pages["measured"], 375, False)
+    place = chromium.run("(one => (one.focus(), one.click(), one.hash))(document.querySelector('.quote a'))")[1:]
+    assert re.fullmatch(r'"dense [\d.]+, compressed [\d.]+ nats"', chromium.run(TOLD.format(place=place)))
+    other = chromium.run("[...document.querySelectorAll('.token[data-loss]:not(:target)')].at(-1).id")
+    assert chromium.run(TOLD.format(place=other)) == "none"
+    left, top = chromium.run(
+        f"(one => (one.scrollIntoView(), (box => [box.x + box.width / 2, box.y + box.height / 2])"
+        f"(one.getClientRects()[0])))(document.getElementById({other!r}))"
+    )
+    chromium.call("Emulation.setTouchEmulationEnabled", enabled=True)
+    for kind, points in (("touchStart", [{"x": left, "y": top}]), ("touchEnd", [])):
+        chromium.call("Input.dispatchTouchEvent", type=kind, touchPoints=points)
+    after = chromium.run(f"new Promise(done => setTimeout(() => done({TOLD.format(place=other)}), 300))")
+    assert after.startswith('"dense ')
+    assert chromium.run("document.documentElement.scrollWidth") == 375
 
 
 def test_it_prints_on_white_with_all_of_its_text(pages: dict[str, Path], chromium: browser.Browser) -> None:

@@ -38,7 +38,7 @@ class Page(HTMLParser):
         super().__init__()
         self.tables: list[list[list[str]]] = []
         self.words, self.fetched, self.ids, self.tags = "", [], [], []
-        self.titles: dict[str, str] = {}
+        self.losses: dict[str, str] = {}
         self._cell, self._skipped = False, 0
         self.feed(text)
 
@@ -46,8 +46,8 @@ class Page(HTMLParser):
         given = dict(attrs)
         self.tags.append(tag)
         self.ids += [given["id"]] if given.get("id") else []
-        if given.get("id") and given.get("title"):
-            self.titles[str(given["id"])] = str(given["title"])
+        if given.get("id") and given.get("data-loss"):
+            self.losses[str(given["id"])] = str(given["data-loss"])
         self.fetched += [
             value for name, value in attrs
             if name in ("src", "href", "xlink:href", "action") and value and not value.startswith(("#", "data:"))
@@ -151,10 +151,10 @@ def test_every_token_tells_its_loss_in_both_models(
         logs = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
         losses.append(-np.take_along_axis(logs, windows[:, 1:, None].numpy(), -1)[..., 0])
     shown = tokens.SHOWN // 32
-    assert len(measured.titles) == shown * 31
-    for name, title in measured.titles.items():
+    assert len(measured.losses) == shown * 31
+    for name, told in measured.losses.items():
         window, at = map(int, name.removeprefix("t").split("-"))
-        dense, compressed = map(float, re.findall(r"[\d.]+", title))
+        dense, compressed = map(float, re.findall(r"[\d.]+", told))
         assert compressed == pytest.approx(losses[0][window, at - 1], abs=0.006)
         assert dense == pytest.approx(losses[1][window, at - 1], abs=0.006)
     furthest = np.sort(np.abs(losses[0] - losses[1]).flatten())[::-1][: tokens.PARTED]

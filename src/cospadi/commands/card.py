@@ -1,4 +1,4 @@
-"""What `cospadi eval --card` writes into a model's card: figures beside the command that measured them."""
+"""What `eval --card` and `bench --card` write into a model's card: figures beside the command that measured them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from cospadi import files
+from cospadi.commands.tables import megabytes
 from cospadi.errors import UserError
 from cospadi.format import card
 from cospadi.format.manifest import MANIFEST
 
-USUAL_BATCH = 4
+USUAL = {
+    ("eval", "batch-size"): 4,
+    ("bench", "repeats"): 5,
+    ("bench", "tokens"): 16,
+    ("bench", "runtime"): "auto",
+}
+"""Flags that a command is not told where they have these values."""
+
+PLACES = ("text", "against", "low-rank", "include-path")
+"""Flags that name files and folders."""
 
 
 def check_card(model: str | Path) -> Path:
@@ -38,27 +48,35 @@ def check_card(model: str | Path) -> Path:
     return path
 
 
-def write_measured(path: Path, data: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+def write_measured(
+    path: Path,
+    command: str,
+    asked: Mapping[str, Any],
+    others: Sequence[str | Path | None],
+    rows: Sequence[Sequence[str]],
+) -> None:
     """Put what was measured into a card, in place of what the same command had measured before.
 
     Args:
-        data: what `cospadi eval --json` prints.
-        asked: flag of `cospadi eval` -> its value; None and False where it was not given.
+        command: "eval" or "bench".
+        asked: flag of the command -> its value, or several; None and False where it was not given.
+        others: models beside this one, None where one was not given.
+        rows: a line a figure: its name, this model's, those of the others.
     """
-    against = _public(asked["against"]) if asked["against"] else None
-    head = ["", "this model", *([card.cell(against)] if against else [])]
-    text = card.with_measured(card.read(path), command_of(asked), card.table(head, measured_rows(data)))
+    head = ["", "this model", *(card.cell(_public(other)) for other in others if other is not None)]
+    text = card.with_measured(card.read(path), command_of(command, asked), card.table(head, rows))
     files.write_whole(path, text)
 
 
-def command_of(asked: Mapping[str, Any]) -> str:
+def command_of(command: str, asked: Mapping[str, Any]) -> str:
     """The command as anybody could give it: files and folders of this machine by their names alone."""
-    words = ["cospadi", "eval", card.PLACE]
-    for flag, value in asked.items():
-        if value is True:
-            words.append(f"--{flag}")
-        elif value not in (None, False) and (flag, value) != ("batch-size", USUAL_BATCH):
-            words += [f"--{flag}", _public(value) if flag in ("text", "against", "include-path") else str(value)]
+    words = ["cospadi", command, card.PLACE]
+    for flag, given in asked.items():
+        for value in given if isinstance(given, (list, tuple)) else [given]:
+            if value is True:
+                words.append(f"--{flag}")
+            elif value not in (None, False) and value != USUAL.get((command, flag)):
+                words += [f"--{flag}", _public(value) if flag in PLACES else str(value)]
     return card.printable(shlex.join(words))
 
 
@@ -68,8 +86,8 @@ def _public(name: str | Path) -> str:
     return path.resolve().name if path.exists() else str(name)
 
 
-def measured_rows(data: Mapping[str, Any]) -> list[Sequence[str]]:
-    """A line a figure: perplexities, the divergence, accuracies in per cent with their standard errors."""
+def quality_rows(data: Mapping[str, Any]) -> list[Sequence[str]]:
+    """A line a figure of `cospadi eval --json`: perplexities, divergence, accuracies in per cent with standard errors."""
     rows: list[Sequence[str]] = []
     if models := data.get("models"):
         windows = " and ".join(dict.fromkeys(f"{one['windows']:,} windows of {one['length']} tokens" for one in models))
@@ -84,6 +102,23 @@ def measured_rows(data: Mapping[str, Any]) -> list[Sequence[str]]:
                 cells = [_per_cent(one["tasks"][name][metric]) for one in models]
                 rows.append([f"{name}, {metric}, {found['documents']:,} documents ({by})", *cells])
         rows.append(["average, acc", *(_per_cent(one["average"]) for one in models)])
+    return rows
+
+
+def speed_rows(data: Mapping[str, Any], where: str) -> list[Sequence[str]]:
+    """A line a figure of `cospadi bench --json`, this model the last of its models there: tokens a second, memory.
+
+    Args:
+        where: what computed.
+    """
+    models = [data["models"][-1], *data["models"][:-1]]
+    rows: list[Sequence[str]] = []
+    for index, one in enumerate(models[0]["speeds"]):
+        what = f"a prompt of {one['size']} tokens" if one["kind"] == "prefill" else f"batch {one['size']}"
+        rows.append([f"{what}, tokens/s", *(f"{each['speeds'][index]['tokens_per_second']:,.1f}" for each in models)])
+    rows.append(["weights in memory", *(megabytes(each["tensor_bytes"]) for each in models)])
+    rows.append(["loading and one token", *(f"{each['load_seconds']:.1f} s" for each in models)])
+    rows.append(["measured on", where, *("" for _ in models[1:])])
     return rows
 
 

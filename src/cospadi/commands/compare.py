@@ -360,9 +360,9 @@ def _compute(comparison: Comparison, cases: Sequence[Case], shared: JobDirectory
             if case in there:
                 continue
             left = seconds_left(done, [case, *(later for later in cases[number + 1 :] if later not in there)])
-            note = f"row {number + 1} of {len(cases)}: {case}" + (f", {tables.duration(left)} left" if left else "")
-            log.info("%s", note)
-            progress.reach(number, note)
+            note = f"row {number + 1} of {len(cases)}: {case}"
+            log.info("%s%s", note, f", {tables.duration(left)} left" if left else "")
+            progress.reach(number, note, left)
             done.append(_row(comparison, case, shared))
     if all("why_not" in row for row in done if row["method"] != DENSE):
         raise UserError(next(str(row["why_not"]) for row in done if "why_not" in row))

@@ -75,6 +75,14 @@ class Pace:
         return f"{self.tokens} tokens{rate}; the first {self.first:.2f} s after a prompt of {self.prompt} tokens{ended}"
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C while tokens came: how fast they did."""
+
+    def __init__(self, pace: Pace) -> None:
+        super().__init__()
+        self.pace = pace
+
+
 @dataclass
 class Speaker:
     """A model that is ready to speak.
@@ -108,25 +116,31 @@ class Speaker:
         kept = {"past_key_values": self.cache} if self.cache is not None and goes_on else {}
         self.known, self.cache = [], None  # what is stopped half-way leaves a cache that nobody knows
         start = time.perf_counter()
-        output = self.network.generate(
-            input_ids=inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=min(sampling.tokens, self.room - len(prompt)),
-            pad_token_id=pad,
-            logits_processor=LogitsProcessorList([self._check]),
-            streamer=told,
-            return_dict_in_generate=True,
-            **kept,
-            **sampling.options(),
-        )
+        try:
+            output = self.network.generate(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=min(sampling.tokens, self.room - len(prompt)),
+                pad_token_id=pad,
+                logits_processor=LogitsProcessorList([self._check]),
+                streamer=told,
+                return_dict_in_generate=True,
+                **kept,
+                **sampling.options(),
+            )
+        except BaseException as error:
+            if told.wrote:
+                write("\n")  # what is said next begins a line
+            if isinstance(error, KeyboardInterrupt) and len(told.times) > 1:
+                raise Stopped(told.pace(len(prompt), start)) from None
+            raise
         sequence: list[int] = output.sequences[0].tolist()
         cache = output.get("past_key_values")
         if isinstance(cache, DynamicCache):
             self.known, self.cache = sequence[: cache.get_seq_length()], cache
         text: str = self.tokenizer.decode(sequence[len(prompt) :], skip_special_tokens=True)
-        _, *times = told.times
         full = self.room if len(sequence) == self.room < len(prompt) + sampling.tokens else 0
-        return text, Pace(len(prompt), len(times), times[0] - start, times[-1] - times[0], full)
+        return text, told.pace(len(prompt), start, full)
 
     def _check(self, _tokens: Tensor, scores: Tensor) -> Tensor:
         if scores.isnan().any():
@@ -139,13 +153,19 @@ class _Told(TextStreamer):
 
     def __init__(self, tokenizer: Any, write: Write, echo: bool) -> None:
         super().__init__(tokenizer, skip_prompt=not echo, skip_special_tokens=True)
-        self.write, self.times = write, list[float]()
+        self.write, self.times, self.wrote = write, list[float](), False
+
+    def pace(self, prompt: int, start: float, full: int = 0) -> Pace:
+        """How fast the tokens came that came so far, one at least, after a start."""
+        _, *times = self.times
+        return Pace(prompt, len(times), times[0] - start, times[-1] - times[0], full)
 
     def put(self, value: Tensor) -> None:
         self.times.append(time.perf_counter())
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.wrote = self.wrote or bool(text)
         self.write(text)
 
 
@@ -248,11 +268,15 @@ def chat(
             parts.append(part)
             write(part)
 
+        pace = None
         try:
             answered, pace = answer(speaker, messages, sampling, both)
-        except KeyboardInterrupt:
-            answered, pace = "".join(parts), None
-        write("\n")
+            write("\n")
+        except KeyboardInterrupt as stopped:
+            answered = "".join(parts).removesuffix("\n")
+            pace = stopped.pace if isinstance(stopped, Stopped) else None
+            if not parts:
+                write("\n")
         messages.append({"role": "assistant", "content": answered})
         if pace is not None:
             tell(pace)

@@ -132,7 +132,7 @@ def _measure(folder: Path, against: str | Path, text: Path, *how: Any) -> Measur
 
 
 def scores(folder: Path) -> list[Score]:
-    """What `cospadi eval --card` has left in a folder's card."""
+    """What `eval --card` and `bench --card` have left in a folder's card."""
     path = files.beside(folder, card.CARD)
     if not path.is_file():
         return []

@@ -62,8 +62,8 @@ def fitted(table: Table, console: Console) -> list[Table | Text | Padding]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes, hours or days, for reading."""
-    for size, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+    """Seconds, minutes, hours, days or years, for reading."""
+    for size, unit in ((365 * 86400.0, "years"), (86400.0, "days"), (3600.0, "h"), (60.0, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.1f} s"

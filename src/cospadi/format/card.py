@@ -22,7 +22,7 @@ CARRIED = ("license", "license_name", "license_link", "language", "datasets", "t
 
 REPOSITORY = re.compile(r"[a-zA-Z0-9][\w.-]{0,95}/[a-zA-Z0-9][\w.-]{0,95}", re.ASCII)
 MEASURED = "## Measured"
-COMMAND = re.compile(r"^```\n(cospadi eval .*)\n```\n", re.MULTILINE)
+COMMAND = re.compile(r"^```\n(cospadi (?:eval|bench) .*)\n```\n", re.MULTILINE)
 
 
 def read(path: Path) -> str:
@@ -145,7 +145,7 @@ def with_measured(text: str, command: str, found: str) -> str:
     """A card with what a command has measured, in place of what the same command had measured before.
 
     Args:
-        command: `cospadi eval ...`, in one line.
+        command: `cospadi eval ...` or `cospadi bench ...`, in one line.
         found: Markdown without headings and fences.
     """
     start, inside, end = _measured(text)

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.filesize import decimal
 from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 from rich.text import Text
 
@@ -64,6 +64,14 @@ class Standing:
         return " · ".join(parts)
 
 
+class _Left(TimeRemainingColumn):
+    """The time left, as the stage tells it, or else at the pace so far."""
+
+    def render(self, task: Task) -> Text:
+        left = task.fields["left"]
+        return super().render(task) if left is None else Text(str(timedelta(seconds=round(left))), "progress.remaining")
+
+
 class _Bars(Progress):
     """Bars, and a line below them."""
 
@@ -96,7 +104,7 @@ class Stages:
                 TextColumn("{task.percentage:>3.0f} %"),
                 TimeElapsedColumn(),
                 TextColumn("left"),
-                TimeRemainingColumn(),
+                _Left(),
                 TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
                 console=console,
                 transient=True,
@@ -149,7 +157,7 @@ class Stage:
         """`told` is when each stage's last event was, in seconds."""
         self.name, self.total, self.done = name, total, 0.0
         self._bars, self._emit, self._note, self._told, self._moves = bars, emit, "", told, False
-        self._task = bars.add_task(name, total=total, note="") if bars else None
+        self._task = bars.add_task(name, total=total, note="", left=None) if bars else None
 
     def advance(self, amount: float, note: str | None = None) -> None:
         """So many more units are done; `note` is shown beside the bar until there is another."""
@@ -162,8 +170,10 @@ class Stage:
         self._note = self._note if note is None else note
         self._tell()
 
-    def reach(self, done: float, note: str | None = None) -> None:
-        """So many units are done in all."""
+    def reach(self, done: float, note: str | None = None, left: float | None = None) -> None:
+        """So many units are done in all; `left` are the seconds that the others will take, where the caller knows."""
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, left=left)
         self.advance(done - self.done, note)
 
     def close(self) -> None:

@@ -44,7 +44,7 @@ class Measured:
 
 
 class Score(NamedTuple):
-    """What `cospadi eval --card` has measured: the command, and its table."""
+    """What `eval --card` or `bench --card` has measured: the command, and its table."""
 
     command: str
     head: Sequence[str]
