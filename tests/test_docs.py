@@ -53,6 +53,7 @@ SHORTER = {
     "plan": JOB,
     "generate": ["--tokens", "4"],
     "chat": ["--tokens", "4"],
+    "heal": ["--minutes", "0.02"],
 }
 """What is added to a command so that it takes a moment."""
 

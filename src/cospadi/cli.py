@@ -102,7 +102,7 @@ Resume = Annotated[
     bool | None,
     typer.Option(
         "--resume/--no-resume",
-        help="resume an unfinished job beside the output, or restart  [default: resume if it is the same job]",
+        help="resume what is unfinished, or restart it  [default: resume if it is the same job]",
     ),
 ]
 
@@ -759,7 +759,8 @@ def bench(
             _runtime(runtime),
             stages,
         )
-    data, parts = bench_json(results), [bench_table(results)]
+    data = bench_json(results)
+    parts: list[object] = [bench_table(results)]
     if card:
         asked = {"against": against, "low-rank": low_rank, "prefill": prefill, "batch": batch, "threads": threads}
         asked |= {"repeats": repeats, "tokens": tokens, "runtime": runtime}
@@ -834,7 +835,7 @@ def main() -> None:
             raise
         if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):
             _fail(
-                "the disk is full. Free some space and run the same command again: it resumes from what is finished", 1
+                "the disk is full. Free some space and run the same command again; what a job has finished is kept", 1
             )
         if isinstance(error, MemoryError) or "not enough memory" in str(error) or "out of memory" in str(error):
             _fail("out of memory. Use a smaller --batch-size, or a machine with more memory", 1)

@@ -202,6 +202,7 @@ def test_a_stopped_row_resumes(
     same = {"perplexity", "kl", "bytes", "relative_errors"}
     expected = next(row for row in compared[1] if row["method"] == QUICK)
     assert {name: rows[1][name] for name in same} == {name: expected[name] for name in same}
+    assert [row.get("resumed") for row in rows] == [None, True]
     assert {path.name for path in output.iterdir()} == FILES
 
 

@@ -87,7 +87,7 @@ def _public(name: str | Path) -> str:
 
 
 def quality_rows(data: Mapping[str, Any]) -> list[Sequence[str]]:
-    """A line a figure of `cospadi eval --json`: perplexities, divergence, accuracies in per cent with standard errors."""
+    """A line a figure of `cospadi eval --json`: perplexities, divergence, accuracies in per cent with their errors."""
     rows: list[Sequence[str]] = []
     if models := data.get("models"):
         windows = " and ".join(dict.fromkeys(f"{one['windows']:,} windows of {one['length']} tokens" for one in models))

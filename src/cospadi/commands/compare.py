@@ -385,7 +385,7 @@ def _row(comparison: Comparison, case: Case, shared: JobDirectory) -> dict[str, 
     """Compute a row, keeping each step of it, and put it among the finished ones."""
     part = comparison.output / WORK / f"{case.file}.json"
     where = comparison.output / (MODELS if comparison.keep else WORK) / case.file
-    row: dict[str, Any] = files.read_json(part) if part.exists() else _head(comparison, case)
+    row: dict[str, Any] = files.read_json(part) | {"resumed": True} if part.exists() else _head(comparison, case)
     begun = time.perf_counter() - row["seconds"]
 
     def keep(found: Mapping[str, Any]) -> None:
