@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -26,6 +26,7 @@ from cospadi.files import beside
 from cospadi.format import card, manifest, safetensors, schema, verify
 from cospadi.format.safetensors import open_file
 from cospadi.format.schema import SENTINEL, StoredProjection
+from cospadi.runtime.dense import move_weights, read_fast
 from cospadi.runtime.layer import CompressedLinear
 from cospadi.runtime.swap import dictionary_holders, quantizer_of, swap_in_layers
 
@@ -178,11 +179,16 @@ class CospadiQuantizer(HfQuantizer):
         return recorded
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        one_place = len(set(getattr(model, "hf_device_map", {}).values())) <= 1
+        places = set(map(str, getattr(model, "hf_device_map", {}).values()))
+        one_place = len(places) <= 1
+        moved: set[nn.Parameter] = set()
         for module in model.modules():
+            if self.files and places <= {"cpu"}:
+                move_weights(module, moved)
             if isinstance(module, CompressedLinear):
                 module.replaces_code = one_place  # what is offloaded comes and goes as it is stored
                 module.prepare(model.dtype)
+        read_fast(model)
         model.save_pretrained, model.push_to_hub = SavePretrained(model), PushToHub(model)
         meet_peft()
         return model

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cospadi import native
 from cospadi.format.codecs.ec import EC
+from cospadi.runtime import pages
 
 GROUP = 32
 """Inputs that lie together; rows are padded to a multiple of them."""
@@ -149,7 +150,8 @@ def pack_levels(
         counts = _count_large(numbers).gather(0, widths.long()[None] - WIDTHS[0])[0]
     places, offsets = (torch.nn.functional.pad(each.cumsum(0), (1, 0)).int() for each in (widths, counts))
     unit, total = padded(d1) // 8, int(offsets[-1])
-    packed = torch.zeros(int(places[-1]) * unit + MARGIN, dtype=torch.uint8, device=device)
+    nbytes = int(places[-1]) * unit + MARGIN
+    packed = pages.zeros(nbytes) if device.type == "cpu" else torch.zeros(nbytes, dtype=torch.uint8, device=device)
     columns = torch.empty(total, dtype=torch.int32, device=device)
     rest = torch.empty(total, dtype=torch.float32, device=device)
     levels = Levels(packed, places[:0].clone() if equal else places, outputs, inputs, offsets, columns, rest)

@@ -1,0 +1,34 @@
+"""Memory in large pages, for what kernels read as fast as they can: finding the place of small pages takes a part of
+the time, a tenth to a third on an AMD EPYC.
+
+Linux gives large pages to who asks (transparent huge pages, of 2 MB on x86); where it does not, nothing is lost.
+"""
+
+from __future__ import annotations
+
+import mmap
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+LEAST = 1 << 21
+"""Bytes of a page, and of the smallest tensor that gets some."""
+
+
+def zeros(nbytes: int) -> Tensor:
+    """Zeros, uint8 (nbytes,), on CPU."""
+    if nbytes < LEAST or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(nbytes, dtype=torch.uint8)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # of a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def moved(tensor: Tensor) -> Tensor:
+    """A copy in large pages; the tensor itself where it is small, not contiguous or not on CPU."""
+    nbytes = tensor.numel() * tensor.element_size()
+    if nbytes < LEAST or tensor.device.type != "cpu" or not tensor.is_contiguous() or type(tensor) is not Tensor:
+        return tensor
+    return zeros(nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)
