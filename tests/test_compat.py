@@ -16,12 +16,18 @@ from cospadi import UserError, compat
 from cospadi.model import load
 
 SOURCES = Path(cospadi.__file__).parents[1]
-PUBLIC = {"_asdict", "_exit", "_fields", "_make", "_replace"}
-"""What the standard library documents in spite of its name: os._exit, and what named tuples have."""
+OUR_OWN = {
+    ("cospadi/cli.py", "os._exit"): "public in spite of its name",
+    ("cospadi/integrations/vllm/linear.py", "Levels._fields"): "public in spite of its name",
+    ("cospadi/jobs/pool.py", "os._exit"): "public in spite of its name",
+    ("cospadi/report/maps.py", "_ERROR._replace"): "of a named tuple, public in spite of its name",
+    ("cospadi/stages/distil.py", "state._replace"): "of a named tuple, public in spite of its name",
+}
+"""Private names outside compat.py that are not another library's secrets, and why they may stand there."""
 
 
 def is_private(name: str) -> bool:
-    return name.startswith("_") and not (name.startswith("__") and name.endswith("__")) and name not in PUBLIC
+    return name.startswith("_") and not (name.startswith("__") and name.endswith("__"))
 
 
 def private_names(source: str) -> set[str]:
@@ -74,7 +80,8 @@ def test_private_names_of_others_stand_in_compat() -> None:
         for path in sorted([*(SOURCES / "cospadi").rglob("*.py"), SOURCES / "cospadi_cli.py"])
         for name in private_names(path.read_text(encoding="utf-8"))
     }
-    assert {path for path, _ in used} == {"cospadi/compat.py"}, sorted(used)
+    assert any(path == "cospadi/compat.py" for path, _ in used)
+    assert {(path, name) for path, name in used if path != "cospadi/compat.py"} == set(OUR_OWN)
 
 
 def test_every_function_of_compat_says_what_it_waits_for() -> None:

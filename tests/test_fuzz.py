@@ -752,9 +752,14 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-def is_row(line: list[str], path: Path) -> bool:
-    """Whether a file or folder is of the rows that a comparison finished before it was stopped, which stay."""
-    return line[0] == "compare" and "out" in path.parts
+def is_row(line: list[str], path: Path, outer: Path) -> bool:
+    """Whether a file or folder is of the rows that a comparison finished before it was stopped, which stay, whole."""
+    within = path.relative_to(outer / "case") if path.is_relative_to(outer / "case") else Path()
+    if line[0] != "compare" or within.parts[:1] != ("out",):
+        return False
+    if within.parts[1:2] == ("rows",) and path.is_file():
+        assert "seconds" in json.loads(path.read_text())
+    return len(within.parts) == 1 or within.parts[1] in ("rows", "work")
 
 
 @examples(80)
@@ -784,4 +789,4 @@ def test_any_flag(
     torch.set_num_threads(1)
     check_answer(answer)
     if answer.code:
-        assert {path: content for path, content in contents(outer).items() if not is_row(line, path)} == before
+        assert {path: content for path, content in contents(outer).items() if not is_row(line, path, outer)} == before

@@ -70,7 +70,8 @@ NO_TEXT = ("too short", "non-text characters")
 PLACE = """(one => one === document.body ? ""
   : `${one.tagName} ${one.getAttribute("href") || one.getAttribute("aria-label") || ""}`)"""
 REACHABLE = f"""
-[...document.querySelectorAll("a[href], summary, [tabindex='0']")].filter(one => one.checkVisibility()).map({PLACE})
+[...document.querySelectorAll("a[href], summary, [tabindex]:not([tabindex='-1'])")]
+  .filter(one => one.checkVisibility()).map({PLACE})
 """
 SCROLLS_FOR_THE_MOUSE_ALONE = """
 [...document.querySelectorAll("body *")].filter(one => one.scrollWidth > one.clientWidth + 1 && one.tabIndex < 0

@@ -181,9 +181,9 @@ class CospadiQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         places = set(map(str, getattr(model, "hf_device_map", {}).values()))
         one_place = len(places) <= 1
-        moved: set[nn.Parameter] = set()
+        was_read_here, moved = self.files and places <= {"cpu"}, set[nn.Parameter]()
         for module in model.modules():
-            if self.files and places <= {"cpu"}:
+            if was_read_here:
                 move_weights(module, moved)
             if isinstance(module, CompressedLinear):
                 module.replaces_code = one_place  # what is offloaded comes and goes as it is stored

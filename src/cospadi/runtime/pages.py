@@ -7,7 +7,6 @@ Linux gives large pages to who asks (transparent huge pages, of 2 MB on x86); wh
 from __future__ import annotations
 
 import mmap
-from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -20,9 +19,11 @@ def zeros(nbytes: int) -> Tensor:
     """Zeros, uint8 (nbytes,), on CPU."""
     if nbytes < LEAST or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(nbytes, dtype=torch.uint8)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # of a kernel without them
+    try:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel without them; or there is no memory, which torch tells
+        return torch.zeros(nbytes, dtype=torch.uint8)
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
