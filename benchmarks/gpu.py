@@ -13,8 +13,8 @@ each call finds its weights in memory; its replays are timed by CUDA events. A f
 spread half the distance of the quartiles. GB/s are weight bytes as stored over time; the bandwidth beside them is
 that of a copy of 1 GiB, read and write counted.
 
-Then whole models of random weights in a real one's shape, dense, at ratio 0.4 and at 3 bits, as `cospadi bench` times
-them, with their memory; and the dense one is compressed, both ways, calibrated on random words: seconds of each stage,
+Then whole models of random weights in a real one's shape, dense, at ratio 0.4 and of levels, with their memory; and
+the dense one is compressed, both ways, calibrated on random words: seconds of each stage,
 in passes of the calibration text, too, and the peak of the GPU's memory. What is known so far is written after every
 part, so that a limit of time loses only what follows.
 """
@@ -26,10 +26,9 @@ import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -40,19 +39,22 @@ from linear import even_size
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, StaticCache
 
 import cospadi
-from cospadi.commands.bench import bench, bench_json, bench_table
+from cospadi.commands.bench import _decode as decode
+from cospadi.commands.bench import _prefill as prefill
 from cospadi.commands.compress import compressed_json, compressed_table
 from cospadi.format import packing
 from cospadi.format.codecs import codec_of_bits
 from cospadi.format.dictionaries import DICTIONARIES
 from cospadi.format.form import Form
 from cospadi.model import load
+from cospadi.model.projections import find_projections
 from cospadi.recipe import Recipe
 from cospadi.runtime import reference
 from cospadi.runtime import triton as kernels
+from cospadi.runtime.layer import CompressedLinear
 from cospadi.runtime.levels import EQUAL_WIDTHS, Levels, dense, pack_levels
 
 SHAPES = ["2048x512", "2048x2048", "2048x8192", "8192x2048", "4096x14336", "14336x4096"]
@@ -71,9 +73,18 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 MODEL = "Llama-3.2-1B"
 RATIO, BITS = 0.4, 3.0
-"""Sizes that whole models are compressed to."""
+"""Sizes that the jobs compress a whole model to; the first, of whole models that are timed, too."""
+
+KINDS: dict[str, int | None] = {"ratio 0.4": None, "levels of 6 bits": 6, "levels of 4 bits": 4}
+"""Whole models that are timed, and the bits of their levels in memory: most of a model's at 3 bits take 6, at 2.5 bits
+4."""
+
+PROMPTS = (512, 2048)
 WORDS = 400_000
 """Of the random text that jobs calibrate on."""
+
+STEP_PROMPT = 128
+"""Tokens behind a step that is one graph."""
 
 CACHES = 4
 """Copies of the weights exceed the L2 cache this many times."""
@@ -163,8 +174,8 @@ def main(
         part("rows", timed)
         part("level_rows", timed_levels)
         with tempfile.TemporaryDirectory() as scratch:
-            part("written", lambda: write_models(model, Path(scratch)))
-            part("models", lambda: time_models(Path(scratch), device))
+            part("models", lambda: time_models(model, device))
+            part("written", lambda: write_dense(model, Path(scratch), device))
             for name, size in (("coded", {"bits": BITS}), ("sparse", {"ratio": RATIO})):
                 part(f"job_{name}", partial(time_job, Path(scratch), device, size))
     checks = [*report.get("checks", []), *report.get("level_checks", [])]
@@ -326,24 +337,124 @@ def time_shape(
     return found
 
 
-def write_models(shape: str, folder: Path) -> list[str]:
-    """Write the dense model, both that are compressed at random, and a tokenizer and a text of random words."""
-    random_model.main(shape, folder, ratio=[RATIO], bits=[BITS], kind=["sparse"])
+def write_dense(shape: str, folder: Path, device: torch.device) -> None:
+    """Write a dense model of random weights in a real one's shape, and a tokenizer and a text of random words."""
+    random_network(shape, device).save_pretrained(folder / "dense")
     count = random_model.CONFIGS[shape].vocab_size
     words = Tokenizer(models.WordLevel({str(word): word for word in range(count)}))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder / "dense")
     drawn = torch.randint(count, (WORDS,), generator=torch.Generator().manual_seed(0))
     (folder / "words.txt").write_text(" ".join(map(str, drawn.tolist())))
-    return sorted(path.name for path in folder.iterdir())
 
 
-def time_models(folder: Path, device: torch.device) -> dict[str, Any]:
-    """What `cospadi bench` finds of the models in a folder; printed and returned."""
-    found = bench([folder / name for name in ("dense", f"sparse-{RATIO:g}", f"coded-{BITS:g}")], device=str(device))
-    found = [replace(one, name=Path(one.name).name) for one in found]
-    Console(width=160).print(bench_table(found), highlight=False)
-    return bench_json(found)
+def random_network(shape: str, device: torch.device) -> Any:
+    """A model of random weights, bf16."""
+    config = random_model.CONFIGS[shape]
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1) if "norm" in name else parameter.normal_(0, 0.02)
+    return model
+
+
+def compress_at_random(model: Any, kind: str) -> None:
+    """Put random weights of a kind, one of KINDS, in place of all projections of a model."""
+    for projection in find_projections(model):
+        linear = model.get_submodule(projection.name)
+        model.set_submodule(projection.name, random_layer(linear, kind))
+
+
+def random_layer(linear: torch.nn.Linear, kind: str) -> CompressedLinear:
+    """A layer of the shape of another: levels of so many bits each, or 14-bit values and a mask at RATIO."""
+    (d2, d1), device = linear.weight.shape, linear.weight.device
+    bits = KINDS[kind]
+    if bits is None:
+        form = Form("identity", "mask", codec_of_bits(14))
+        k, s = even_size(form, RATIO, d1, d2)
+        layer = CompressedLinear(d1, d2, k, d2 * s, form, dtype=torch.bfloat16, device=device)
+        made = random_coefficients(k, d2, s, 14, device)
+        assert layer.support is not None
+        layer.support.copy_(made.support)
+        layer.codes.copy_(made.values)
+        layer.prepare(torch.bfloat16)
+        return layer
+    layer = CompressedLinear(d1, d2, d1, 0, Form("identity", "full", "ec"), dtype=torch.bfloat16, device=device)
+    layer.hold(random_levels(d1, d2, bits, device))
+    return layer
+
+
+def time_models(shape: str, device: torch.device, batches: Sequence[int] = (1, 4, 16)) -> list[dict[str, Any]]:
+    """Whole models: decoding with each step one CUDA graph, as servers do it, so that Python has no part in it, and
+    step by step from Python; prompts; bytes on the GPU. Printed and returned."""
+    print("\n| model | GPU memory, MB | what | tokens/s | x dense |\n|---|---|---|---|---|")
+    found: list[dict[str, Any]] = []
+    for kind in ("dense", *KINDS):
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        model = random_network(shape, device)
+        if kind != "dense":
+            compress_at_random(model, kind)
+        taken = torch.cuda.memory_allocated(device) - before if device.type == "cuda" else 0
+        runs: list[tuple[str, float]] = []
+        for batch in batches:
+            runs.append((f"batch {batch}, a graph a step", batch / graph_step(model, batch, device)[0]))
+        for batch in batches:
+            steps = 8
+            decode(model, batch, 2, device)
+            times = [decode(model, batch, steps, device) for _ in range(3)]
+            runs.append((f"batch {batch}, from Python", batch * steps / statistics.median(times)))
+        for length in PROMPTS if device.type == "cuda" else PROMPTS[:1]:
+            prefill(model, length, device)
+            runs.append((f"prompt of {length}", length / min(prefill(model, length, device) for _ in range(3))))
+        for what, speed in runs:
+            dense = next((one["speed"] for one in found if one["what"] == what), speed)
+            found.append({"model": kind, "bytes": taken, "what": what, "speed": speed})
+            print(f"| {kind} | {taken / 1e6:,.0f} | {what} | {speed:,.0f} | {speed / dense:.2f} |", flush=True)
+        del model
+    return found
+
+
+@torch.inference_mode()
+def graph_step(model: Any, rows: int, device: torch.device, steps: int = 32) -> tuple[float, float]:
+    """Seconds of a greedy step of so many sequences with STEP_PROMPT tokens behind them, and their spread."""
+    room = STEP_PROMPT + 2 * steps
+    cache = StaticCache(config=model.config, max_cache_len=room)
+    prompt = torch.randint(model.config.vocab_size, (rows, STEP_PROMPT), device=device)
+    token = model(input_ids=prompt, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+    place = torch.full((rows, 1), STEP_PROMPT, device=device)
+    places = torch.arange(room, device=device)
+
+    def step() -> None:
+        seen = (places <= place[:1])[None, None].expand(rows, 1, 1, room)
+        answer = model(
+            input_ids=token, attention_mask=seen, position_ids=place, past_key_values=cache, logits_to_keep=1
+        )
+        token.copy_(answer.logits.argmax(-1))
+        place.add_(1)
+
+    if device.type != "cuda":
+        step()
+        begun = time.perf_counter()
+        step()
+        return time.perf_counter() - begun, 0.0
+    for _ in range(2):  # compiles and allocates, which a capture cannot
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    event: Any = torch.cuda.Event
+    events = [event(enable_timing=True) for _ in range(steps + 1)]
+    graph.replay()
+    for one in events:
+        one.record()
+        if one is not events[-1]:
+            graph.replay()
+    torch.cuda.synchronize()
+    seconds = [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)]
+    lower, middle, upper = statistics.quantiles(seconds, n=4)
+    return middle, (upper - lower) / 2
 
 
 def time_job(folder: Path, device: torch.device, size: dict[str, Any], **fields: Any) -> dict[str, Any]:

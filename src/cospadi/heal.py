@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cospadi import __about__
 from cospadi.calibration.documents import file_documents
+from cospadi.calibration.gradients import deterministic
 from cospadi.calibration.text import sequence_length, text_windows
 from cospadi.compat import cpu_multiplies_bf16
 from cospadi.errors import UserError
@@ -113,7 +114,12 @@ def heal(
             if model.dtype == torch.float16 or (where.type == "cpu" and not cpu_multiplies_bf16()):
                 model.float()
             student = student_of(model, source, how.trained)
-            with stages.stage("heal", 1) as progress, torch.inference_mode(False), torch.enable_grad():
+            with (
+                stages.stage("heal", 1) as progress,
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                deterministic(where),
+            ):
                 found = distil(student, targets, held, before, how, clock, closing, ledger, world, progress)
 
             # The same files with these numbers, if they are better as they are stored.

@@ -22,6 +22,7 @@ from cospadi.format.form import Form
 from cospadi.runtime import cpu, op
 from cospadi.runtime.levels import (
     BESIDE_BITS,
+    EQUAL_WIDTHS,
     MARGIN,
     WIDTHS,
     Levels,
@@ -31,6 +32,7 @@ from cospadi.runtime.levels import (
     pack_levels,
     padded,
     read_levels,
+    tiled,
 )
 
 BUILT = pytest.mark.skipif(not cpu.AVAILABLE, reason="the CPU kernels were not built: no C++ compiler here")
@@ -64,11 +66,12 @@ def fits(numbers: Tensor, bits: Tensor | int) -> Tensor:
 @given(st.integers(1, 40), st.integers(1, 70), st.integers(0, 6), st.floats(0.1, 3000), st.integers(0, 99))
 def test_packing_loses_nothing(d2: int, d1: int, start: int, spread: float, seed: int) -> None:
     numbers, outputs, inputs = example(d2, d1, spread, seed)
-    for widths in (each_width(d2, start), choose_widths(numbers)[0], 4, 8):
+    for widths in (each_width(d2, start), choose_widths(numbers)[0], *EQUAL_WIDTHS):
         levels = pack_levels(numbers, outputs, inputs, widths)
         total = d2 * widths if isinstance(widths, int) else int(widths.sum())
         assert levels.bits == pytest.approx(total / d2)
-        assert levels.packed.nbytes == padded(d1) * total // 8 + MARGIN
+        held = tiled(d1) if isinstance(widths, int) else padded(d1)
+        assert levels.packed.nbytes == held * total // 8 + MARGIN
         torch.testing.assert_close(dense(levels).double(), matrix(numbers, outputs, inputs), rtol=1e-6, atol=0)
         inside = fits(numbers, widths if isinstance(widths, int) else widths[:, None])
         assert len(levels.rest) == len(levels.columns) == int(levels.offsets[-1]) == int((~inside).sum())

@@ -1,10 +1,16 @@
-"""Trellis-coded levels: cheapest paths against all paths, the two implementations against each other, errors against
-the bound of rate-distortion theory, sizes against what was asked."""
+"""Trellis-coded levels: cheapest paths against all paths, the implementations against each other, errors against the
+bound of rate-distortion theory, sizes against what was asked."""
 
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -88,6 +94,146 @@ def test_both_implementations_choose_the_same(d2: int, monkeypatch: pytest.Monke
     compiled = solver.quantize(*given)
     monkeypatch.setattr(native, "library", lambda: None)
     assert (compiled == solver.quantize(*given)).float().mean() > 0.99  # sums differ in the last place
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The kernel, in Triton's interpreter where there is no GPU; no failure of it is remembered after the test."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from cospadi.solvers import triton_trellis
+
+    if not torch.cuda.is_available() and not triton_trellis.INTERPRETED:
+        pytest.skip("there is no GPU and TRITON_INTERPRET is not 1")
+    monkeypatch.setattr(triton_trellis, "_failed", [])
+    monkeypatch.setattr(triton_trellis, "CHUNK", 16)
+    monkeypatch.setattr(solver, "_kernels", lambda weight: triton_trellis)
+    solver._warn.cache_clear()
+    return triton_trellis
+
+
+class Run:
+    """Random inputs of a run, as the implementations are given them; classes also beyond both ends."""
+
+    def __init__(self, inputs: int, d2: int, rows: int, spread: float, whole: bool = False) -> None:
+        generator = torch.Generator().manual_seed(d2)
+        self.target = spread * torch.randn(inputs, d2, generator=generator)
+        feedback = torch.randn(inputs, inputs, generator=generator).triu(1) / 3
+        steps, scales, pivots = (0.5 + torch.rand(size, generator=generator) for size in (inputs, d2, inputs))
+        self.code, self.rows = coder(), rows
+        prices = self.code.bits * solver.PRICE
+        cols = torch.randint(-4, len(prices) + 4, (inputs,), generator=generator).short() + self.code.lowest
+        own = torch.randint(-6, 6, (d2,), generator=generator).short()
+        if whole:  # numbers that are equally far from two levels, and levels that cost the same
+            self.target, feedback, prices = self.target.round(), feedback.round(), torch.zeros_like(prices)
+            steps, scales, pivots = steps.round(), torch.ones(d2), torch.ones(inputs)
+        self.given = feedback + pivots.diag(), steps, scales, Grid(own, cols), prices
+
+    def on(self, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+        factor, steps, scales, widths, prices = self.given
+        there = Grid(*(part.to(device) for part in widths))
+        rest = (part.to(device) for part in (factor, steps, scales))
+        target, prices = self.target.to(device), prices.to(device)
+        levels, errors = solver._quantize_run(target, *rest, there, prices, self.code, self.rows)
+        return levels.cpu(), errors.cpu()
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("inputs", "d2", "rows", "spread"),
+    [(1, 1, 1, 1.0), (3, 3, 1, 9.0), (4, 7, 8, 3.0), (6, 23, 10, 3.0), (3, 40, 33, 500.0), (2, 21, 20, 1e6)],
+)
+def test_the_kernel_chooses_the_same(
+    inputs: int, d2: int, rows: int, spread: float, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(inputs, d2, rows, spread)
+    levels, errors = run.on("cpu" if kernels.INTERPRETED else "cuda")
+    monkeypatch.setattr(solver, "_kernels", lambda weight: None)
+    monkeypatch.setattr(native, "library", lambda: None)
+    expected = run.on("cpu")
+    assert levels.dtype == torch.int16
+    assert torch.equal(levels, expected[0])
+    assert torch.equal(errors, expected[1])
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+def test_the_kernel_takes_the_first_of_equal_ones(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(4, 24, 12, 4.0, whole=True)
+    levels, _ = run.on("cpu" if kernels.INTERPRETED else "cuda")
+    monkeypatch.setattr(solver, "_kernels", lambda weight: None)
+    assert torch.equal(levels, run.on("cpu")[0])
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert torch.equal(levels, run.on("cpu")[0])
+
+
+def quantized(d2: int, device: str = "cpu") -> torch.Tensor:
+    """Levels of 10 inputs, in runs of 4."""
+    problem, code = problem_of(10, (d2,), condition=1.0), coder()
+    assert problem.gram is not None
+    factor = damped_factor(problem.gram).float()
+    steps, zeros = solver.quarter_octaves(factor.diagonal()).to(device), torch.zeros(d2).short().to(device)
+    widths = Grid(zeros, torch.full((10,), 6).short().to(device))
+    given = problem.weight.to(device), factor.to(device), 0.3, Grid(zeros, steps), widths, code
+    return solver.quantize(*given).cpu()
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+def test_runs_of_the_kernel_follow_each_other(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solver, "RUN", 4)
+    found = quantized(9, "cpu" if kernels.INTERPRETED else "cuda")
+    monkeypatch.setattr(solver, "_kernels", lambda weight: None)
+    assert (found == quantized(9)).float().mean() > 0.95  # a sum that differs in the last place changes later levels
+
+
+def test_the_cpu_stands_in_for_a_kernel_that_does_not_compile(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected, run = quantized(9), MagicMock()
+    launch = run.__getitem__.return_value
+    launch.side_effect = RuntimeError("PassManager::run failed\nand more")
+    monkeypatch.setattr(kernels, "_run", run)
+    for _ in range(2):
+        found = quantized(9, "cpu" if kernels.INTERPRETED else "cuda")
+        assert (found == expected).float().mean() > 0.95
+    assert launch.call_count == 1, "it should not be compiled again"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert caplog.messages[0].endswith("instead: RuntimeError: PassManager::run failed")
+
+
+def test_want_of_memory_is_no_fault_of_the_kernel(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = MagicMock()
+    run.__getitem__.return_value.side_effect = torch.OutOfMemoryError("out of memory")
+    monkeypatch.setattr(kernels, "_run", run)
+    device = "cpu" if kernels.INTERPRETED else "cuda"
+    with pytest.raises(torch.OutOfMemoryError):
+        quantized(9, device)
+    assert kernels.can_quantize(torch.empty(0, device=device))
+
+
+COMPILED = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from cospadi.solvers import triton_trellis as kernels
+
+TYPES = {"cols": "*i16", "rows": "*i16", "levels": "*i16", "symbols": "*i64", "maps": "*i32", "CHUNK": "constexpr"}
+NUMBERS = ("inputs", "d2", "block_rows", "last_class", "last_symbol")
+names = kernels._run.arg_names
+signature = {name: TYPES.get(name, "i32" if name in NUMBERS else "*fp32") for name in names}
+source = ASTSource(kernels._run, signature, {(names.index("CHUNK"),): kernels.CHUNK})
+options = {"num_warps": 1, "enable_fp_fusion": False}
+for capability in (80, 90):
+    assert compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
+print("done")
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests compile the kernel")
+def test_the_kernel_compiles_without_a_gpu(tmp_path: Path) -> None:
+    """The interpreter takes what the compiler refuses. For Ampere and Hopper, with the assembler that Triton brings."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
 @pytest.mark.parametrize("bits", [2.0, 3.0, 4.0, 6.0])

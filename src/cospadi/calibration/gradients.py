@@ -8,14 +8,16 @@ outputs add up.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from cospadi.calibration.grams import gram_block
@@ -82,6 +84,7 @@ def gradient_grams(
         _summed_gradients(model, projections, full, readers) as sums,
         _gradients_to_activations_only(model),
         replaced_forwards(modules, forwards),
+        deterministic(device),
     ):
         for tokens in sequences:
             tokens = tokens[None].to(device)
@@ -97,6 +100,27 @@ def gradient_grams(
             if on_sequence:
                 on_sequence(1)
     return sums.means(sequences.numel())
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Gradients that do not depend on timing inside this block, where torch has such ones.
+
+    On a GPU attention is products and a softmax then: its fused kernels add up in any order unless torch raises at
+    everything that it has no fixed order for. That takes memory by the square of a sequence's length.
+    """
+    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
+    try:
+        with warnings.catch_warnings(), plain:
+            warnings.filterwarnings("ignore", "Deterministic behavior|.*does not have a deterministic implementation")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
 def gradient_grams_by_blocks(
@@ -128,7 +152,12 @@ def gradient_grams_by_blocks(
         if on_sequence:
             on_sequence(step)
     gradients = inputs.pop()
-    with torch.inference_mode(False), torch.enable_grad(), no_parameter_gradients(blocks.model):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        no_parameter_gradients(blocks.model),
+        deterministic(blocks.device),
+    ):
         for batch, tokens in enumerate(sequences):
             hidden = gradients[batch].requires_grad_()
             tokens = tokens[None].to(blocks.device)
@@ -144,6 +173,7 @@ def gradient_grams_by_blocks(
             torch.enable_grad(),
             _summed_gradients(blocks.model, of_block, full, readers) as sums,
             no_parameter_gradients(block),
+            deterministic(blocks.device),
         ):
             sums.gammas[name] = _Gamma.zeros(width, False, blocks.device)
             for batch in range(len(before)):

@@ -316,10 +316,14 @@ class CompressedLinear(nn.Module):
             with suppress(CheckpointError):  # of a tensor that is not filled yet: the first call tells
                 kept = self._keep(self._like.new_empty(0, dtype=dtype), self._unpacked)
                 if self.replaces_code and isinstance(kept, Levels):
-                    self._decoded_code = _Decoded(EC.head(self.codes), kept)
-                    self._kept = None
-                    delattr(self, self.names.values)  # a buffer that is None confuses torch.export
-                    setattr(self, self.names.values, None)
+                    self.hold(kept, EC.head(self.codes))
+
+    def hold(self, levels: Levels, head: Tensor | None = None) -> None:
+        """Keep levels in place of their code; without its head, `EC.head`, they cannot be stored again."""
+        self._decoded_code = _Decoded(levels.packed[:0] if head is None else head, levels)
+        self._kept = None
+        delattr(self, self.names.values)  # a buffer that is None confuses torch.export
+        setattr(self, self.names.values, None)
 
     def _put_code_back(self) -> None:
         codes = self.codes
@@ -502,7 +506,7 @@ def set_runtime(model: nn.Module, runtime: Runtime) -> None:
             kernel, S is unpacked in each call). "unpacked" keeps S as a dense matrix: more memory than the dense model.
             "dense" keeps the product W = D S: the dense model's speed for long prompts, and its memory beside the
             packed form's. "auto", as loaded: packed where there is a kernel; else unpacked, on first use; but levels
-            of a code as integers of 4 or 8 bits, where there is a kernel for these.
+            of a code as integers of few bits, where there is a kernel for these.
     """
     dtype = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
     for module in model.modules():

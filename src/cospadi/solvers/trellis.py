@@ -14,18 +14,31 @@ errors and PRICE times its bits, block of outputs by block. Then the errors go o
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from cospadi import native
-from cospadi.errors import UserError
+from cospadi.errors import KernelError, UserError
 from cospadi.solvers.flops import Flops, cholesky, triangular
 from cospadi.solvers.gram import damped_factor
 from cospadi.solvers.problem import Coded, Coder, Grid, Member, MetricProblem, SolverOptions
 from cospadi.solvers.support import member_spans
+
+log = logging.getLogger("cospadi")
+
+gpu: ModuleType | None = None
+if torch.cuda.is_available():  # importing Triton takes a while: not where there is no GPU
+    with suppress(ImportError):
+        from cospadi.solvers import triton_trellis
+
+        gpu = triton_trellis
 
 RUN = 64
 """Inputs whose errors are fed to all later ones in one product."""
@@ -146,9 +159,40 @@ def next_rate(tried: Mapping[float, int], wanted: float, count: int) -> float:
 def quantize(weight: Tensor, factor: Tensor, unit: float, steps: Grid, widths: Grid, coder: Coder) -> Tensor:
     """Levels of weights, int16 (d1, d2).
 
+    On a GPU without a kernel they are chosen on the CPU, if the package's library is there: plain torch would call
+    thousands of small kernels for an input.
+
     Args:
         weight: float32 (d1, d2) of one projection. factor: R, upper triangular, float32 (d1, d1). unit: of the steps.
     """
+    kernels, device = _kernels(weight), weight.device
+    if kernels is not None and kernels.can_quantize(weight):
+        try:
+            return _quantize(weight, factor, unit, steps, widths, coder)
+        except KernelError as error:
+            _warn(str(error))
+    elif kernels is None and device.type != "cpu":
+        _warn("Triton is not installed" if weight.is_cuda else f"there is none for {device.type}")
+    if device.type == "cpu" or native.library() is None:
+        return _quantize(weight, factor, unit, steps, widths, coder)
+    steps, widths = (Grid(grid.rows.cpu(), grid.cols.cpu()) for grid in (steps, widths))
+    return _quantize(weight.cpu(), factor.cpu(), unit, steps, widths, coder).to(device)
+
+
+def _kernels(weight: Tensor) -> ModuleType | None:
+    """Whose kernel chooses the levels of such weights, if it can."""
+    return gpu if weight.is_cuda else None
+
+
+@cache
+def _warn(problem: str) -> None:
+    """Log once that the kernel does not run here."""
+    instead = "in plain torch, which takes long," if native.library() is None else "on the CPU"
+    log.warning("a GPU kernel does not run here, levels are chosen %s instead: %s", instead, problem)
+
+
+def _quantize(weight: Tensor, factor: Tensor, unit: float, steps: Grid, widths: Grid, coder: Coder) -> Tensor:
+    """`quantize` on the device of its tensors."""
     (d1, d2), target = weight.shape, weight.clone()
     scales, inputs = coder.step(steps.rows), unit * coder.step(steps.cols)
     rows, prices = coder.block_rows(d1, d2), coder.bits.to(weight.device) * PRICE
@@ -167,9 +211,13 @@ def _quantize_run(
     target: Tensor, factor: Tensor, steps: Tensor, scales: Tensor, widths: Grid, prices: Tensor, coder: Coder, rows: int
 ) -> tuple[Tensor, Tensor]:
     """Levels of some inputs, int16, and the errors that go on to later ones, in pivots; both (inputs, d2)."""
-    classes = Grid(widths.rows, widths.cols - coder.lowest)
+    classes, kernels = Grid(widths.rows, widths.cols - coder.lowest), _kernels(target)
+    given = target, factor, steps, scales, classes.cols, classes.rows, prices, rows
+    if kernels is not None and kernels.can_quantize(target):
+        chosen: tuple[Tensor, Tensor] = kernels.quantize(*given)
+        return chosen
     if target.device.type == "cpu" and native.library() is not None:
-        return native.quantize(target, factor, steps, scales, classes.cols, classes.rows, prices, rows)
+        return native.quantize(*given)
     inputs, d2 = target.shape
     blocks = -(-d2 // rows)
     levels, errors = torch.empty_like(target, dtype=torch.int16), torch.empty_like(target)

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cospadi.budget.plan import Group
-from cospadi.calibration.gradients import no_parameter_gradients
+from cospadi.calibration.gradients import deterministic, no_parameter_gradients
 from cospadi.calibration.walk import Calls, Flow, call
 from cospadi.format.schema import StoredProjection
 from cospadi.jobs.ledger import Piece
@@ -188,7 +186,8 @@ def refine_block(
         largest = float(sum(weighed_square(wanted[batch].float(), costs) for batch in held_out))
         unit = largest / sum(wanted[batch].shape[0] * wanted[batch].shape[1] for batch in held_out) or 1.0
     values = [part.codes for part in parts.values()]
-    with torch.inference_mode(False), torch.enable_grad(), no_parameter_gradients(block), _deterministic():
+    device = values[0].device
+    with torch.inference_mode(False), torch.enable_grad(), no_parameter_gradients(block), deterministic(device):
         for value in values:
             value.requires_grad_()
         best, first = [value.detach().clone() for value in values], checked()
@@ -227,22 +226,6 @@ def refine_block(
         part.codes = value
     relative = (first / largest, lowest / largest) if largest > 0 else (0.0, 0.0)
     return [_packed(group, parts) for group in packed], relative
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """Gradients that do not depend on timing inside this block, where torch has such ones."""
-    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Deterministic behavior|.*does not have a deterministic implementation")
-            yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warned)
-        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
 def weighed_square(error: Tensor, costs: Tensor | None) -> Tensor:

@@ -181,7 +181,7 @@ class Ec(Codec):
     def tuned(self, stored: Tensor, values: list[int], inputs: int) -> Tuned:
         """Unit and steps; the code of the levels stays, and with it every width."""
         levels, _, _ = self.decode_levels(stored)
-        _, unit, (of_outputs, of_inputs, rows, cols), _ = self._lists(stored)
+        _, unit, (of_outputs, of_inputs, rows, cols), _ = self._lists(self.head(stored))
         bits, least = _widths(stored[:HEADER].cpu().numpy()), stored[4:8].cpu().numpy().view(np.int8)
         bounds = {}
         for name, place, steps, sums in (("outputs", 0, of_outputs, rows), ("inputs", 1, of_inputs, cols)):
@@ -203,7 +203,7 @@ class Ec(Codec):
     def with_steps(self, stored: Tensor, unit: float, outputs: Tensor, inputs: Tensor) -> Tensor:
         """The same levels with other steps, quarter octaves that fit the bits of those that are there."""
         content = stored.cpu().contiguous().numpy().copy()
-        _, _, before, _ = self._lists(stored)
+        _, _, before, _ = self._lists(self.head(stored))
         moved = [outputs.cpu().to(torch.int16) - before[0], inputs.cpu().to(torch.int16) - before[1]]
         content[8:12].view("<f4")[:] = unit
         place = HEADER
@@ -222,7 +222,7 @@ class Ec(Codec):
             CheckpointError: it is damaged.
         """
         try:
-            head, stream, offsets = self._content(stored)
+            head, stream, offsets = self._content(stored.cpu())  # once, not for every part of it
             levels = rans.decode(stream, offsets, head.rows, head.cols, head.height, head.lanes)
         except ValueError as error:
             raise CheckpointError(
