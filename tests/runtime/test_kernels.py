@@ -18,6 +18,7 @@ from cospadi import native
 from cospadi.errors import UserError
 from cospadi.format import packing
 from cospadi.runtime import cpu, op
+from cospadi.runtime.levels import pack_levels
 
 SOURCES = Path(cpu.__file__).parent / "cpp"
 
@@ -136,7 +137,25 @@ def test_infinities_and_nans_stay_what_they_are(dtype: torch.dtype) -> None:
     assert (y[2] == float("-inf")).all()
 
 
-@pytest.mark.parametrize("rows", [1, 16, 40])
+@pytest.mark.parametrize("level", [level for level in LEVELS if level.startswith(("avx512", "amx"))])
+@pytest.mark.parametrize("rows", [5, 9, 16, 17, 33, 70, 150])
+@pytest.mark.parametrize(("d2", "k"), [(300, 100), (33, 1100)])
+def test_rows_that_are_multiplied_with_tiles(level: str, rows: int, d2: int, k: int) -> None:
+    """Whole and partial batches, one or two at once, of one tile or of several; masks, and levels with some beside."""
+    number, generator = native.levels()[level], torch.Generator().manual_seed(rows)
+    z = torch.randn(rows, k, generator=generator).bfloat16()
+    mask, values, offsets, coefficients = stored(random_support(d2, k, 0.5), 14)
+    y = cpu.sparse_matmul(z, mask, values, offsets, k, 14, number)
+    assert_product(y, z, coefficients)
+    numbers = (3 * torch.randn(d2, k, generator=generator)).round().to(torch.int16)
+    outputs, inputs = (0.5 + torch.rand(size, generator=generator) for size in (d2, k))
+    levels = pack_levels(numbers, outputs, inputs, 3 + torch.arange(d2, dtype=torch.int32) % 4)
+    weight = (numbers.double() * inputs * outputs[:, None]).T
+    y, expected = cpu.level_matmul(z, levels, number), z.double() @ weight
+    assert (y.double() - expected).norm() <= 2**-7 * expected.norm()
+
+
+@pytest.mark.parametrize("rows", [1, 16, 40, 150])
 def test_threads_do_not_change_a_bit(rows: int) -> None:
     mask, values, offsets, _ = stored(random_support(200, 100, 0.5), 14)
     level = native.best_level()
@@ -233,13 +252,16 @@ def test_under_address_sanitizer(tmp_path: Path) -> None:
     driver = tmp_path / "driver.cpp"
     driver.write_text(DRIVER)
     flags = ["-std=c++20", "-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{SOURCES}"]
-    files, defines = [path for path in SOURCES.glob("*.cpp") if "avx" not in path.name], []
+    files, defines = [path for path in SOURCES.glob("*.cpp") if "avx" not in path.name and "amx" not in path.name], []
     if "avx2" in LEVELS:
         files += list(SOURCES.glob("*avx*.cpp"))
         defines = ["-DCOSPADI_X86", "-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt"]
     if "avx512" in LEVELS:
         names = ("f", "bw", "vl", "dq", "vbmi", "vbmi2", "bf16")
         defines += [f"-mavx512{name}" for name in names]
+        if "amx" in LEVELS:
+            files += SOURCES.glob("*amx*.cpp")
+            defines += ["-DCOSPADI_AMX", "-mamx-tile", "-mamx-bf16"]
     elif defines:
         pytest.skip("this machine has AVX2 and not AVX-512: the sanitizer's build takes all levels or none")
     program = tmp_path / "driver"

@@ -100,7 +100,7 @@ def examine() -> Examination:
             "Until then coefficients are unpacked, which takes memory and saves no time."
         )
         found.advice += native.load_errors
-    elif levels[-1] != "avx512" and platform.machine() in ("x86_64", "AMD64"):
+    elif levels[-1] not in ("avx512", "amx") and platform.machine() in ("x86_64", "AMD64"):
         found.advice.append(
             f"This processor has no AVX-512 with VBMI2 and BF16; the {levels[-1]} kernel is right, and slower."
         )

@@ -29,6 +29,9 @@ const Kernels* const LEVELS[] = {
     &avx2_kernels,
     &avx512_kernels,
 #endif
+#ifdef COSPADI_AMX
+    &amx_kernels(),
+#endif
 };
 constexpr int LEVEL_COUNT = sizeof(LEVELS) / sizeof(LEVELS[0]);
 
@@ -114,7 +117,7 @@ EXPORT int cospadi_multiply(const void* z, void* y, int64_t rows, int dtype, con
   if (!fits(value_bytes, offsets, d2, value_bits)) return STREAM_TOO_SHORT;
   const Kernels& kernels = *LEVELS[level];
   const Coefficients s(support, values, value_bytes, offsets, d2, k, value_bits);
-  if (dtype == BF16 && kernels.multiply_tile && rows >= TILED_ROWS) {
+  if (dtype == BF16 && pays_to_unpack(kernels, rows, TILED_ROWS)) {
     const auto unpack = [&](int first, int count, int, int, uint16_t* tile, size_t stride) {
       for (int c = 0; c < count; ++c) {
         uint16_t* row = tile + c * stride;

@@ -207,6 +207,7 @@ bool supported() {
 const Kernels avx512_kernels = {"avx512", supported, multiply<float>, multiply<uint16_t>, unpack<uint16_t>,
                                 unpack<float>, multiply_dense, multiply_levels_avx512, multiply_levels_avx512,
                                 unpack_levels_avx512, unpack_levels_avx512, multiply_tile_avx512,
-                                interleave_avx512, unpack_levels_tile_avx512, decode_sixteen_avx512};
+                                interleave_avx512, unpack_levels_tile_avx512, decode_sixteen_avx512, nullptr,
+                                scale_avx512, round_avx512};
 
 }  // namespace cospadi

@@ -29,6 +29,9 @@ inline size_t place_in_z(int rows, int r, int j) {
 // Outputs of a tile, in which pairs of inputs of sixteen outputs lie together.
 constexpr int TILE = 32;
 
+// Rows of a batch that a tile is multiplied with where two batches are at once.
+constexpr int TWICE_ROWS = 16;
+
 // Where a tile has coefficient i of output c.
 inline size_t place_in_tile(size_t stride, int c, int i) {
   return (c / 16 * 16 + i % ATOMS / 2) * stride + i / ATOMS * ATOMS + c % 16 * 2 + i % 2;
@@ -72,6 +75,8 @@ struct LevelRows {
   LevelRows run(int first, int rows) const { return {rows, width, levels, places + first}; }
 };
 
+using Scale = void (*)(const uint16_t* x, const float* scales, uint16_t* to);
+
 // One instruction set's way of doing it.
 struct Kernels {
   const char* name;
@@ -105,12 +110,23 @@ struct Kernels {
   void (*unpack_levels_tile)(const LevelRows&, int begin, int end, uint16_t* tile, size_t stride);
   // Sixteen lanes of coded levels; null where plain C++ does it.
   DecodeSixteen decode_sixteen;
+  // As multiply_tile, which then takes up to TWICE_ROWS rows, of two batches of so many, `second` entries apart in x and
+  // one after the other in sums; null where a machine does not multiply two at once.
+  void (*multiply_tile_twice)(const uint16_t* tile, size_t stride, int width, const uint16_t* x, size_t second,
+                              float* sums, Ahead ahead) = nullptr;
+  // to = x scales for 32 numbers of bf16; null where plain C++ does it.
+  Scale scale = nullptr;
+  // to = sums scales for TILE sums, with scales or without, in bf16; null where plain C++ does it.
+  void (*round)(const float* sums, const float* scales, uint16_t* to) = nullptr;
 };
 
 extern const Kernels portable_kernels;
 #ifdef COSPADI_X86
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+#endif
+#ifdef COSPADI_AMX
+const Kernels& amx_kernels();  // those of AVX-512 with products of tiles of their own
 #endif
 
 // Calls body(std::integral_constant<int, rows>) for the numbers of rows that there are.

@@ -129,7 +129,7 @@ EXPORT int cospadi_multiply_levels(const void* x, void* y, int64_t rows, int dty
   const Kernels& kernels = kernels_of(level);
   const LevelRows all{d2, padded(d1), levels, places};
   const Rest beside{offsets, columns, rest};
-  if (dtype == BF16 && kernels.multiply_tile && rows >= TILED_LEVEL_ROWS) {
+  if (dtype == BF16 && pays_to_unpack(kernels, rows, TILED_LEVEL_ROWS)) {
     const auto unpack = [&](int first, int count, int begin, int end, uint16_t* tile, size_t stride) {
       kernels.unpack_levels_tile(all.run(first, count), begin, end, tile, stride);
       for (int c = 0; c < count; ++c) {

@@ -53,14 +53,16 @@ class Rows {
     return static_cast<size_t>(std::bit_ceil(static_cast<unsigned>(count))) * padded(k);
   }
   // With a scale for each column, if any.
-  void fill(const void* z, int k, int dtype, const float* scales) {
+  void fill(const void* z, int k, int dtype, const float* scales, Scale scale_32 = nullptr) {
     if (k % ATOMS || count_ != padded_count_) std::fill_n(data_, entries(count_, k), Entry{0});
     for (int r = 0; r < count_; ++r) {
       const size_t from = static_cast<size_t>(first_ + r) * k;
       for (int j = 0; j < k; j += ATOMS) {
         const int atoms = std::min(ATOMS, k - j);
         Entry* to = data_ + place_in_z(padded_count_, r, j);
-        if (scales) {
+        if (sizeof(Entry) == 2 && scales && scale_32 && atoms == ATOMS) {
+          scale_32(static_cast<const uint16_t*>(z) + from + j, scales + j, reinterpret_cast<uint16_t*>(to));
+        } else if (scales) {
           scale(z, from + j, scales + j, atoms, dtype, to);
         } else {
           copy(z, from + j, atoms, dtype, to);
@@ -120,22 +122,22 @@ struct alignas(64) Line {
   uint8_t bytes[64];
 };
 
-// All rows of z, in batches as kernels take them. Their memory is this thread's, until it makes others of that type: what
+// All rows of z, in batches of at most so many as kernels take them. Their memory is this thread's, until it makes others of that type: what
 // is given back to the system has to be cleared by it for each product.
 template <class Entry>
 std::vector<Rows<Entry>> in_batches(const void* z, int64_t rows, int k, int dtype, const float* scales = nullptr,
-                                    int threads = 1) {
+                                    int threads = 1, int most = MAX_ROWS, Scale scale_32 = nullptr) {
   thread_local std::vector<Line> room;
-  const size_t lines = Rows<Entry>::entries(MAX_ROWS, k) * sizeof(Entry) / sizeof(Line);  // of a batch
-  const size_t count = (rows + MAX_ROWS - 1) / MAX_ROWS;
+  const size_t lines = Rows<Entry>::entries(most, k) * sizeof(Entry) / sizeof(Line);  // of a batch
+  const size_t count = (rows + most - 1) / most;
   if (room.size() < count * lines) room.resize(count * lines);
   std::vector<Rows<Entry>> batches;
   batches.reserve(count);
-  for (int64_t first = 0; first < rows; first += MAX_ROWS) {
+  for (int64_t first = 0; first < rows; first += most) {
     auto* data = reinterpret_cast<Entry*>(room.data() + batches.size() * lines);
-    batches.emplace_back(first, static_cast<int>(std::min<int64_t>(MAX_ROWS, rows - first)), data);
+    batches.emplace_back(first, static_cast<int>(std::min<int64_t>(most, rows - first)), data);
   }
-  parallel(static_cast<int>(batches.size()), threads, [&](int b) { batches[b].fill(z, k, dtype, scales); });
+  parallel(static_cast<int>(batches.size()), threads, [&](int b) { batches[b].fill(z, k, dtype, scales, scale_32); });
   return batches;
 }
 

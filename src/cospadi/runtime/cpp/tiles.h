@@ -11,8 +11,16 @@ namespace cospadi {
 
 static_assert(TILE == RUN);
 
-// From so many rows on it pays to unpack; and levels, which kernels unpack faster.
-constexpr int TILED_ROWS = 9, TILED_LEVEL_ROWS = 25;
+// From so many rows on it pays to unpack; levels, which kernels multiply faster; both, where two batches are multiplied
+// at once.
+constexpr int TILED_ROWS = 9, TILED_LEVEL_ROWS = 25, TWICE_TILED_ROWS = 5;
+
+// Inputs of a tile that two batches are multiplied with while they are in the first cache.
+constexpr int TWICE_DEEP = 512;
+
+// Tiles that x is read for at once where it has more than FEW_ROWS, and two batches are multiplied at once: so fast that
+// reading x takes longer.
+constexpr int GROUP = 4, FEW_ROWS = 64;
 
 // Entries of x, 4 MB, that every tile is multiplied with while they are in the last cache.
 constexpr int64_t NEAR = 2 << 20;
@@ -45,46 +53,76 @@ void multiply_through_tiles(const Kernels& kernels, const void* x, const float* 
     return;
   }
   std::atomic<bool> out_of_memory{false};
-  const auto batches = in_batches<uint16_t>(x, rows, k, BF16, inputs, threads);
-  const size_t stride = tile_stride(std::min(k, deep));
-  parallel(runs(d2), threads, [&](int run) {
-    const int first = run * TILE, count = std::min(TILE, d2 - first);
+  const bool twice = kernels.multiply_tile_twice;
+  const int most = twice ? TWICE_ROWS : MAX_ROWS;
+  const auto batches = in_batches<uint16_t>(x, rows, k, BF16, inputs, threads, most, kernels.scale);
+  const size_t stride = tile_stride(std::min(k, deep)), sums_of_tile = batches.size() * most * TILE;
+  const int group = twice && rows > FEW_ROWS ? std::clamp(runs(d2) / (2 * threads), 1, GROUP) : 1;
+  parallel((runs(d2) + group - 1) / group, threads, [&](int task) {
+    const int first = task * group * TILE, outputs_here = std::min(group * TILE, d2 - first);
+    const int tiles = runs(outputs_here);
     Room room;
     try {
-      room = room_of_thread(TILE * stride, batches.size() * MAX_ROWS * TILE);
+      room = room_of_thread(group * TILE * stride, group * sums_of_tile);
     } catch (const std::bad_alloc&) {
       out_of_memory = true;
       return;
     }
-    std::fill_n(room.sums, batches.size() * MAX_ROWS * TILE, 0.0f);
-    const int next = first + threads * TILE;  // most probably this thread's
-    Ahead ahead = next < d2 ? stored(next, std::min(TILE, d2 - next)) : Ahead{};
+    std::fill_n(room.sums, tiles * sums_of_tile, 0.0f);
+    const int next = first + threads * group * TILE;  // most probably this thread's
+    Ahead ahead = next < d2 ? stored(next, std::min(group * TILE, d2 - next)) : Ahead{};
     const size_t part = (ahead.count * deep + k - 1) / k;  // is fetched during the product with some inputs
     for (int begin = 0; begin < k; begin += deep) {
       const int end = std::min(k, begin + deep);
-      unpack(first, count, begin, end, room.tile, stride);
+      for (int t = 0; t < tiles; ++t) {
+        const int count = std::min(TILE, outputs_here - t * TILE);
+        unpack(first + t * TILE, count, begin, end, room.tile + t * TILE * stride, stride);
+      }
       Ahead some{ahead.bytes, std::min(part, ahead.count)};
       ahead = {ahead.bytes + some.count, ahead.count - some.count};
-      float* sums = room.sums;
-      for (const Rows<uint16_t>& batch : batches) {
-        const int padded_count = batch.padded_count();
-        const uint16_t* from = batch.data() + place_in_z(padded_count, 0, begin);
-        kernels.multiply_tile(room.tile, stride, padded(end - begin), from, padded_count, sums, some);
-        some.count = 0;
-        sums += MAX_ROWS * TILE;
+      const int near = twice ? TWICE_DEEP : end - begin;
+      for (int at = begin; at < end; at += near) {
+        const int width = padded(std::min(near, end - at));
+        size_t b = 0;
+        for (int both; b < batches.size(); b += both) {
+          const Rows<uint16_t>& batch = batches[b];
+          const uint16_t* from = batch.data() + place_in_z(batch.padded_count(), 0, at);
+          both = twice && b + 1 < batches.size() && batches[b + 1].padded_count() == most ? 2 : 1;
+          for (int t = 0; t < tiles; ++t) {
+            const uint16_t* tile = room.tile + t * TILE * stride + (at - begin);
+            float* sums = room.sums + t * sums_of_tile + b * most * TILE;
+            if (both == 2) {
+              kernels.multiply_tile_twice(tile, stride, width, from, batches[b + 1].data() - batch.data(), sums, some);
+            } else {
+              kernels.multiply_tile(tile, stride, width, from, batch.padded_count(), sums, some);
+            }
+            some.count = 0;
+          }
+        }
       }
     }
-    const float* sums = room.sums;
-    for (const Rows<uint16_t>& batch : batches) {
-      for (int r = 0; r < batch.count(); ++r) {
-        uint16_t* to = static_cast<uint16_t*>(y) + static_cast<size_t>(batch.first() + r) * d2 + first;
-        const float* sum = sums + r * TILE;
-        for (int c = 0; c < count; ++c) to[c] = to_bf16(outputs ? sum[c] * outputs[first + c] : sum[c]);
+    for (int t = 0; t < tiles; ++t) {
+      const int begin = first + t * TILE, count = std::min(TILE, d2 - begin);
+      const float* sums = room.sums + t * sums_of_tile;
+      for (const Rows<uint16_t>& batch : batches) {
+        for (int r = 0; r < batch.count(); ++r) {
+          uint16_t* to = static_cast<uint16_t*>(y) + static_cast<size_t>(batch.first() + r) * d2 + begin;
+          const float* sum = sums + r * TILE;
+          if (kernels.round && count == TILE) {
+            kernels.round(sum, outputs ? outputs + begin : nullptr, to);
+            continue;
+          }
+          for (int c = 0; c < count; ++c) to[c] = to_bf16(outputs ? sum[c] * outputs[begin + c] : sum[c]);
+        }
+        sums += most * TILE;
       }
-      sums += MAX_ROWS * TILE;
     }
   });
   if (out_of_memory) throw std::bad_alloc();
+}
+
+inline bool pays_to_unpack(const Kernels& kernels, int64_t rows, int otherwise) {
+  return kernels.multiply_tile && rows >= (kernels.multiply_tile_twice ? TWICE_TILED_ROWS : otherwise);
 }
 
 #ifdef COSPADI_X86
@@ -92,6 +130,8 @@ void interleave_avx512(uint16_t* tile, size_t stride, int width);
 // The same of the half of a tile.
 void interleave_half_avx512(uint16_t* half, size_t stride, int width);
 void unpack_levels_tile_avx512(const LevelRows&, int begin, int end, uint16_t* tile, size_t stride);
+void scale_avx512(const uint16_t* x, const float* scales, uint16_t* to);
+void round_avx512(const float* sums, const float* scales, uint16_t* to);
 void multiply_tile_avx512(const uint16_t* tile, size_t stride, int width, const uint16_t* x, int rows, float* sums,
                           Ahead ahead);
 #endif

@@ -84,6 +84,40 @@ void interleave_avx512(uint16_t* tile, size_t stride, int width) {
   for (int half = 0; half < TILE; half += LANES) interleave_half_avx512(tile + half * stride, stride, width);
 }
 
+namespace {
+
+// 16 floats as bf16, as `to_bf16` rounds them.
+inline __m256i rounded(__m512 values) {
+  const __m512i pattern = _mm512_castps_si512(values);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(pattern, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(pattern, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+  const __m512i kept = _mm512_mask_or_epi32(up, nan, pattern, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+}
+
+inline __m512 widened(const uint16_t* bf16) {
+  const __m256i some = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bf16));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(some), 16));
+}
+
+}  // namespace
+
+void scale_avx512(const uint16_t* x, const float* scales, uint16_t* to) {
+  for (int i = 0; i < ATOMS; i += LANES) {
+    const __m512 scaled = _mm512_mul_ps(widened(x + i), _mm512_loadu_ps(scales + i));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), rounded(scaled));
+  }
+}
+
+void round_avx512(const float* sums, const float* scales, uint16_t* to) {
+  for (int i = 0; i < TILE; i += LANES) {
+    __m512 sum = _mm512_loadu_ps(sums + i);
+    if (scales) sum = _mm512_mul_ps(sum, _mm512_loadu_ps(scales + i));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), rounded(sum));
+  }
+}
+
 void multiply_tile_avx512(const uint16_t* tile, size_t stride, int width, const uint16_t* x, int rows, float* sums,
                           Ahead ahead) {
   with_rows(rows, [&](auto count) { multiply<count>(tile, stride, width, x, sums, ahead); });
