@@ -28,6 +28,7 @@ from cospadi.format.safetensors import open_file
 from cospadi.format.schema import SENTINEL, StoredProjection
 from cospadi.runtime.dense import move_weights, read_fast
 from cospadi.runtime.layer import CompressedLinear
+from cospadi.runtime.pages import mapped_files
 from cospadi.runtime.swap import dictionary_holders, quantizer_of, swap_in_layers
 
 
@@ -182,9 +183,10 @@ class CospadiQuantizer(HfQuantizer):
         places = set(map(str, getattr(model, "hf_device_map", {}).values()))
         one_place = len(places) <= 1
         was_read_here, moved = self.files and places <= {"cpu"}, set[nn.Parameter]()
+        mapped = mapped_files(".safetensors") if was_read_here else []
         for module in model.modules():
             if was_read_here:
-                move_weights(module, moved)
+                move_weights(module, moved, mapped)
             if isinstance(module, CompressedLinear):
                 module.replaces_code = one_place  # what is offloaded comes and goes as it is stored
                 module.prepare(model.dtype)

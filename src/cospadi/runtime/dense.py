@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cospadi.runtime import cpu, op
-from cospadi.runtime.pages import moved
+from cospadi.runtime.pages import moved, release
 
 
 class DenseLinear(nn.Linear):
@@ -27,17 +27,21 @@ def read_fast(model: nn.Module) -> None:
                 module.__class__ = DenseLinear
 
 
-def move_weights(module: nn.Module, done: set[nn.Parameter]) -> None:
+def move_weights(module: nn.Module, done: set[nn.Parameter], files: list[range]) -> None:
     """Put what a module has just read into memory of its own, large tensors into large pages, so that the files need
     not stay mapped; not what is in modules within it.
 
     Args:
         done: parameters that were moved, of the whole model, which modules may share.
+        files: where files are mapped (`pages.mapped_files`), whose pages leave memory at once.
     """
 
     def own(tensor: Tensor) -> Tensor:
         copy = moved(tensor)
-        return tensor.clone() if copy is tensor else copy
+        if copy is tensor:
+            return tensor.clone()
+        release(tensor, files)
+        return copy
 
     with torch.no_grad():
         for parameter in module.parameters(recurse=False):

@@ -6,7 +6,9 @@ Linux gives large pages to who asks (transparent huge pages, of 2 MB on x86); wh
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,3 +35,20 @@ def moved(tensor: Tensor) -> Tensor:
     if nbytes < LEAST or tensor.device.type != "cpu" or not tensor.is_contiguous() or type(tensor) is not Tensor:
         return tensor
     return zeros(nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def mapped_files(suffix: str) -> list[range]:
+    """Addresses where files with this suffix are mapped into this process; none where the system does not tell."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text(errors="replace").splitlines() if maps.exists() else []
+    found = [line.split(maxsplit=1)[0].split("-") for line in lines if line.endswith(suffix)]
+    return [range(int(start, 16), int(end, 16)) for start, end in found]
+
+
+def release(tensor: Tensor, files: list[range]) -> None:
+    """Take the whole pages that a tensor lies in out of this process's memory, if they are a mapped file's; they are
+    read again by who looks at them."""
+    start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
+    if end - start >= LEAST and any(file.start <= start and end <= file.stop for file in files):
+        first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
