@@ -96,7 +96,7 @@ def test_a_loaded_model_holds_no_file_and_stays_what_it_was(
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not tell what is in memory")
 def test_pages_of_a_file_leave_memory_and_come_again(tmp_path: Path) -> None:
     """And nothing else does: of other memory they would be lost."""
-    path, expected = tmp_path / "one.safetensors", torch.arange(1 << 21)
+    path, expected = tmp_path / "a\u2028name - of\x1ca kind.safetensors", torch.arange(1 << 21)
     save_file({"one": expected}, path)
     with safe_open(path, "pt") as file:
         tensor = file.get_tensor("one")
@@ -104,14 +104,14 @@ def test_pages_of_a_file_leave_memory_and_come_again(tmp_path: Path) -> None:
     before = resident(path)
     if before < tensor.nbytes:
         pytest.skip("safetensors reads files here, and does not map them")
-    pages.release(tensor, pages.mapped_files("one.safetensors"))
+    pages.release(tensor, pages.mapped_files("kind.safetensors"))
     assert resident(path) < before - tensor.nbytes + (1 << 20)
-    pages.release(expected, pages.mapped_files("one.safetensors"))
+    pages.release(expected, pages.mapped_files("kind.safetensors"))
     assert torch.equal(tensor, expected)
     assert int(expected[-1]) == len(expected) - 1
 
 
 def resident(path: Path) -> int:
     """Bytes of a file that this process has in memory."""
-    entries = Path("/proc/self/smaps").read_text().split(str(path))[1:]
-    return sum(1024 * int(entry.split("Rss:")[1].split()[0]) for entry in entries)
+    entries = Path("/proc/self/smaps").read_bytes().split(bytes(path))[1:]
+    return sum(1024 * int(entry.split(b"Rss:")[1].split()[0]) for entry in entries)

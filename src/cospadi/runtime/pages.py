@@ -40,8 +40,8 @@ def moved(tensor: Tensor) -> Tensor:
 def mapped_files(suffix: str) -> list[range]:
     """Addresses where files with this suffix are mapped into this process; none where the system does not tell."""
     maps = Path("/proc/self/maps")
-    lines = maps.read_text(errors="replace").splitlines() if maps.exists() else []
-    found = [line.split(maxsplit=1)[0].split("-") for line in lines if line.endswith(suffix)]
+    lines = maps.read_bytes().split(b"\n") if maps.exists() else []  # names may have any other character
+    found = [line.split(b" ", 1)[0].split(b"-") for line in lines if line.endswith(suffix.encode())]
     return [range(int(start, 16), int(end, 16)) for start, end in found]
 
 
