@@ -54,9 +54,9 @@ def configurations(what: str, rows: int) -> list[Choice]:
         return [(outputs, 128 * warps, warps) for outputs in (4, 8, 16) for warps in (1, 2, 4)
                 if rows == 1 or outputs < 16]  # fmt: skip
     m = 16 if rows <= 16 else 64
-    tiles = [(32, 64, 4, 2), (64, 32, 4, 2), (16, 64, 4, 2), (32, 64, 4, 1), (64, 64, 8, 2), (16, 128, 8, 1),
+    shapes = [(32, 64, 4, 2), (64, 32, 4, 2), (16, 64, 4, 2), (32, 64, 4, 1), (64, 64, 8, 2), (16, 128, 8, 1),
              (32, 128, 8, 2), (128, 32, 8, 2)]  # fmt: skip
-    return [(m, *tile) for tile in tiles]
+    return [(m, *shape) for shape in shapes]
 
 
 def chosen(what: str, rows: int) -> str:
@@ -104,7 +104,8 @@ def main(
     begun, device = time.perf_counter(), torch.device("cpu" if kernels.INTERPRETED else "cuda")
     every = list(cases(shape or SHAPES, rows or ROWS))
     if share:
-        return compile_share(every, *map(int, share.split("/")), device)
+        index, count = map(int, share.split("/"))
+        return compile_share(every, index, count, device)
     count = max(1, (os.cpu_count() or 1) - 2)
     others = [
         subprocess.Popen(
