@@ -14,9 +14,9 @@ spread half the distance of the quartiles. GB/s are weight bytes as stored over 
 that of a copy of 1 GiB, read and write counted.
 
 Then whole models of random weights in a real one's shape, dense, at ratio 0.4 and of levels, with their memory; and
-the dense one is compressed, both ways, calibrated on random words: seconds of each stage,
-in passes of the calibration text, too, and the peak of the GPU's memory. What is known so far is written after every
-part, so that a limit of time loses only what follows.
+the dense one is compressed, both ways, calibrated on random words: seconds of each stage, in passes of the calibration
+text, too, and the peak of the GPU's memory. What is known so far is written after every part, so that a limit of time
+loses only what follows.
 """
 
 from __future__ import annotations
@@ -75,9 +75,8 @@ MODEL = "Llama-3.2-1B"
 RATIO, BITS = 0.4, 3.0
 """Sizes that the jobs compress a whole model to; the first, of whole models that are timed, too."""
 
-KINDS: dict[str, int | None] = {"ratio 0.4": None, "levels of 6 bits": 6, "levels of 4 bits": 4}
-"""Whole models that are timed, and the bits of their levels in memory: most of a model's at 3 bits take 6, at 2.5 bits
-4."""
+KINDS: dict[str, int | None] = {f"ratio {RATIO:g}": None} | {f"levels of {bits} bits": bits for bits in EQUAL_WIDTHS}
+"""Whole models that are timed, and the bits of their levels in memory."""
 
 PROMPTS = (512, 2048)
 WORDS = 400_000
@@ -408,9 +407,9 @@ def time_models(shape: str, device: torch.device, batches: Sequence[int] = (1, 4
             prefill(model, length, device)
             runs.append((f"prompt of {length}", length / min(prefill(model, length, device) for _ in range(3))))
         for what, speed in runs:
-            dense = next((one["speed"] for one in found if one["what"] == what), speed)
+            first = next((one["speed"] for one in found if one["what"] == what), speed)
             found.append({"model": kind, "bytes": taken, "what": what, "speed": speed})
-            print(f"| {kind} | {taken / 1e6:,.0f} | {what} | {speed:,.0f} | {speed / dense:.2f} |", flush=True)
+            print(f"| {kind} | {taken / 1e6:,.0f} | {what} | {speed:,.0f} | {speed / first:.2f} |", flush=True)
         del model
     return found
 

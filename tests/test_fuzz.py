@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -754,12 +755,13 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
 
 def is_row(line: list[str], path: Path, outer: Path) -> bool:
     """Whether a file or folder is of the rows that a comparison finished before it was stopped, which stay, whole."""
-    within = path.relative_to(outer / "case") if path.is_relative_to(outer / "case") else Path()
-    if line[0] != "compare" or within.parts[:1] != ("out",):
+    named = [value for flag, value in pairwise(line) if flag in ("-o", "--output")]
+    if line[0] != "compare" or not named or not path.is_relative_to(outer / "case" / named[-1]):
         return False
-    if within.parts[1:2] == ("rows",) and path.is_file():
+    within = path.relative_to(outer / "case" / named[-1]).parts
+    if within[:1] == ("rows",) and path.is_file():
         assert "seconds" in json.loads(path.read_text())
-    return len(within.parts) == 1 or within.parts[1] in ("rows", "work")
+    return not within or within[0] in ("rows", "work")
 
 
 @examples(80)

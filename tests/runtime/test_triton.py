@@ -86,7 +86,7 @@ def test_columns_of_several_warps_or_programs(
     k: int, d2: int, rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 8)
-    assert kernels.few_values(k, d2, 1, 8)[1] > 1
+    assert kernels.few_values(k, d2, 8)[1] > 1
     assert kernels.many_values(k, d2, 6, 8)[3] > 1
     Case((rows, k), d2, dtype=dtype).check()
 

@@ -13,8 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from cospadi import compat
-from cospadi.native import best_level, levels, library
+from cospadi import compat, native
+from cospadi.native import best_level, library
 from cospadi.runtime.levels import Levels
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -83,7 +83,7 @@ def sparse_matmul(
 def _takes_any_rows(dtype: torch.dtype, level: int) -> bool:
     """Whether the library's products of many rows are as fast as torch's, which use AMX where the CPU has it."""
     tiles = bool(_library().cospadi_level_multiplies_tiles(level))
-    as_fast = level == levels().get("amx") or not compat.cpu_multiplies_in_tiles()
+    as_fast = level == native.levels().get("amx") or not compat.cpu_multiplies_in_tiles()
     return dtype == torch.bfloat16 and tiles and as_fast
 
 

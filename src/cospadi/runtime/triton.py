@@ -122,7 +122,7 @@ def sparse_matmul(z: Tensor, support: Tensor, values: Tensor, offsets: Tensor, k
     stored = support, values, values.numel() * values.element_size(), offsets
     with _launching(z, "values", value_bits):
         if count <= DECODE_ROWS:
-            columns, spans = few_values(k, d2, count, _multiprocessors(z.device))
+            columns, spans = few_values(k, d2, _multiprocessors(z.device))
             kernels.decode[(-(-d2 // columns),)](
                 *(rows, *rows.stride(), *stored, y, count, k, d2),
                 *(value_bits, 1 << (count - 1).bit_length(), columns, spans),
@@ -143,7 +143,7 @@ def sparse_matmul(z: Tensor, support: Tensor, values: Tensor, offsets: Tensor, k
     return y
 
 
-def few_values(k: int, d2: int, rows: int, multiprocessors: int) -> tuple[int, int]:
+def few_values(k: int, d2: int, multiprocessors: int) -> tuple[int, int]:
     """Columns of a program, and how many warps divide the atoms of each among them."""
     spans, programs = 1, -(-d2 // DECODE_COLUMNS)
     while spans < MOST_SPANS and programs * spans < DECODE_WARPS * multiprocessors and spans * DECODE_TILE < k:
@@ -223,7 +223,7 @@ def level_matmul(x: Tensor, levels: Levels) -> Tensor:
                 *arguments, BITS=bits, M=1 << (count - 1).bit_length(), N=outputs, T=words, num_warps=warps
             )
         else:
-            m, outputs, words, warps, stages = many_levels(d1, d2, bits, count, _multiprocessors(x.device))
+            m, outputs, words, warps, stages = many_levels(d2, count, _multiprocessors(x.device))
             level_kernels.many[(-(-d2 // outputs), -(-count // m))](
                 *(*arguments, bits, operand, dtype, m, outputs, words), num_warps=warps, num_stages=stages
             )
@@ -242,7 +242,7 @@ def few_levels(d1: int, d2: int, bits: int, rows: int, multiprocessors: int) -> 
     return outputs, WORDS_A_WARP * warps, warps
 
 
-def many_levels(d1: int, d2: int, bits: int, rows: int, multiprocessors: int) -> tuple[int, int, int, int, int]:
+def many_levels(d2: int, rows: int, multiprocessors: int) -> tuple[int, int, int, int, int]:
     """Rows and outputs of a program, words of a plane that it takes at once, its warps, and stages of its loads."""
     m = 16 if rows <= 16 else 32 if rows <= 32 else 64
     outputs = 64
