@@ -32,11 +32,94 @@ void unpack(const LevelRows& levels, int inputs, Entry* out, Convert convert) {
   }
 }
 
-// The nearest level that so many bits hold; -128 is none.
-inline int16_t held(int16_t level, int bits) {
-  const int16_t most = static_cast<int16_t>((1 << (bits - 1)) - 1);
-  const int16_t least = static_cast<int16_t>(bits < MOST_BITS ? -most - 1 : -most);
-  return std::min(std::max(level, least), most);
+// Calls some(BITS), which then is a constant.
+template <class Some>
+void with_bits(int bits, const Some& some) {
+  switch (bits) {
+    case 2: return some(std::integral_constant<int, 2>());
+    case 3: return some(std::integral_constant<int, 3>());
+    case 4: return some(std::integral_constant<int, 4>());
+    case 5: return some(std::integral_constant<int, 5>());
+    case 6: return some(std::integral_constant<int, 6>());
+    case 7: return some(std::integral_constant<int, 7>());
+    default: return some(std::integral_constant<int, 8>());
+  }
+}
+
+// The largest and the smallest level that BITS hold; -128 is none.
+template <int BITS>
+constexpr int16_t MOST = (1 << (BITS - 1)) - 1;
+template <int BITS>
+constexpr int16_t LEAST = BITS < MOST_BITS ? -MOST<BITS> - 1 : -MOST<BITS>;
+
+// How many of these levels BITS do not hold. Counted in as many bits as a level has, which a compiler vectorizes.
+template <int BITS>
+int32_t too_large(const int16_t* row, int d1) {
+  constexpr int FEW = 1 << 14;
+  int32_t count = 0;
+  for (int first = 0; first < d1; first += FEW) {
+    const int last = std::min(d1, first + FEW);
+    int16_t some = 0;
+    for (int i = first; i < last; ++i) some += row[i] < LEAST<BITS> || row[i] > MOST<BITS>;
+    count += some;
+  }
+  return count;
+}
+
+// The low BITS of eight bytes, one after another: of two neighbours, then of two pairs, then of the two halves.
+template <int BITS>
+uint64_t squeezed(uint64_t bytes) {
+  constexpr uint64_t ONE = (1ull << BITS) - 1, TWO = (1ull << 2 * BITS) - 1, FOUR = (1ull << 4 * BITS) - 1;
+  constexpr uint64_t FIRST = ONE * 0x0001000100010001, SECOND = TWO * 0x0000000100000001;
+  bytes = (bytes & FIRST) | (bytes >> (8 - BITS) & FIRST << BITS);
+  bytes = (bytes & SECOND) | (bytes >> (16 - 2 * BITS) & SECOND << 2 * BITS);
+  return (bytes & FOUR) | (bytes >> (32 - 4 * BITS) & FOUR << 4 * BITS);
+}
+
+// The nearest level that BITS hold. Without references, with which a compiler would not vectorize it.
+template <int BITS>
+int16_t held(int16_t level) {
+  const int16_t enough = level < LEAST<BITS> ? LEAST<BITS> : level;
+  return enough > MOST<BITS> ? MOST<BITS> : enough;
+}
+
+// Packs ATOMS levels into `words`, and says whether BITS hold them all.
+template <int BITS>
+bool pack_some(const int16_t* levels, uint64_t* words) {
+  int16_t kept[ATOMS], difference = 0;
+  uint8_t low[ATOMS];
+  for (int b = 0; b < ATOMS; ++b) kept[b] = held<BITS>(levels[b]);
+  for (int b = 0; b < ATOMS; ++b) {
+    difference |= levels[b] ^ kept[b];
+    low[b] = static_cast<uint8_t>(kept[b]);
+  }
+  std::memcpy(words, low, sizeof(low));
+  for (int q = 0; q < ATOMS / EIGHT; ++q) words[q] = squeezed<BITS>(words[q]);
+  return !difference;
+}
+
+// Packs a row of levels, and says which ones BITS do not hold, and by how much.
+template <int BITS>
+void pack_row(const int16_t* row, int d1, uint8_t* to, int32_t* columns, float* rest) {
+  for (int i = 0; i < d1; i += ATOMS) {
+    const int count = std::min(ATOMS, d1 - i);
+    const int16_t* some = row + i;
+    int16_t padded[ATOMS] = {};
+    if (count < ATOMS) some = std::copy_n(some, count, padded) - count;
+    uint64_t words[ATOMS / EIGHT];
+    if (!pack_some<BITS>(some, words)) {
+      for (int b = 0; b < ATOMS; ++b) {
+        const int difference = some[b] - held<BITS>(some[b]);
+        if (!difference) continue;
+        *columns++ = i + b;
+        *rest++ = static_cast<float>(difference);
+      }
+    }
+    for (int q = 0; q < ATOMS / EIGHT; ++q, to += BITS) {
+      const bool last = i + ATOMS >= d1 && q + 1 == ATOMS / EIGHT;
+      std::memcpy(to, words + q, last ? BITS : sizeof(uint64_t));  // the next ones overwrite what is too much
+    }
+  }
 }
 
 // What is added to some levels, which are too large for their bits: of output j those from offsets[j] on.
@@ -160,9 +243,8 @@ EXPORT void cospadi_count_large(const int16_t* levels, int d2, int d1, int32_t* 
     for (int j = run * RUN; j < std::min(d2, (run + 1) * RUN); ++j) {
       const int16_t* row = levels + static_cast<size_t>(j) * d1;
       for (int bits = LEAST_BITS; bits <= MOST_BITS; ++bits) {
-        int32_t count = 0;
-        for (int i = 0; i < d1; ++i) count += held(row[i], bits) != row[i];
-        counts[static_cast<size_t>(bits - LEAST_BITS) * d2 + j] = count;
+        int32_t& count = counts[static_cast<size_t>(bits - LEAST_BITS) * d2 + j];
+        with_bits(bits, [&](auto known) { count = too_large<known>(row, d1); });
       }
     }
   });
@@ -175,29 +257,8 @@ EXPORT void cospadi_pack_levels(const int16_t* levels, int d2, int d1, uint8_t* 
   parallel(runs(d2), threads, [&](int run) {
     for (int j = run * RUN; j < std::min(d2, (run + 1) * RUN); ++j) {
       const int16_t* row = levels + static_cast<size_t>(j) * d1;
-      const int bits = all.bits(j);
       uint8_t* to = packed + (all.row(j) - packed);
-      int32_t e = offsets[j];
-      for (int i = 0; i < d1; i += ATOMS) {
-        int16_t some[ATOMS] = {}, kept[ATOMS], difference = 0;
-        std::memcpy(some, row + i, sizeof(int16_t) * std::min(ATOMS, d1 - i));
-        for (int b = 0; b < ATOMS; ++b) {
-          kept[b] = held(some[b], bits);
-          difference |= some[b] ^ kept[b];
-        }
-        for (int b = 0; difference && b < ATOMS; ++b) {
-          if (some[b] == kept[b]) continue;
-          columns[e] = i + b;
-          rest[e++] = static_cast<float>(some[b] - kept[b]);
-        }
-        for (int q = 0; q < ATOMS; q += EIGHT, to += bits) {
-          uint64_t word = 0;
-          for (int b = 0; b < EIGHT; ++b) {
-            word |= (static_cast<uint64_t>(static_cast<uint16_t>(kept[q + b])) & ((1u << bits) - 1)) << b * bits;
-          }
-          std::memcpy(to, &word, bits);
-        }
-      }
+      with_bits(all.bits(j), [&](auto known) { pack_row<known>(row, d1, to, columns + offsets[j], rest + offsets[j]); });
     }
   });
 }
