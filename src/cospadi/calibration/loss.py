@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+LOGITS = 2**22
+"""Logits that are in float32 at a time, or those of one token: a batch of all takes gigabytes where the vocabulary is
+large."""
 
 
 def total_loss(logits: Tensor, tokens: Tensor) -> float:
@@ -18,9 +22,18 @@ def total_loss(logits: Tensor, tokens: Tensor) -> float:
     Args:
         logits: (rows, length, vocabulary), any float dtype. tokens: int64 (rows, length), on the same device.
     """
-    predicted = logits[:, :-1].float()
-    losses = nn.functional.cross_entropy(predicted.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-    return float(losses.double().sum())
+    losses = [
+        nn.functional.cross_entropy(predicted.float(), following, reduction="none")
+        for predicted, following in _some_at_a_time(logits, tokens)
+    ]
+    return float(torch.cat(losses).double().sum())
+
+
+def _some_at_a_time(logits: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits (n, vocabulary) and the tokens that follow, (n,), of each row a few after another."""
+    count = max(1, LOGITS // logits.shape[-1])
+    for row, following in zip(logits[:, :-1], tokens[:, 1:], strict=True):
+        yield from zip(row.split(count), following.split(count), strict=True)
 
 
 @torch.inference_mode()
@@ -96,18 +109,24 @@ def compared(
         on_batch: called with the number of windows just done.
     """
     device = next(model.parameters()).device
+    shape = (len(windows), windows.shape[1] - 1)
     losses, divergences, likeliest = [], [], []
     for start in range(0, len(windows), batch_size):
         batch = windows[start : start + batch_size].to(device)
-        found = [one(input_ids=batch, use_cache=False).logits[:, :-1] for one in (model, reference)]
-        for tokens, *both in zip(batch[:, 1:], *found, strict=True):
-            p, q = (logits.float().log_softmax(-1) for logits in both)
+        found = [one(input_ids=batch, use_cache=False).logits for one in (model, reference)]
+        for (ours, tokens), (theirs, _) in zip(*(_some_at_a_time(logits, batch) for logits in found), strict=True):
+            p, q = (logits.float().log_softmax(-1) for logits in (ours, theirs))
             losses.append(torch.stack([-one.gather(-1, tokens[:, None])[:, 0] for one in (p, q)]).cpu())
             divergences.append((q.exp() * (q - p)).sum(-1).cpu())
             likeliest.append(torch.stack([one.argmax(-1) for one in (p, q)]).cpu())
         if on_batch:
             on_batch(len(batch))
-    return ByToken(windows, torch.stack(losses, 1), torch.stack(divergences), torch.stack(likeliest, 1))
+    return ByToken(
+        windows,
+        torch.cat(losses, 1).view(2, *shape),
+        torch.cat(divergences).view(shape),
+        torch.cat(likeliest, 1).view(2, *shape),
+    )
 
 
 def predicted_tokens(windows: Tensor) -> int:
