@@ -29,6 +29,7 @@ from cospadi.commands.comparison import (
     paired_error,
     standard_error,
 )
+from cospadi.format.form import DENSE_BITS
 
 RESULTS = Path(__file__).parent / "results" / "smollm2"
 SUMMARY = (
@@ -109,17 +110,18 @@ def summary_lines() -> list[str]:
 
 
 def table_lines() -> list[str]:
-    """A row a (ratio, method), the lowest perplexity first; accuracies in per cent."""
+    """A row a (ratio, method), the lowest perplexity first; bits a weight as reached where a row says it, accuracies in per cent."""
     rows = _rows()
     dense = dense_row(rows)
     tasks = list(dense["accuracy"])
-    head = ["ratio", "method", "perplexity", "ln(ppl / dense)", "KL", "average", "from dense", *tasks, "seconds"]
+    head = ["ratio", "bits", "method", "perplexity", "ln(ppl / dense)", "KL", "average", "from dense", *tasks, "seconds"]
     lines = []
     for row in sorted(rows, key=lambda row: (row["ratio_asked"], row["perplexity"])):
         of_dense = row["method"] == DENSE
         gain = f"{average(row) - average(dense):+.2f} ± {paired_error(row, dense):.2f}"
         shown = [
             "-" if of_dense else f"{row['ratio_asked']:g}",
+            "16" if of_dense else f"{DENSE_BITS * (1 - row.get('ratio_reached', row['ratio_asked'])):.2f}",
             row["method"],
             f"{row['perplexity']:.2f}",
             "-" if of_dense else f"{loss(row, dense):.4f}",
