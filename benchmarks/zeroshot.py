@@ -110,11 +110,13 @@ def summary_lines() -> list[str]:
 
 
 def table_lines() -> list[str]:
-    """A row a (ratio, method), the lowest perplexity first; bits a weight as reached where a row says it, accuracies in per cent."""
+    """A row a (ratio, method), the lowest perplexity first; bits a weight as reached, where a row says it; accuracies
+    in per cent."""
     rows = _rows()
     dense = dense_row(rows)
     tasks = list(dense["accuracy"])
-    head = ["ratio", "bits", "method", "perplexity", "ln(ppl / dense)", "KL", "average", "from dense", *tasks, "seconds"]
+    head = ["ratio", "bits", "method", "perplexity", "ln(ppl / dense)", "KL", "average", "from dense"]
+    head += [*tasks, "seconds"]
     lines = []
     for row in sorted(rows, key=lambda row: (row["ratio_asked"], row["perplexity"])):
         of_dense = row["method"] == DENSE
