@@ -24,8 +24,8 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 import cospadi
-from cospadi.commands import evaluate
-from cospadi.format import safetensors, schema, verify
+from cospadi.commands import evaluate, report
+from cospadi.format import card, safetensors, schema, verify
 from cospadi.heal import Healed, heal
 from cospadi.model import load
 from cospadi.recipe import Healing
@@ -118,6 +118,16 @@ def test_where_nothing_is_better_the_start_is_kept(
     answer = run("heal", start("default"), *words, "--steps", 4, "--learning-rate", 30)
     assert answer.code == 0, answer.err
     assert "None of 4 steps" in answer.out
+    assert hashes(tmp_path / "out") == hashes(start("default"))
+
+
+def test_where_there_is_no_time_for_a_step_it_says_what_took_it(
+    start: Callable[[str], Path], dense_folder: Path, text_file: Path, tmp_path: Path, run: Callable[..., Answer]
+) -> None:
+    words = ["--text", text_file, "-o", tmp_path / "out", "--teacher", dense_folder, "--length", 32]
+    answer = run("heal", start("default"), *words, "--minutes", 1e-6)
+    assert answer.code == 0, answer.err
+    assert "The time was over before the first step: the dense model's predictions took" in answer.out
     assert hashes(tmp_path / "out") == hashes(start("default"))
 
 
@@ -306,7 +316,7 @@ def test_mistakes_are_told_in_a_sentence(
     check_mistake(run("heal", folder, *words, "--steps", 1, "--minutes", 1), "--minutes or --steps")
     check_mistake(run("heal", folder, *words, "--minutes", 0), "minutes")
     check_mistake(run("heal", dense_folder, *words, "--steps", 1), "not a CoSpaDi checkpoint")
-    check_mistake(run("heal", folder, *words[:4], "--teacher", folder, "--steps", 1), "already quantized")
+    check_mistake(run("heal", folder, *words[:4], "--teacher", folder, "--steps", 1), "is compressed itself")
     check_mistake(run("heal", folder, "--text", short, *words[2:], "--steps", 1, "--length", 16), "one to set aside")
     check_mistake(run("heal", folder, *words, "--steps", 1, "--length", 1000), "64 positions")
     check_mistake(
@@ -364,8 +374,17 @@ def test_healed_twice_the_manifest_tells_of_both(
     start: Callable[[str], Path], dense_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """The norms are not the teacher's any more, which is still known by its hash."""
-    heal(start("default"), text_file, tmp_path / "one", Healing(**FEW), teacher=dense_folder)
+    folder = Path(shutil.copytree(start("default"), tmp_path / "start"))
+    (folder / "report.html").write_text(f"<!DOCTYPE html>{card.PAGE}")
+    (folder / "notes.html").write_text("<!DOCTYPE html>")
+    heal(folder, text_file, tmp_path / "one", Healing(**FEW), teacher=dense_folder)
     heal(tmp_path / "one", text_file, tmp_path / "two", Healing(**FEW), teacher=dense_folder)
+    assert not (tmp_path / "two" / "report.html").exists()  # of other weights
+    assert (tmp_path / "two" / "notes.html").exists()
+    facts = report.gather(tmp_path / "two").facts
+    assert [" steps towards the dense model on " in value for name, value in facts if name == "healed"] == [True, True]
+    assert card.ERROR in (folder / "README.md").read_text()
+    assert card.ERROR not in (tmp_path / "two" / "README.md").read_text() + str(facts)
     assert len(json.loads((tmp_path / "two" / "cospadi.json").read_text())["healed"]) == 2
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
     model.save_pretrained(tmp_path / "three")

@@ -269,7 +269,7 @@ def compress(
     data, parts = compressed_json(result, recipe), compressed_parts(result, recipe)
     done, failed = f"The model is compressed, and {output} is written.", None
     if report:
-        write(gather(output), output / REPORT)
+        write(gather(output, before=result.before or None), output / REPORT)
         parts.append(f"Report: {output / REPORT}")
     if repo is not None:
         again = f"{shlex.join(['cospadi', 'push', str(output), repo])} uploads it"

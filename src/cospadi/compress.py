@@ -81,9 +81,8 @@ def compress(
             opened(model, recipe, tokenizer, stages, engine, ledger, cache_bytes, target is None, shared)
         )
         parameters = sum(parameter.numel() for parameter in job.blocks.model.parameters())
-        sizes = safetensors.tensor_sizes(job.folder) if job.folder else {}
-        left_out = {name: sizes[name] for name in job.blocks.unknown} if job.recipe.text_only else {}
-        before = sum(sizes.values()) - sum(left_out.values()) if sizes else None
+        before = safetensors.tensor_sizes(job.folder) if job.folder else {}
+        left_out = {name: before.pop(name) for name in job.blocks.unknown} if job.recipe.text_only else {}
         if isinstance(plan, (str, Path)):
             plan = read_plan(Path(plan), job.uniform.projections, recipe)
         if plan is not None:
@@ -193,8 +192,8 @@ class Compressed:
         errors: projection -> relative error in the whitened metric, of the stored factors.
         covered: what part of the model's parameters lies in projections that the ratio counts.
         left_out: tensors of the source that the text-only class does not know, where that was asked for -> bytes.
-        bytes_before, bytes_after: of the whole checkpoint's tensors as stored, but for those left out; None where
-            nothing was read or written.
+        before: tensors of the source, but for those left out -> bytes as stored; none where nothing was read.
+        bytes_after: of all tensors that were written; None where none were.
         seconds: stage -> seconds.
         pass_seconds: of one plain forward pass of the calibration text through the dense model; None without text.
         folder: where it was written; None for a result in memory.
@@ -207,13 +206,18 @@ class Compressed:
     errors: dict[str, float]
     covered: float
     left_out: dict[str, int]
-    bytes_before: int | None
+    before: dict[str, int]
     bytes_after: int | None
     seconds: dict[str, float]
     pass_seconds: float | None
     folder: Path | None
     device: torch.device
     in_memory: nn.Module | None = None
+
+    @property
+    def bytes_before(self) -> int | None:
+        """Of the source's tensors together; None where nothing was read."""
+        return sum(self.before.values()) or None
 
     @cached_property
     def model(self) -> nn.Module:

@@ -23,6 +23,7 @@ from cospadi.calibration.text import sequence_length, text_windows
 from cospadi.compat import cpu_multiplies_bf16
 from cospadi.errors import UserError
 from cospadi.format.manifest import MANIFEST, weights_digest
+from cospadi.format.schema import is_compressed
 from cospadi.format.verify import read_checkpoint
 from cospadi.jobs.ledger import JobDirectory, Ledger
 from cospadi.jobs.pool import device_model
@@ -191,6 +192,8 @@ def _teacher(source: Path, manifest: dict[str, Any], given: str | Path | None) -
                 "--teacher"
             )
     folder = load.resolve(name)
+    if is_compressed(folder):
+        raise UserError(f"the teacher {name} is compressed itself. Name the dense model with --teacher")
     load.load_config(folder)
     return str(name), folder
 

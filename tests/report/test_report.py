@@ -22,6 +22,7 @@ from cospadi.budget.plan import Plan, dense_group, outlook
 from cospadi.calibration.loss import ByToken
 from cospadi.commands import report as gathering
 from cospadi.format import card
+from cospadi.format.sizes import size
 from cospadi.model import load
 from cospadi.report import figures, maps, page, tokens
 from cospadi.report.content import left
@@ -114,11 +115,11 @@ def test_sizes_are_those_of_the_files(measured: Page, folder: Path, dense_folder
         sum(tensor.nbytes for tensor in load_file(one / "model.safetensors").values()) for one in (dense_folder, folder)
     )
     percent = f"{100 * after / before:.0f} %"
-    assert rows["whole checkpoint"] == [figures.size(before), figures.size(after), percent]
-    assert rows["down_proj × 2"][0] == figures.size(2 * 2 * 80 * 48)
-    assert rows["o_proj"][:2] == [figures.size(2 * 2 * 48 * 48)] * 2
-    assert figures.size(999) == "999 bytes"
-    assert [figures.size(n) for n in (1000, 123456, 10**6, 25 * 10**9)] == ["1.00 kB", "123.5 kB", "1.00 MB", "25.0 GB"]
+    assert rows["whole checkpoint"] == [size(before), size(after), percent]
+    assert rows["down_proj × 2"][0] == size(2 * 2 * 80 * 48)
+    assert rows["o_proj"][:2] == [size(2 * 2 * 48 * 48)] * 2
+    assert size(999) == "999 bytes"
+    assert [size(n) for n in (1000, 123456, 10**6, 25 * 10**9)] == ["1.00 kB", "123.5 kB", "1.00 MB", "25.0 GB"]
 
 
 def test_quality_is_that_of_eval(
@@ -193,7 +194,7 @@ def test_maps_are_of_the_manifest_and_the_tensors(measured: Page, folder: Path) 
 
 def test_what_was_left_dense_is_told_with_its_reason(measured: Page, folder: Path) -> None:
     rows = {row[0]: row[1:] for row in measured.table("what number size why")}
-    assert rows["model.layers.*.self_attn.o_proj"] == ["2 tensors", figures.size(4 * 48 * 48), "--exclude *.o_proj"]
+    assert rows["model.layers.*.self_attn.o_proj"] == ["2 tensors", size(4 * 48 * 48), "--exclude *.o_proj"]
     assert rows["lm_head"][2] == "outside the decoder blocks"
     assert "cospadi compress MODEL --ratio 0.3 --metric two-sided" in measured.words
     assert "--exclude '*.o_proj'" in measured.words
@@ -349,7 +350,7 @@ def test_what_is_no_compressed_folder_is_refused(
     assert "is not a CoSpaDi checkpoint" in run("report", dense_folder, "-o", tmp_path / "x.html").err
     assert "Of a model on the hub name the file to write: --output" in run("report", "someone/model").err
     answer = run("report", tmp_path / "none")
-    assert (answer.code, "is not a folder" in answer.err) == (2, True)
+    assert (answer.code, "does not exist" in answer.err) == (2, True)
     assert not (tmp_path / "x.html").exists()
 
 

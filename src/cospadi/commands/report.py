@@ -39,7 +39,7 @@ def check_place(model: str | Path, output: Path | None) -> Path:
             raise UserError(f"{folder} is a file; a compressed model is a folder")
         if not folder.is_dir():
             hint = "" if hub.is_path(model) else f". Of a model on the hub name the file to write: --output {REPORT}"
-            raise UserError(f"{folder} is not a folder{hint}")
+            raise UserError(f"{folder} does not exist{hint}")
         output = folder / REPORT
     files.check_name(output, "report")
     if output.is_dir():
@@ -48,10 +48,8 @@ def check_place(model: str | Path, output: Path | None) -> Path:
         raise UserError(f"report {output} cannot be written: {output.parent} is not a folder")
     if not os.access(output.parent, os.W_OK):
         raise UserError(f"report {output} cannot be written: no permission in {output.parent}")
-    if output.exists():
-        with output.open("rb") as stream:
-            if page.GENERATOR.encode() not in stream.read(1000):
-                raise UserError(f"{output} is there, and is no report. Name another file, or remove it yourself")
+    if output.exists() and not card.is_page(output):
+        raise UserError(f"{output} is there, and is no report. Name another file, or remove it yourself")
     return output
 
 
@@ -65,12 +63,14 @@ def gather(
     stages: Stages | None = None,
     runtime: Runtime = "auto",
     text_field: str | None = None,
+    before: Mapping[str, int] | None = None,
 ) -> Content:
     """All that a report says of a compressed model.
 
     Args:
         against: the dense model, for sizes as they were. text: with it, what both are compared on; the rest is as of
             `evaluate.compare_models`.
+        before: tensor -> bytes of the dense model, where that is known already.
 
     Raises:
         UserError: no compressed model, or as there.
@@ -79,7 +79,7 @@ def gather(
     entries, manifest = verify.read_checkpoint(folder)
     stored = safetensors.stored_tensors(folder)
     name = folder.resolve().name if Path(model).expanduser().exists() else str(model)
-    before = measured = None
+    measured = None
     if against is not None:
         before = _sizes_before(load.resolve(against), entries)
         if text is not None:

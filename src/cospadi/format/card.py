@@ -22,7 +22,17 @@ CARRIED = ("license", "license_name", "license_link", "language", "datasets", "t
 
 REPOSITORY = re.compile(r"[a-zA-Z0-9][\w.-]{0,95}/[a-zA-Z0-9][\w.-]{0,95}", re.ASCII)
 MEASURED = "## Measured"
+ERROR = "mean relative error, whitened"
+"""The fact of a model that no longer holds once its numbers have changed."""
+PAGE = '<meta name="generator" content="cospadi report">'
+"""By which a page that `cospadi report` has written is known."""
 COMMAND = re.compile(r"^```\n(cospadi (?:eval|bench) .*)\n```\n", re.MULTILINE)
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that `cospadi report` has written."""
+    with path.open("rb") as stream:
+        return PAGE.encode() in stream.read(1000)
 
 
 def read(path: Path) -> str:
@@ -173,14 +183,14 @@ HEALED = """\
 ## Healed
 
 Its stored numbers were trained towards the predictions of the dense model by `cospadi heal`, supports, codes and bytes
-as they were: `cospadi.json` says on which text and how. Errors of projections that it was made with are not known any
-more.
+as they were: `cospadi.json` says on which text and how. How far its projections are from the dense ones is not known
+any more.
 """
 
 
 def healed(text: str) -> str:
-    """A card that says so, without what was measured before."""
-    text = without_measured(text)
+    """A card that says so, without what was known of the numbers that have changed."""
+    text = re.sub(rf"^\| {ERROR} \|.*\n", "", without_measured(text), flags=re.MULTILINE)
     return text if HEALED in text else f"{text.rstrip()}\n\n{HEALED}"
 
 

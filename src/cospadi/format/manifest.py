@@ -50,6 +50,26 @@ class ProjectionRecord(BaseModel):
     loss: LossRecord | None = None
 
 
+class HealingText(BaseModel):
+    """Sequences of so many tokens that healing has learned from, and those that it was judged by."""
+
+    name: str
+    sequences: StrictInt
+    held_out: StrictInt
+    length: StrictInt
+
+
+class HealingRecord(BaseModel):
+    """What the manifest says of a healing: the dense model, the text, and divergence from it before and after."""
+
+    model_config = ConfigDict(extra="allow")
+
+    teacher: dict[str, str]
+    text: HealingText
+    best_step: StrictInt
+    divergence: tuple[Number, Number]
+
+
 class Manifest(BaseModel):
     """The part of `cospadi.json` that reading relies on; other fields are for people."""
 
@@ -58,6 +78,7 @@ class Manifest(BaseModel):
     format_version: int
     projections: dict[str, ProjectionRecord] = {}
     dense: dict[str, StrictInt] = {}
+    healed: list[HealingRecord] = []
     files: dict[str, FileRecord] = {}
 
 

@@ -11,6 +11,9 @@ SMALL = 0.01
 
 REST = "everything else"
 
+UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
+"""Of 1,000 each, the largest first."""
+
 
 class Part(NamedTuple):
     """Some of a checkpoint.
@@ -69,6 +72,12 @@ def together(parts: Sequence[Part]) -> Part:
     """All of some parts whose bytes before are known."""
     before = sum(part.before for part in parts if part.before is not None)
     return Part("all", sum(part.number for part in parts), before, sum(part.after for part in parts))
+
+
+def size(nbytes: int) -> str:
+    """Bytes in the unit that leaves three digits or four, for reading."""
+    unit, name = next((unit, name) for unit, name in UNITS if nbytes >= unit or unit == 1)
+    return f"{nbytes:,} {name}" if unit == 1 else f"{nbytes / unit:.{2 if nbytes < 10 * unit else 1}f} {name}"
 
 
 def kind_of(name: str) -> str:

@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 
 from cospadi.calibration.loss import ByToken
 from cospadi.errors import UserError
-from cospadi.format.sizes import Part
+from cospadi.format.sizes import UNITS, Part, size
 
 INK, MUTED, RULE, FIRST, SECOND = COLOURS = ("#010203", "#020304", "#030405", "#040506", "#050607")
 """Stand for the style sheet's colours of these names, in lower case."""
@@ -47,16 +47,6 @@ EDGES = (-8.0, -4.0, -2.0, -1.0, -0.5, -0.2, -0.05, 0.05, 0.2, 0.5, 1.0, 2.0, 4.
 CHANCES = (0.9, 0.5, 0.1, 0.01)
 """What the dense model gave a token: bounds of the groups that SURE names."""
 SURE = ("over 90 %", "50 to 90 %", "10 to 50 %", "1 to 10 %", "under 1 %")
-
-
-UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
-"""Of 1,000 each, the largest first."""
-
-
-def size(nbytes: int) -> str:
-    """Bytes in the unit that leaves three digits or four, for reading."""
-    unit, name = next((unit, name) for unit, name in UNITS if nbytes >= unit or unit == 1)
-    return f"{nbytes:,} {name}" if unit == 1 else f"{nbytes / unit:.{2 if nbytes < 10 * unit else 1}f} {name}"
 
 
 def check_library() -> None:

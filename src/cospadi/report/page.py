@@ -10,13 +10,11 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cospadi.format import card as cards
+from cospadi.format import sizes
 from cospadi.report import figures, tokens
 from cospadi.report.content import Content, left, stays_dense
 from cospadi.report.maps import heat_maps
 from cospadi.stages import card
-
-GENERATOR = '<meta name="generator" content="cospadi report">'
-"""By which a report is known."""
 
 
 def render(content: Content) -> str:
@@ -25,7 +23,7 @@ def render(content: Content) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"size": figures.size, "signed": _signed, "quoted": shlex.quote}
+    environment.filters |= {"size": sizes.size, "signed": _signed, "quoted": shlex.quote}
     measured, parts = content.measured, [*content.selected, *content.kept]
     drawn = {"sizes": figures.sizes_figure(parts)}
     if measured is not None:
@@ -39,6 +37,7 @@ def render(content: Content) -> str:
         refined=content.refined,
         knows_errors=any(item["relative_error"] is not None for item in content.projections.values()),
         knows_losses=any(item["loss"] is not None for item in content.projections.values()),
+        healed=bool((content.manifest or {}).get("healed")),
         shares=len({item["dictionary"] for item in content.projections.values()}) < len(content.projections),
         source=((content.manifest or {}).get("source") or {}).get("model"),
         left=left(content),
@@ -48,14 +47,15 @@ def render(content: Content) -> str:
         parted=[] if measured is None else tokens.parted(measured),
         fractions=None if measured is None else tokens.fractions(measured.tokens),
         same_choice=None if measured is None else tokens.same_choice(measured.tokens),
-        generator=GENERATOR,
+        generator=cards.PAGE,
     )
 
 
 def markdown(content: Content) -> str:
     """A summary for a model card: size, quality where it was measured, how it was made."""
     parts = [f"## {cards.cell(content.name)}\n", f"{says(content)}\n"]
-    parts.append(f"### Size\n\n{card.size_table(content.selected, content.kept, content.whole)}")
+    table = card.size_table(content.selected, content.kept, content.whole, known=content.before is not None)
+    parts.append(f"### Size\n\n{table}")
     if (measured := content.measured) is not None:
         count, length = measured.tokens.windows.shape
         ours, dense = measured.perplexities
@@ -76,7 +76,7 @@ def says(content: Content) -> str:
     whole = content.whole
     return (
         f"{len(content.projections)} linear projections take {content.bits:.2f} bits a weight in place of 16; the "
-        f"whole checkpoint {figures.size(whole.after)} in place of {figures.size(whole.before or 0)}."
+        f"whole checkpoint {sizes.size(whole.after)} in place of {sizes.size(whole.before or 0)}."
     )
 
 

@@ -121,26 +121,26 @@ def _sizes(job: Job, plan: Plan, manifest: Mapping[str, Any], folder: Path | Non
     return f"## Size\n\n{size_table(sizes.selected_parts(selected), kept, whole)}"
 
 
-def size_table(selected: Sequence[Part], kept: Sequence[Part], whole: Part | None) -> str:
+def size_table(selected: Sequence[Part], kept: Sequence[Part], whole: Part | None, known: bool = True) -> str:
     """Parts of a checkpoint in Markdown, with what counts how.
 
     Args:
         kept: with `whole`; none where nothing was written.
+        known: whether the dense checkpoint is, else `whole` has projections of 16 bits a weight before.
     """
 
     def line(part: Part, name: str) -> list[str]:
-        return [name, "-" if part.before is None else megabytes(part.before), megabytes(part.after)]
+        return [name, "-" if part.before is None else sizes.size(part.before), sizes.size(part.after)]
 
     lines = [line(part, f"{part.kind}, {part.number} projections") for part in selected]
     lines.append(line(sizes.together(selected), "these projections together"))
     lines += [line(part, part.kind) for part in (*kept, whole) if part is not None]
     counted = "A dense projection counts 16 bits a weight"
-    counted += "." if whole is None else "; all else counts as it is stored, the whole checkpoint, too."
-    return f"{card.table(['part', 'before', 'after'], lines)}\n{counted}\n"
-
-
-def megabytes(nbytes: int) -> str:
-    return f"{nbytes / 1e6:,.2f} MB" if nbytes >= 10_000 else f"{nbytes:,} bytes"
+    if whole is not None and known:
+        counted += "; all else counts as it is stored, the whole checkpoint, too"
+    elif whole is not None:
+        counted += ", in the whole checkpoint, too; what was not compressed counts as it is stored now"
+    return f"{card.table(['part', 'before', 'after'], lines)}\n{counted}.\n"
 
 
 def _making(manifest: Mapping[str, Any], plan: Plan) -> str:
@@ -171,7 +171,7 @@ def facts(manifest: Mapping[str, Any], dense: int, stored: int) -> list[list[str
     ]
     errors = [entry["relative_error"] for entry in manifest["projections"].values() if "relative_error" in entry]
     if errors:
-        found.append(["mean relative error, whitened", f"{sum(errors) / len(errors):.4f}"])
+        found.append([card.ERROR, f"{sum(errors) / len(errors):.4f}"])
     return [
         *found,
         [
@@ -180,8 +180,19 @@ def facts(manifest: Mapping[str, Any], dense: int, stored: int) -> list[list[str
             if text
             else "none (data-free)",
         ],
+        *(["healed", _healed(record)] for record in manifest.get("healed", [])),
         ["made by", f"cospadi {manifest['package_version']}"],
     ]
+
+
+def _healed(record: Mapping[str, Any]) -> str:
+    """What `heal` has done once."""
+    teacher, text = record["teacher"].get("model") or "the dense model", record["text"]
+    before, after = record["divergence"]
+    return (
+        f"{record['best_step']:,} steps towards {teacher} on {text['name']}, {text['sequences']:,} sequences of "
+        f"{text['length']} tokens: KL divergence on {text['held_out']:,} others {before:.5f} before, {after:.5f} after"
+    )
 
 
 def command(manifest: Mapping[str, Any]) -> str:

@@ -65,15 +65,20 @@ def _hidden(_folder: str, names: list[str]) -> list[str]:
     return [name for name in names if name.startswith(".")]
 
 
+def _of_weights(folder: str, names: list[str]) -> list[str]:
+    """What other weights make untrue, a report of them too."""
+    found = [name for name in names if name.endswith((".safetensors", ".index.json")) or name == MANIFEST]
+    pages = [name for name in names if name.endswith(".html") and card.is_page(Path(folder) / name)]
+    return [*_hidden(folder, names), *found, *pages]
+
+
 def _write_changed(source: Path, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """The source's files with some tensors changed.
+    """The source's files with some tensors changed, without reports of it.
 
     Raises:
         OutputError: one of them is not what config.json says.
     """
-    shutil.copytree(source, folder, dirs_exist_ok=True, ignore=lambda where, names: [
-        *_hidden(where, names), *(name for name in names if name.endswith((".safetensors", ".index.json"))), MANIFEST
-    ])  # fmt: skip
+    shutil.copytree(source, folder, dirs_exist_ok=True, ignore=_of_weights)
     if (path := folder / card.CARD).is_file():
         path.write_text(card.healed(card.read(path)), encoding="utf-8", newline="")
     written: dict[str, safetensors.WrittenTensor] = {}
