@@ -27,7 +27,7 @@ from cospadi.format.schema import is_compressed
 from cospadi.format.verify import read_checkpoint
 from cospadi.jobs.ledger import JobDirectory, Ledger
 from cospadi.jobs.pool import device_model
-from cospadi.jobs.progress import Stages
+from cospadi.jobs.progress import Stages, hours
 from cospadi.jobs.ranks import Ranks, ranks
 from cospadi.model import hub, load
 from cospadi.recipe import Healing
@@ -286,6 +286,10 @@ def _taught(
     """What was set aside and what is learned, with the dense model's predictions, and its loss on the first."""
     opened = cache(model_of)
     clock.before = world.agreed(_spent(ledger) if world.first else None)
+
+    if clock.limit is not None:
+        most = TEACHER * clock.limit
+        log.info("the dense model reads up to %d sequences, for %s at most", len(aside) + len(training), hours(most))
 
     def goes_on(_rows: int) -> bool:
         return clock.steps is not None or clock.done(0) < TEACHER

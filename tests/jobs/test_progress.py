@@ -51,6 +51,27 @@ def test_time_left_is_what_the_caller_knows() -> None:
     assert found
 
 
+def test_the_log_tells_of_a_long_stage_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("cospadi.jobs.progress.time.monotonic", lambda: now)
+    with caplog.at_level("INFO", "cospadi"):
+        with Stages().stage("evaluate", 10) as stage:
+            for _ in range(10):
+                now += 11.0
+                stage.advance(1)
+        with Stages().stage("rows", 4) as stage:
+            now += 40.0
+            stage.reach(1, "row 2 of 4", 3725.0)
+    assert caplog.messages == [
+        "evaluate: 30 %",
+        "evaluate: 60 %",
+        "evaluate: 90 %",
+        "rows: 25 %, 1:02:05 left · row 2 of 4",
+    ]
+
+
 def test_the_log_tells_it_once_a_block(caplog: pytest.LogCaptureFixture) -> None:
     stages = Stages()
     with caplog.at_level("INFO", "cospadi"):
@@ -73,5 +94,5 @@ def test_events_of_a_stage_come_now_and_then_and_end_where_it_ended(monkeypatch:
     told = [event["done"] for event in events if event["stage"] == "solve"]
     assert 3 <= len(told) <= 4  # the first, one each half second of 1.6
     assert told == sorted(told)
-    assert events[0] == {"event": "stage", "stage": "solve", "done": 0.01, "note": "group 1"}
-    assert events[-1] == {"event": "stage", "stage": "text", "done": 1.0, "note": ""}
+    assert events[0] == {"event": "stage", "stage": "solve", "done": 0.01, "note": "group 1", "seconds_left": None}
+    assert events[-1] == {"event": "stage", "stage": "text", "done": 1.0, "note": "", "seconds_left": None}

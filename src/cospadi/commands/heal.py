@@ -38,7 +38,7 @@ def healed_lines(result: Healed) -> list[str]:
         teacher, judge = (tables.duration(result.seconds.get(stage, 0.0)) for stage in ("teacher", "judge"))
         return [
             f"The time was over before the first step: the dense model's predictions took {teacher}, judging the "
-            f"folder {judge}, and that is done once more at the end. {result.folder} is a copy of the folder. Give more "
+            f"folder {judge}, which is done once more at the end. {result.folder} is a copy of the folder. Give more "
             "--minutes or a smaller --length."
         ]
     read = f"{result.sequences:,} sequences of {result.length} tokens"

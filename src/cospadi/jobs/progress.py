@@ -24,6 +24,9 @@ log = logging.getLogger("cospadi")
 OFTEN = 0.5
 """Seconds between two events of a stage."""
 
+SELDOM = 30.0
+"""Seconds between two log lines of a stage, and before the first one: what takes less time says nothing."""
+
 Emit = Callable[[dict[str, Any]], None]
 """Takes an event: a mapping that JSON can hold, whose "event" says what it is."""
 
@@ -39,7 +42,8 @@ class Standing:
         loss: what their errors cost in the loss, in nats a token to second order; None where no gradients were taken.
         bits: a weight that these take, all told.
         bits_planned: what the plan gives them.
-        seconds_left: until all groups are solved, at the pace so far, earlier blocks' refinement included.
+        seconds_left: until all groups are solved, at the pace so far, earlier blocks' refinement included; None as long
+            as nobody knows what that takes.
         peak_memory: largest resident set of this process, in bytes; None where the system does not tell.
     """
 
@@ -49,19 +53,17 @@ class Standing:
     loss: float | None
     bits: float
     bits_planned: float
-    seconds_left: float
+    seconds_left: float | None
     peak_memory: int | None
 
     def __str__(self) -> str:
         parts = [
             f"block {self.block} of {self.blocks}",
-            f"{timedelta(seconds=round(self.seconds_left))} left to solve",
+            *([] if self.seconds_left is None else [f"{hours(self.seconds_left)} left to solve"]),
             f"error so far {self.error:.4f}" + ("" if self.loss is None else f", {self.loss:.4f} nats"),
             f"{self.bits:.2f} bits a weight, planned {self.bits_planned:.2f}",
         ]
-        if self.peak_memory is not None:
-            parts.append(f"memory up to {decimal(self.peak_memory)}")
-        return " · ".join(parts)
+        return " · ".join([*parts, *memory_told(self.peak_memory)])
 
 
 class _Left(TimeRemainingColumn):
@@ -69,7 +71,7 @@ class _Left(TimeRemainingColumn):
 
     def render(self, task: Task) -> Text:
         left = task.fields["left"]
-        return super().render(task) if left is None else Text(str(timedelta(seconds=round(left))), "progress.remaining")
+        return super().render(task) if left is None else Text(hours(left), "progress.remaining")
 
 
 class _Bars(Progress):
@@ -157,6 +159,8 @@ class Stage:
         """`told` is when each stage's last event was, in seconds."""
         self.name, self.total, self.done = name, total, 0.0
         self._bars, self._emit, self._note, self._told, self._moves = bars, emit, "", told, False
+        self._left: float | None = None
+        self._logged = time.monotonic()
         self._task = bars.add_task(name, total=total, note="", left=None) if bars else None
 
     def advance(self, amount: float, note: str | None = None) -> None:
@@ -172,6 +176,7 @@ class Stage:
 
     def reach(self, done: float, note: str | None = None, left: float | None = None) -> None:
         """So many units are done in all; `left` are the seconds that the others will take, where the caller knows."""
+        self._left = left
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, left=left)
         self.advance(done - self.done, note)
@@ -185,13 +190,19 @@ class Stage:
         self._tell()
 
     def _tell(self) -> None:
-        """Emit an event, unless there was one just now; the end of a stage is always told."""
-        if self._emit is None:
-            return
+        """Emit an event, unless there was one just now; the end of a stage is always told. Without events and bars, a
+        log line now and then."""
         now, done = time.monotonic(), min(1.0, self.done / self.total) if self.total else 1.0
+        if self._emit is None:
+            if self._bars is None and now - self._logged >= SELDOM and done < 1.0:
+                self._logged = now
+                left = "" if self._left is None else f", {hours(self._left)} left"
+                log.info("%s: %.0f %%%s%s", self.name, 100 * done, left, self._note and f" · {self._note}")
+            return
         if now - self._told.get(self.name, -OFTEN) >= OFTEN or done == 1.0:
             self._told[self.name] = now
-            self._emit({"event": "stage", "stage": self.name, "done": round(done, 4), "note": self._note})
+            told = {"stage": self.name, "done": round(done, 4), "note": self._note, "seconds_left": self._left}
+            self._emit({"event": "stage", **told})
 
 
 def emit_lines(event: dict[str, Any]) -> None:
@@ -208,6 +219,16 @@ def peak_memory() -> int | None:
 
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
+
+
+def memory_told(nbytes: int | None) -> list[str]:
+    """The largest resident set, for reading; nothing where it is not known."""
+    return [] if nbytes is None else [f"memory up to {decimal(nbytes)}"]
+
+
+def hours(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 class _PlainLines(logging.Formatter):

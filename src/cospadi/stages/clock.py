@@ -24,6 +24,13 @@ class Clock:
         """Seconds."""
         return self.before + time.monotonic() - self.start
 
+    def left(self, step: int, pace: float) -> float:
+        """Seconds that the run still has: of its time, or at so many a step."""
+        if self.steps is not None:
+            return max(0.0, (self.steps - step) * pace)
+        assert self.limit is not None
+        return max(0.0, self.limit - self.spent)
+
     def done(self, step: int, closing: float = 0.0) -> float:
         """Fraction of the run that is behind after so many steps, if its end takes so many seconds."""
         if self.steps is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from cospadi.calibration.distance import divergence
 from cospadi.calibration.loss import total_loss
 from cospadi.jobs.ledger import Ledger
-from cospadi.jobs.progress import Stage
+from cospadi.jobs.progress import Stage, hours, memory_told, peak_memory
 from cospadi.jobs.ranks import Ranks
 from cospadi.recipe import Healing
 from cospadi.stages.clock import Clock
@@ -101,6 +101,7 @@ def distil(
         _keep(student, optimizer, state, clock, ledger, ranks)
         log.info("before: divergence %.5f, loss %.4f", *state.quality)
     step, checked, checking = state.steps, clock.done(state.steps, closing), 0.0
+    first, begun_at = step, clock.spent
     while (fraction := ranks.agreed(clock.done(step, closing))) < 1 and state.idle < PATIENCE:
         rate = how.learning_rate * min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * fraction)) / 2
         for group in optimizer.param_groups:
@@ -110,13 +111,15 @@ def distil(
         student.put()
         step += 1
         fraction = ranks.agreed(clock.done(step, closing))
-        progress.reach(min(fraction, 1.0), f"step {step}")
+        left = clock.left(step, (clock.spent - begun_at) / (step - first))
+        progress.reach(min(fraction, 1.0), f"step {step}", left)
         due = int(fraction * CHECKS) > int(checked * CHECKS)
         if fraction >= 1 or (due and ranks.agreed(clock.steps is not None or checking <= CHECKING * clock.spent)):
             checked, begun = fraction, clock.spent
             now = ranks.agreed(judge(model, held) if ranks.first else None)
             checking += clock.spent - begun
-            log.info("step %d: divergence %.5f, loss %.4f", step, *now)
+            where = [f"step {step}", f"{hours(left)} left", "divergence {:.5f}, loss {:.4f}".format(*now)]
+            log.info(" · ".join([*where, *memory_told(peak_memory())]))
             better = now.divergence < state.quality.divergence
             state = state._replace(steps=step, idle=0 if better else state.idle + 1)
             if better:

@@ -43,6 +43,7 @@ class Tasks:
         missing = set(self.missing())
         self._done = self._before = self._total - sum(map(cost_of, missing))
         self._begun = time.monotonic()
+        self._first: int | None = None  # block that is solved in this run
         self._blocks = max((group.members[-1].block + 1 for group in keys), default=0)
         self._taken = self._planned = self._dense = self._projections = 0
         self._errors, self._losses = 0.0, list[float]()
@@ -88,16 +89,19 @@ class Tasks:
             self._done += cost_of(group)
             self._progress.reach(self._done + sum(self._parts.values()), "")
             self._count(group)
+            block = group.members[-1].block
+            self._first = block if self._first is None else self._first
+            known = block > self._first or not self.job.refines or self._done == self._total
             elapsed, fresh = time.monotonic() - self._begun, self._done - self._before
             self.job.stages.stand(
                 Standing(
-                    block=group.members[-1].block + 1,
+                    block=block + 1,
                     blocks=self._blocks,
                     error=self._errors / self._projections,
                     loss=sum(self._losses) if self._losses else None,
                     bits=DENSE_BITS * self._taken / self._dense,
                     bits_planned=DENSE_BITS * self._planned / self._dense,
-                    seconds_left=elapsed * (self._total - self._done) / fresh,
+                    seconds_left=elapsed * (self._total - self._done) / fresh if known else None,
                     peak_memory=peak_memory(),
                 )
             )
