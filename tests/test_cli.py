@@ -1245,6 +1245,7 @@ def test_doctor_of_a_dense_model_says_what_a_job_takes(run: Callable[..., Answer
     assert told["job_memory"] == pytest.approx(planned["estimate"]["memory_bytes"], rel=0.1)  # beside what is there
     assert told["job_disk"] == planned["estimate"]["disk_bytes"]
     assert (told["compressed"], told["job_seconds"], told["problems"]) == (False, None, [])
+    assert told["after"] < told["running"] < told["stored"]
     assert "compressing it to 5 bits, memory" in run("doctor", dense_folder, "--no-timing", "--bits", 5).out
 
 

@@ -122,16 +122,17 @@ def test_no_point_of_the_figure_vanishes() -> None:
             row = {"method": name, "bytes": 10**6 * (3 + place), "dense_bytes": 4 * 10**6, "perplexity": perplexity}
             rows.append(row | {"ratio_asked": 0.3, "bits_asked": None})
     (axis, *_) = comparison.figure(rows).axes
-    points = [line for line in axis.lines if line.get_marker() == "o"]
     low, high = axis.get_ylim()
-    assert len(points) == 5
     foot = 0.01 / 2
-    for line, (value, hollow) in zip(
-        points, [(0.5, False), (0.01, False), (foot, True), (foot, True), (foot, True)], strict=True
-    ):
-        assert low < line.get_ydata()[0] < high
-        assert line.get_ydata()[0] == pytest.approx(value)
-        assert (line.get_markerfacecolor() == "white") == hollow
+    expected = {"a": [(3, 0.5), (4, 0.01)], "b": [(3, foot), (4, foot)], "c": [(3, foot)]}
+    points: dict[str, list[tuple[float, float]]] = {}
+    for line in axis.lines:
+        if line.get_marker() == "o":
+            hollow = line.get_markerfacecolor() == "white"
+            points.setdefault("hollow" if hollow else line.get_label(), []).extend(line.get_xydata().tolist())
+    assert points.pop("hollow") == [pytest.approx(point) for name in "bc" for point in expected[name]]
+    assert points == {name: [pytest.approx(point) for point in some] for name, some in expected.items()}
+    assert all(low < y < high for some in points.values() for _, y in some)
     assert comparison.notes(rows) == ["c at ratio 0.3: its perplexity is beyond a float."]
 
 
@@ -230,6 +231,16 @@ def test_killed_it_resumes(compared: tuple[Path, Any], asked: dict[str, Any], tm
     assert {path.name for path in output.iterdir()} == FILES
 
 
+def test_what_failed_leaves_the_folder_free_for_another_text(asked: dict[str, Any], tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("Short.")
+    asked = asked | {"methods": ["wanda"], "bits": []}
+    with pytest.raises(cospadi.UserError, match="tokens"):
+        cospadi.compare(**asked | {"text": short}, output=tmp_path / "out")
+    dense, row = cospadi.compare(**asked, output=tmp_path / "out")
+    assert dense["text"] == row["text"] == asked["text"].name
+
+
 def test_no_resume_begins_unfinished_rows_anew(
     asked: dict[str, Any], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,7 +290,8 @@ def test_rows_of_another_are_refused(
         (["--ratios", "0.2,x"], "--ratios 0.2,x is no list of numbers"),
         (["--ratios", "1.5"], "ratio: Input should be less than 1"),
         (["--bits", "17"], "bits: Input should be less than 16"),
-        (["--ratios", "0.3", "--methods", ","], "method  is not known"),
+        (["--ratios", "0.3", "--methods", ","], "the name of a method is empty"),
+        (["--ratios", "0,3"], "--ratios 0,3 has a size of nothing. Write numbers with a point"),
         (["--ratios", "0.3", "--methods", "nobody"], "method nobody is not known. Use one of sparse, coded"),
         (["--ratios", "0.3", "--methods", "coded"], "method coded has no size: it is told bits, and only --ratios"),
         (["--bits", "3", "--methods", "coded,wanda"], "method wanda has no size: it is told ratios, and only --bits"),

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHARED_MODELS, Answer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import cospadi
 from cospadi.budget.plan import Plan, dense_group, outlook
@@ -198,6 +198,32 @@ def test_what_was_left_dense_is_told_with_its_reason(measured: Page, folder: Pat
     assert rows["lm_head"][2] == "outside the decoder blocks"
     assert "cospadi compress MODEL --ratio 0.3 --metric two-sided" in measured.words
     assert "--exclude '*.o_proj'" in measured.words
+
+
+def test_a_block_that_was_left_dense_is_shown(dense_folder: Path, run: Callable[..., Answer], tmp_path: Path) -> None:
+    flags = ["--ratio", 0.3, "--metric", "weights", "--iterations", 1, "--exclude", "*.layers.1.*", "--report"]
+    assert run("compress", dense_folder, "-o", tmp_path / "out", *flags).code == 0
+    page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    maps = [table for table in page.tables if table[0][0] == "block"]
+    assert maps
+    assert all(row[1:] == ["dense"] * 7 for table in maps for row in table if row[0] == "1")
+    sizes = {row[0]: row[1:] for row in page.table("part before after")}
+    assert sizes["down_proj, left dense"] == [size(2 * 80 * 48)] * 2 + ["100 %"]
+    before = sum(tensor.nbytes for tensor in load_file(dense_folder / "model.safetensors").values())
+    assert sizes["whole checkpoint"][0] == size(before)
+    assert "model.layers.1.mlp.down_proj" in [row[0] for row in page.table("what number size why")]
+
+
+def test_another_dense_model_than_it_was_made_of_is_told(
+    folder: Path, dense_folder: Path, text_file: Path, run: Callable[..., Answer], tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(dense_folder, tmp_path / "other"))
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    words = ["--text", text_file, *MEASURE]
+    assert "is not, by its hash, what" in run("report", folder, "--against", other, *words).err
+    assert "hash" not in run("report", folder, "--against", dense_folder, *words).err
 
 
 def manifest_of(folder: Path, **changes: Any) -> dict[str, Any]:

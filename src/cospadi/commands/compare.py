@@ -51,6 +51,9 @@ ROWS, WORK, MODELS, SHARED = "rows", "work", "models", "calibration"
 MARK = "comparison"
 """A file in WORK which says that this command made that folder, and may delete it."""
 
+FIGURES = {"bytes", "perplexity", "why_not"}
+"""Of which a row has one as soon as something is known."""
+
 NEEDED = {"of", "method", "ratio_asked", "bits_asked", "seconds"}
 """What every row has from its beginning."""
 
@@ -218,6 +221,8 @@ def cases_of(
         raise UserError("there is no size to compare at. Give --ratios R,R, --bits B,B or both")
     if methods is not None and not methods:
         raise UserError("there is no method to compare. Name some, or leave methods out")
+    if methods is not None and "" in methods:
+        raise UserError("the name of a method is empty. Write names with commas between: sparse,wanda")
     cases: dict[str, Case] = {}
     of_bits = {name: _has_levels(name, common) for name in dict.fromkeys(METHODS if methods is None else methods)}
     for name, has_levels in of_bits.items():
@@ -257,9 +262,12 @@ def parse_sizes(listed: str | None, flag: str) -> list[float]:
         UserError: something else.
     """
     try:
-        return [float(word) for word in listed.split(",")] if listed is not None else []
+        sizes = [float(word) for word in listed.split(",")] if listed is not None else []
     except ValueError:
         raise UserError(f"{flag} {listed} is no list of numbers. Write them with commas between: 0.2,0.3") from None
+    if not all(size > 0 for size in sizes):
+        raise UserError(f"{flag} {listed} has a size of nothing. Write numbers with a point, commas between: 0.2,0.3")
+    return sizes
 
 
 def _common(fields: Mapping[str, Any]) -> Recipe:
@@ -322,12 +330,16 @@ def read_rows(comparison: Comparison, place: str) -> list[dict[str, Any]]:
         if not row.keys() >= NEEDED or not isinstance(row["of"], dict):
             raise UserError(f"{path} is no row of a comparison. Name another --output, or take that file away")
         for name, here in _of(comparison, _case_of(row, comparison.common)).items():
-            if (there := row["of"].get(name)) != here:
+            if (there := row["of"].get(name)) != here and place == WORK and not FIGURES & row.keys():
+                path.unlink()  # of another comparison, which has come to nothing
+                break
+            if there != here:
                 raise UserError(
                     f"{path} is a row of another comparison, with {difference(name, there, here)}. Name another "
                     "--output, or take that file away"
                 )
-        rows.append(row)
+        else:
+            rows.append(row)
     return sorted_rows(rows)
 
 

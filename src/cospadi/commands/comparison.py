@@ -262,7 +262,7 @@ def draw(rows: Sequence[dict[str, Any]]) -> dict[str, bytes | None]:
 def figure(rows: Sequence[dict[str, Any]]) -> Any:
     """The loss added against bytes, a line a method, as matplotlib's Figure.
 
-    The axis of losses is logarithmic: what is no loss lies, hollow, on a line at its foot.
+    The axis of losses is logarithmic and broken at its foot, where what is no loss lies, hollow, on a line at 0.
     """
     from matplotlib.figure import Figure
 
@@ -277,13 +277,17 @@ def figure(rows: Sequence[dict[str, Any]]) -> Any:
     axis = drawing.add_subplot()
     for index, (method, some) in enumerate(sorted(points.items())):
         some, style = sorted(some), ("-", "--", ":")[index // 10 % 3]
-        axis.plot(
-            [x for x, _ in some], [max(y, foot) for _, y in some], style, color=f"C{index % 10}", label=method, zorder=2
-        )
+        drawn: dict[str, Any] = {"color": f"C{index % 10}", "marker": "o", "markersize": 5}
+        heights = [max(y, foot) for _, y in some]
+        axis.plot([x for x, _ in some], heights, linestyle=style, label=method, zorder=2, **drawn)
         for x, y in some:
-            face = f"C{index % 10}" if y > NO_LOSS else "white"
-            axis.plot(x, max(y, foot), "o", markersize=5, color=f"C{index % 10}", markerfacecolor=face, zorder=3)
+            if y <= NO_LOSS:
+                axis.plot(x, foot, markerfacecolor="white", zorder=3, **drawn)
     axis.axhspan(foot / 2, foot, color="0.94", zorder=0.5)
+    axis.plot(  # the axis is broken between 0 and the smallest loss
+        [0], [foot * 2**0.5], marker=[(-1, -0.6), (1, 0.6)], markersize=9, color="0.2", clip_on=False,
+        transform=axis.get_yaxis_transform(),
+    )  # fmt: skip
     axis.axhline(foot, color="0.5", linewidth=0.8, linestyle=(0, (6, 4)), zorder=1)
     axis.annotate(
         f"no loss (less than {NO_LOSS:.5f})", (0.99, foot), xycoords=("axes fraction", "data"), xytext=(0, -3),
@@ -294,8 +298,8 @@ def figure(rows: Sequence[dict[str, Any]]) -> Any:
     top = axis.get_ylim()[1]
     decades = range(math.floor(math.log10(foot)), math.ceil(math.log10(top)))
     ticks = [part * 10.0**decade for decade in decades for part in (1, 2, 5)]
-    ticks = [tick for tick in ticks if foot < tick < top]
-    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    ticks = [tick for tick in ticks if 1.5 * foot < tick < top]
+    axis.set_yticks([foot, *ticks], ["0", *(f"{tick:g}" for tick in ticks)])
     axis.minorticks_off()
     axis.set_title(f"{dense['model']}, {dense['text']}", fontsize=10)
     axis.grid(alpha=0.3, linewidth=0.5)

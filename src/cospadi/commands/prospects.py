@@ -17,11 +17,16 @@ from cospadi.commands import tables
 from cospadi.commands.bench import memory_of_loading
 from cospadi.commands.estimate import estimate
 from cospadi.format import safetensors, schema, verify
+from cospadi.format.form import DENSE_BITS
 from cospadi.model import load
 from cospadi.recipe import Recipe
 
 BITS = 3.0
 """To which a dense model would be compressed, if nothing else is said."""
+
+HELD = 2.5
+"""Bits a weight that levels take in memory beyond those of their code, roughly: SmolLM2-135M-Instruct and a Llama of
+9.1M parameters at 3 bits take 5.5."""
 
 
 @dataclass
@@ -34,7 +39,7 @@ class Prospects:
         memory_free, disk_free: bytes that this process may still have, the disk's in the folder where it runs.
         gpu_free: the same of the GPU that is used; None without one.
         bits: a weight of the job that is looked ahead at; None for a compressed model.
-        after: bytes of the tensors it would leave.
+        after: bytes of the tensors it would leave. running: of those once they are loaded, roughly: codes are decoded.
         job_memory, job_disk, job_seconds: what it would take, as `cospadi plan` tells; None where that is not known.
         weights, load_seconds: memory of the model's tensors once it is loaded, and the time of loading and one token:
             measured of a compressed model; of a dense one what is stored, and no time.
@@ -50,6 +55,7 @@ class Prospects:
     gpu_free: int | None
     bits: float | None = None
     after: int | None = None
+    running: int | None = None
     job_memory: int | None = None
     job_disk: int | None = None
     job_seconds: float | None = None
@@ -98,7 +104,9 @@ def prospects(model: str, bits: float = BITS, device: str = "auto", timing: bool
             f"Running {model} as it is takes {tables.gigabytes(ahead.before)}, and {tables.gigabytes(room)} are free."
         )
     if ahead.after is not None:
-        _too_large(found, f"running {model}, compressed,", ahead.after, room, where)
+        dense, stored = ahead.plan.dense_bytes, ahead.plan.bytes
+        found.running = ahead.after + min(round(HELD / DENSE_BITS * dense), dense - stored)
+        _too_large(found, f"running {model}, compressed,", found.running, room, where)
     _too_large(found, f"compressing {model}", costs.memory_bytes, found.memory_free + (gpu_free or 0), where)
     if costs.disk_bytes > found.disk_free:
         found.problems.append(
@@ -150,6 +158,7 @@ def prospects_table(found: Prospects) -> Table:
     if found.bits is not None and found.job_memory is not None and found.job_disk is not None:
         name = f"compressing it to {found.bits:g} bits"
         table.add_row(f"{name}, leaves", tables.megabytes(found.after))
+        table.add_row(f"{name}, weights in memory", tables.megabytes(found.running))
         table.add_row(f"{name}, memory", tables.gigabytes(found.job_memory))
         table.add_row(f"{name}, disk", tables.gigabytes(found.job_disk))
         table.add_row(f"{name}, time", "-" if found.job_seconds is None else tables.duration(found.job_seconds))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from cospadi.commands import evaluate
 from cospadi.commands.inspect import inspect_json
 from cospadi.errors import UserError
 from cospadi.format import card, safetensors, schema, verify
+from cospadi.format.manifest import weights_digest
 from cospadi.format.schema import StoredProjection
 from cospadi.jobs.progress import Stages
 from cospadi.model import hub, load
@@ -19,6 +21,8 @@ from cospadi.report import page, tokens
 from cospadi.report.content import Content, Measured, Score
 from cospadi.report.figures import check_library
 from cospadi.runtime.layer import Runtime
+
+log = logging.getLogger("cospadi")
 
 REPORT = "report.html"
 
@@ -81,8 +85,15 @@ def gather(
     name = folder.resolve().name if Path(model).expanduser().exists() else str(model)
     measured = None
     if against is not None:
-        before = _sizes_before(load.resolve(against), entries)
+        dense = load.resolve(against)
+        before = _sizes_before(dense, entries)
         if text is not None:
+            told = (manifest or {}).get("source") or {}
+            if told.get("weights_sha256") not in (None, weights_digest(dense)):
+                log.warning(
+                    "%s is not, by its hash, what %s was made of: where the page says dense it speaks of that one",
+                    against, folder,
+                )  # fmt: skip
             how = (length, batch_size, device, stages, runtime, text_field)
             measured = _measure(folder, against, text, *how)
     return Content(

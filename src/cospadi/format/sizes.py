@@ -43,7 +43,7 @@ def selected_parts(sizes: Mapping[str, tuple[int, int]]) -> list[Part]:
 
 
 def kept_parts(selected: Collection[str], before: Mapping[str, int], after: Mapping[str, int]) -> list[Part]:
-    """What is no selected projection, by kind, small kinds together.
+    """What is no selected projection, by kind, small kinds together; a kind of which others are selected says so.
 
     Args:
         before, after: tensor name -> bytes.
@@ -54,6 +54,8 @@ def kept_parts(selected: Collection[str], before: Mapping[str, int], after: Mapp
         module = name.rpartition(".")[0]
         if module not in selected:
             kinds[kind_of(module)].append(name)
+    for kind in {kind_of(name) for name in selected} & kinds.keys():
+        kinds[f"{kind}, left dense"] = kinds.pop(kind)
     small = [kind for kind, names in kinds.items() if sum(after[name] for name in names) < SMALL * whole]
     if rest := [name for kind in small for name in kinds.pop(kind)]:
         kinds[REST] = rest

@@ -156,24 +156,38 @@ def left(content: Content) -> list[Left]:
     if dense := manifest.get("dense"):
         why = "selected; the budget left it dense"
         found.append(Left(kinds_of(list(dense)), _many(len(dense), "projection"), sum(dense.values()), why))
-    groups: dict[tuple[str, str], list[int]] = {}
+    groups: dict[tuple[str, str], dict[str, int]] = {}
     for name, tensor in content.tensors.items():
-        module, _, part = name.rpartition(".")
+        module = name.rpartition(".")[0]
         if module in content.projections:
             continue
         inside = any(piece.isdigit() for piece in name.split("."))
-        if inside and len(tensor.shape) >= 2 and part != "bias":
+        if _is_matrix(name, tensor):
             key = kinds_of([module]), _why_not(module, manifest.get("recipe") or {})
         elif inside:
             key = "norms, biases and other vectors of the blocks", "too small to be worth it"
         else:
             key = module or name, "outside the decoder blocks"
-        groups.setdefault(key, []).append(tensor.nbytes)
-    found += [Left(what, _many(len(some), "tensor"), sum(some), why) for (what, why), some in groups.items()]
+        groups.setdefault(key, {})[name] = tensor.nbytes
+    for (what, why), some in groups.items():
+        whole = next(iter(some)).rpartition(".")[0] if len(some) == 1 and "*" in what else what
+        found.append(Left(whole, _many(len(some), "tensor"), sum(some.values()), why))
     if out := manifest.get("left_out"):
         why = "left out: --text-only, and the text-only class does not know them"
         found.append(Left(", ".join(out["parts"]), _many(out["tensors"], "tensor"), out["bytes"], why))
     return found
+
+
+def _is_matrix(name: str, tensor: StoredTensor) -> bool:
+    """Whether a tensor is a matrix of a block."""
+    inside = any(piece.isdigit() for piece in name.split("."))
+    return inside and len(tensor.shape) >= 2 and not name.endswith(".bias")
+
+
+def not_selected(content: Content) -> list[str]:
+    """Modules of the blocks whose weights nobody selected."""
+    found = [name.rpartition(".")[0] for name, tensor in content.tensors.items() if _is_matrix(name, tensor)]
+    return [module for module in found if module not in content.projections]
 
 
 def _why_not(name: str, recipe: Mapping[str, Any]) -> str:

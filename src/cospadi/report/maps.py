@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cospadi.format.form import DENSE_BITS
@@ -54,22 +54,24 @@ class _Figure(NamedTuple):
     exponent: bool = False
 
 
-def heat_maps(projections: Mapping[str, Item], of_weights: bool = False) -> list[Map]:
+def heat_maps(projections: Mapping[str, Item], of_weights: bool = False, left: Collection[str] = ()) -> list[Map]:
     """The maps of all figures that are known.
 
     Args:
+        left: modules whose weights are as they were, shown where others of their kind have figures.
         of_weights: errors are those of weights, since no text was read.
     """
     figures = [_ERROR._replace(says=OF_WEIGHTS) if of_weights else _ERROR, *_FIGURES]
-    return [found for figure in figures if (found := _heat_map(figure, projections)) is not None]
+    return [found for figure in figures if (found := _heat_map(figure, projections, left)) is not None]
 
 
-def _heat_map(figure: _Figure, projections: Mapping[str, Item]) -> Map | None:
+def _heat_map(figure: _Figure, projections: Mapping[str, Item], left: Collection[str]) -> Map | None:
     grid: dict[tuple[int, str], list[Item]] = {}
     for name, item in projections.items():
         block, kind = _place(name)
         grid.setdefault((block, kind), []).append(item)
     kinds = list(dict.fromkeys(kind for _, kind in grid))
+    dense = {(block, kind) for block, kind in map(_place, left) if kind in kinds}
     values = {place: figure.of(items) for place, items in grid.items()}
     known = [value for value in values.values() if value is not None]
     if not known:
@@ -80,7 +82,8 @@ def _heat_map(figure: _Figure, projections: Mapping[str, Item]) -> Map | None:
     def cell(block: int, kind: str) -> Cell:
         value, items = values.get((block, kind)), grid.get((block, kind), [])
         if value is None:
-            return Cell("dense" if any(item["layout"] == "dense" for item in items) else "-", None)
+            is_dense = (block, kind) in dense or any(item["layout"] == "dense" for item in items)
+            return Cell("dense" if is_dense else "-", None)
         part = (value - low) / (high - low) if high > low else 0.5
         return Cell(form(value), round(part * SHADES))
 
@@ -90,7 +93,10 @@ def _heat_map(figure: _Figure, projections: Mapping[str, Item]) -> Map | None:
         f"{figure.says}{unit}",
         figure.warm,
         [(_short(kind, kinds), kind) for kind in kinds],
-        [(str(block), [cell(block, kind) for kind in kinds]) for block in sorted({block for block, _ in grid})],
+        [
+            (str(block), [cell(block, kind) for kind in kinds])
+            for block in sorted({block for block, _ in [*grid, *dense]})
+        ],
         (figure.foot, ["-" if value is None else form(value) for value in foot]),
         form(low),
         form(high),

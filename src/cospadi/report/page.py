@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from cospadi.format import card as cards
 from cospadi.format import sizes
 from cospadi.report import figures, tokens
-from cospadi.report.content import Content, left, stays_dense
+from cospadi.report.content import Content, left, not_selected, stays_dense
 from cospadi.report.maps import heat_maps
 from cospadi.stages import card
 
@@ -33,7 +33,7 @@ def render(content: Content) -> str:
         content=content,
         measured=measured,
         log_ratio=None if measured is None else _log_ratio(measured.perplexities),
-        maps=heat_maps(content.projections, of_weights="calibration" not in (content.manifest or {})),
+        maps=heat_maps(content.projections, "calibration" not in (content.manifest or {}), not_selected(content)),
         refined=content.refined,
         knows_errors=any(item["relative_error"] is not None for item in content.projections.values()),
         knows_losses=any(item["loss"] is not None for item in content.projections.values()),
