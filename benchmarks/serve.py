@@ -74,7 +74,8 @@ def server(folder: Path, options: list[str]) -> Iterator[int]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", "model", "--host", "127.0.0.1", "--port", str(port), *options]
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "NO_COLOR": "1"})
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "4", **os.environ, "NO_COLOR": "1"}  # GiB
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
             deadline = time.monotonic() + STARTS
             while not _is_ready(port):

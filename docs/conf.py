@@ -9,7 +9,7 @@ from latex2mathml.converter import convert
 from sphinx.application import Sphinx
 from sphinx.writers.html5 import HTML5Translator
 
-from cospadi import Recipe, __version__
+from cospadi import Healing, Recipe, __version__
 
 project, author, release = "CoSpaDi", "the CoSpaDi developers", __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
@@ -44,9 +44,9 @@ def add_contents(_app: Sphinx, page: str, source: list[str]) -> None:
 
 
 def add_fields(_app: Sphinx, _what: str, _name: str, described: Any, _options: Any, lines: list[str]) -> None:
-    """What each field of the recipe is, which stands beside the field and in no docstring."""
-    if described is Recipe:
-        lines += ["", *(f":param {name}: {field.description}" for name, field in Recipe.model_fields.items())]
+    """What each field of a recipe is, which stands beside the field and in no docstring."""
+    if described in (Recipe, Healing):
+        lines += ["", *(f":param {name}: {field.description}" for name, field in described.model_fields.items())]
 
 
 def inline_formula(page: HTML5Translator, formula: nodes.math) -> None:

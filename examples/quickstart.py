@@ -16,6 +16,7 @@ The same as a notebook: examples/quickstart.ipynb, which `python scripts/noteboo
 import atexit
 import json
 import math
+import os
 import socket
 import subprocess
 import sys
@@ -77,7 +78,8 @@ with socket.create_server(("127.0.0.1", 0)) as free:
     port = free.getsockname()[1]
 with Path("server.log").open("wb") as log:
     command = [sys.executable, *words, "--host", "127.0.0.1", "--port", str(port)]
-    server = subprocess.Popen(command, stdout=log, stderr=log)
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ  # GiB; else vLLM wants nearly all memory on a CPU
+    server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 atexit.register(server.kill)
 
 

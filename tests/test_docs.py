@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import typer
 from conftest import Answer
 from hub import Hub
 from markdown_it import MarkdownIt
@@ -22,6 +23,7 @@ from questions import CHOOSE, QUESTIONS
 
 import cospadi
 from cospadi.calibration import documents
+from cospadi.cli import app
 from cospadi.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,6 +132,37 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in [str(child.attrGet("href") or child.attrGet("src") or "") for child in children]:
         if file := target.partition("#")[0]:
             assert ":" in file or (page.parent / file).exists(), f"{page.relative_to(ROOT)} links to {target}"
+
+
+def named_commands(page: Path) -> list[list[str]]:
+    """The words of each command of ours that a page names, those within a sentence too, as far as they are words."""
+    children = [child for token in tokens(page) for child in token.children or []]
+    lines = [child.content for child in children if child.type == "code_inline"]
+    for block in blocks(page):
+        lines += block.text.replace("\\\n", " ").splitlines()
+    found = []
+    for line in lines:
+        words = line.partition("#")[0].strip("` ").split()
+        if len(words) > 1 and words[0] == "cospadi" and words[1][0].isalpha():
+            found.append(words)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_options_that_a_page_names_are_there(page: Path) -> None:
+    """Of those that run elsewhere, or not at all, too."""
+    commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for words in named_commands(page):
+        name = words[1].strip(",.:;")
+        assert name in commands, f"{page.name}: {' '.join(words)}"
+        if commands[name].context_settings.get("ignore_unknown_options"):
+            continue  # another program's
+        options = {
+            option for parameter in commands[name].params for option in parameter.opts + parameter.secondary_opts
+        }
+        for word in words[2:]:
+            if word.startswith("-") and word[1:2].isalpha() | word.startswith("--"):
+                assert word.partition("=")[0].rstrip(",.])") in options | {"--help"}, f"{page.name}: {' '.join(words)}"
 
 
 def test_what_runs_elsewhere_is_there() -> None:

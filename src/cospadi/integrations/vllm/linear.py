@@ -141,7 +141,10 @@ class Part:
         whole = bool(self.outputs.all() and atoms.all())
         like = torch.empty(0, dtype=dtype, device=device)
         if form.codec.coded and op.takes_levels(like):
-            numbers, outputs, inputs = EC.decode_levels(values)
+            try:
+                numbers, outputs, inputs = EC.decode_levels(values)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.name}: {error}") from None
             if not whole:
                 numbers = numbers[self.outputs][:, atoms].contiguous()
                 outputs, inputs = outputs[self.outputs], inputs[atoms]
@@ -237,7 +240,10 @@ class CospadiLinearMethod(LinearMethodBase):
         for part in self.parts:
             missing = [leaf for leaf in part.own_tensors() if leaf not in part.tensors]
             if missing:
-                raise CheckpointError(f"tensor {part.name}.{missing[0]} is in none of the files that vLLM read")
+                raise CheckpointError(
+                    f"tensor {part.name}.{missing[0]} is in none of the files that vLLM read. (With --load-format dummy "
+                    "it reads none: a compressed model needs them)"
+                )
         owners = list(dict.fromkeys(part.owner for part in self.parts if part.owner is not None))
         layer.products = nn.ModuleList(Dense(self._dictionary(owner, device)) for owner in owners)
         with set_default_torch_dtype(torch.float32):  # which is the model's here
