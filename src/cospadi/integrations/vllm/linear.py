@@ -241,8 +241,8 @@ class CospadiLinearMethod(LinearMethodBase):
             missing = [leaf for leaf in part.own_tensors() if leaf not in part.tensors]
             if missing:
                 raise CheckpointError(
-                    f"tensor {part.name}.{missing[0]} is in none of the files that vLLM read. (With --load-format dummy "
-                    "it reads none: a compressed model needs them)"
+                    f"tensor {part.name}.{missing[0]} is in none of the files that vLLM read (with --load-format dummy "
+                    "it reads none, which a compressed model needs)"
                 )
         owners = list(dict.fromkeys(part.owner for part in self.parts if part.owner is not None))
         layer.products = nn.ModuleList(Dense(self._dictionary(owner, device)) for owner in owners)
