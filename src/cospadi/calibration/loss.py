@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-LOGITS = 2**22
-"""Logits that are in float32 at a time, or those of one token: a batch of all takes gigabytes where the vocabulary is
-large."""
+LOGITS = 2**24
+"""Logits that are in float32 at a time, at most, and at least half as many of a longer row: a batch of all takes
+gigabytes where the vocabulary is large, and pieces of less than 32 MB leave holes in glibc's heap, gigabytes as well."""
 
 
 def total_loss(logits: Tensor, tokens: Tensor) -> float:
@@ -31,9 +31,9 @@ def total_loss(logits: Tensor, tokens: Tensor) -> float:
 
 def _some_at_a_time(logits: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits (n, vocabulary) and the tokens that follow, (n,), of each row a few after another."""
-    count = max(1, LOGITS // logits.shape[-1])
+    parts = max(1, -(-logits[0, :-1].numel() // LOGITS))
     for row, following in zip(logits[:, :-1], tokens[:, 1:], strict=True):
-        yield from zip(row.split(count), following.split(count), strict=True)
+        yield from zip(row.tensor_split(parts), following.tensor_split(parts), strict=True)
 
 
 @torch.inference_mode()
