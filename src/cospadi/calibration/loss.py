@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 LOGITS = 2**24
-"""Logits that are in float32 at a time, at most, and at least half as many of a longer row: a batch of all takes
-gigabytes where the vocabulary is large, and pieces of less than 32 MB leave holes in glibc's heap, gigabytes as well."""
+"""Logits that are in float32 at a time, or those of one token: a batch of all takes gigabytes where the vocabulary is
+large."""
 
 
 def total_loss(logits: Tensor, tokens: Tensor) -> float:
@@ -22,18 +22,27 @@ def total_loss(logits: Tensor, tokens: Tensor) -> float:
     Args:
         logits: (rows, length, vocabulary), any float dtype. tokens: int64 (rows, length), on the same device.
     """
-    losses = [
-        nn.functional.cross_entropy(predicted.float(), following, reduction="none")
-        for predicted, following in _some_at_a_time(logits, tokens)
-    ]
-    return float(torch.cat(losses).double().sum())
+    following = tokens[:, 1:]
+    losses = logits.new_empty(following.shape, dtype=torch.float32)
+    for row, some in _pieces(logits.shape):
+        losses[row, some] = nn.functional.cross_entropy(
+            logits[row, some].float(), following[row, some], reduction="none"
+        )
+    return float(losses.double().sum())
 
 
-def _some_at_a_time(logits: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits (n, vocabulary) and the tokens that follow, (n,), of each row a few after another."""
-    parts = max(1, -(-logits[0, :-1].numel() // LOGITS))
-    for row, following in zip(logits[:, :-1], tokens[:, 1:], strict=True):
-        yield from zip(row.tensor_split(parts), following.tensor_split(parts), strict=True)
+def _pieces(shape: torch.Size) -> Iterator[tuple[int, slice]]:
+    """Rows and some of their predictions at a time, all but the last of each row, of logits of this shape.
+
+    What comes of a piece is to be written to a place that was there before: small tensors that outlive large ones
+    leave holes in glibc's heap.
+    """
+    rows, length, vocabulary = shape
+    parts = max(1, -(-(length - 1) * vocabulary // LOGITS))
+    step = max(1, -(-(length - 1) // parts))
+    for row in range(rows):
+        for first in range(0, length - 1, step):
+            yield row, slice(first, min(first + step, length - 1))
 
 
 @torch.inference_mode()
@@ -110,23 +119,21 @@ def compared(
     """
     device = next(model.parameters()).device
     shape = (len(windows), windows.shape[1] - 1)
-    losses, divergences, likeliest = [], [], []
+    losses, divergences = torch.empty(2, *shape), torch.empty(shape)
+    likeliest = torch.empty(2, *shape, dtype=torch.int64)
     for start in range(0, len(windows), batch_size):
         batch = windows[start : start + batch_size].to(device)
         found = [one(input_ids=batch, use_cache=False).logits for one in (model, reference)]
-        for (ours, tokens), (theirs, _) in zip(*(_some_at_a_time(logits, batch) for logits in found), strict=True):
-            p, q = (logits.float().log_softmax(-1) for logits in (ours, theirs))
-            losses.append(torch.stack([-one.gather(-1, tokens[:, None])[:, 0] for one in (p, q)]).cpu())
-            divergences.append((q.exp() * (q - p)).sum(-1).cpu())
-            likeliest.append(torch.stack([one.argmax(-1) for one in (p, q)]).cpu())
+        for row, some in _pieces(found[0].shape):
+            p, q = (logits[row, some].float().log_softmax(-1) for logits in found)
+            place, following = (start + row, some), batch[row, 1:][some, None]
+            divergences[place] = (q.exp() * (q - p)).sum(-1).cpu()
+            for one, logs in enumerate((p, q)):
+                losses[one, *place] = -logs.gather(-1, following)[:, 0].cpu()
+                likeliest[one, *place] = logs.argmax(-1).cpu()
         if on_batch:
             on_batch(len(batch))
-    return ByToken(
-        windows,
-        torch.cat(losses, 1).view(2, *shape),
-        torch.cat(divergences).view(shape),
-        torch.cat(likeliest, 1).view(2, *shape),
-    )
+    return ByToken(windows, losses, divergences, likeliest)
 
 
 def predicted_tokens(windows: Tensor) -> int:
