@@ -212,7 +212,7 @@ def born(path: Path, seen: dict[Path, int] = {}) -> int:  # noqa: B006  remember
 def test_a_time_bounds_all_of_it(
     start: Callable[[str], Path], dense_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    how = Healing(minutes=0.1, length=32, batch=64)
+    how = Healing(minutes=0.1, length=32, batch=64, learning_rate=0.002)
     begun = time.monotonic()
     result = heal(start("default"), text_file, tmp_path / "out", how, teacher=dense_folder)
     assert time.monotonic() - begun < 6 + 3  # loading takes what it takes

@@ -47,7 +47,7 @@ def record(number: int) -> dict[str, Any]:
 def test_what_a_task_reports_late_is_shown_in_the_bar_of_now() -> None:
     groups = [Group((Projection(f"p{n}", 0, "p", 4, 4),), None, 4, 0, Parts(0, 0, 0)) for n in range(3)]
     stages = Stages(Console(file=io.StringIO(), force_terminal=True))
-    job: Any = SimpleNamespace(stages=stages, ledger=Ledger(), pool=Late())
+    job: Any = SimpleNamespace(stages=stages, ledger=Ledger(), pool=Late(), refines=False)
     with (
         stages.shown(),
         Tasks(job, "solve", keys_of("factors", groups), lambda n: n, lambda n: (record(n), None)) as tasks,
