@@ -377,6 +377,7 @@ def test_healed_twice_the_manifest_tells_of_both(
     folder = Path(shutil.copytree(start("default"), tmp_path / "start"))
     (folder / "report.html").write_text(f"<!DOCTYPE html>{card.PAGE}")
     (folder / "notes.html").write_text("<!DOCTYPE html>")
+    (folder / "site.html").mkdir()
     heal(folder, text_file, tmp_path / "one", Healing(**FEW), teacher=dense_folder)
     heal(tmp_path / "one", text_file, tmp_path / "two", Healing(**FEW), teacher=dense_folder)
     assert not (tmp_path / "two" / "report.html").exists()  # of other weights

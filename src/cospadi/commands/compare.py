@@ -319,7 +319,8 @@ def _clear(folder: Path, but: Collection[str]) -> None:
 
 
 def read_rows(comparison: Comparison, place: str) -> list[dict[str, Any]]:
-    """The rows in a folder of a comparison, finished or under way: dense first, then by size, the best first.
+    """The rows in a folder of a comparison, finished or under way: dense first, then by size, the best first. One that
+    another comparison has begun and got no figure for is removed.
 
     Raises:
         UserError: one of them is of another model, text or recipe.

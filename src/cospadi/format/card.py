@@ -30,7 +30,9 @@ COMMAND = re.compile(r"^```\n(cospadi (?:eval|bench) .*)\n```\n", re.MULTILINE)
 
 
 def is_page(path: Path) -> bool:
-    """Whether a file is a page that `cospadi report` has written."""
+    """Whether this is a page that `cospadi report` has written."""
+    if not path.is_file():
+        return False
     with path.open("rb") as stream:
         return PAGE.encode() in stream.read(1000)
 
