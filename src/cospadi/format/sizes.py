@@ -54,14 +54,13 @@ def kept_parts(selected: Collection[str], before: Mapping[str, int], after: Mapp
         module = name.rpartition(".")[0]
         if module not in selected:
             kinds[kind_of(module)].append(name)
-    for kind in {kind_of(name) for name in selected} & kinds.keys():
-        kinds[f"{kind}, left dense"] = kinds.pop(kind)
+    chosen = {kind_of(name) for name in selected}
     small = [kind for kind, names in kinds.items() if sum(after[name] for name in names) < SMALL * whole]
     if rest := [name for kind in small for name in kinds.pop(kind)]:
         kinds[REST] = rest
     return [
         Part(
-            kind,
+            f"{kind}, left dense" if kind in chosen else kind,
             len(names),
             sum(before[name] for name in names) if all(name in before for name in names) else None,
             sum(after[name] for name in names),
