@@ -40,8 +40,8 @@ from cospadi.stages.teacher import Targets, check_teacher, split, teach
 
 log = logging.getLogger("cospadi")
 
-TEACHER = 0.25
-"""Part of the time that the dense model may take: a pass forward is a third of a step of training."""
+TEACHER = 1 / 6
+"""Part of the time that the dense model may take: a sequence costs it a quarter or a fifth of what training on it does."""
 
 LENGTH = 256
 """Tokens of a sequence, unless told otherwise."""

@@ -42,6 +42,12 @@ def library() -> ctypes.CDLL | None:
     stored: list[Any] = [pointer, pointer, size, pointer, *[number] * 3]
     found.cospadi_multiply.argtypes = [pointer, pointer, ctypes.c_int64, number, *stored, number, number]
     found.cospadi_unpack.argtypes = [pointer, number, number, number, *stored, number, number]
+    # support, offsets, d2, k, threads
+    masked: list[Any] = [pointer, pointer, *[number] * 3]
+    found.cospadi_scatter.argtypes = [pointer, pointer, *masked]
+    found.cospadi_scatter.restype = None
+    found.cospadi_gather.argtypes = [pointer, number, pointer, *masked]
+    found.cospadi_gather.restype = None
     found.cospadi_multiply_dense.argtypes = [pointer, pointer, ctypes.c_int64, pointer, number, number, number, number]
     found.cospadi_gram.argtypes = [pointer, pointer, *[number] * 4]
     # packed levels, their places, what is beside them

@@ -65,6 +65,25 @@ def test_products_and_unpacking(level: str, dtype: torch.dtype, bits: int, k: in
             assert_product(cpu.sparse_matmul(z, mask, values, offsets, k, bits, number), z, coefficients)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("k", "d2"), [(1, 1), (7, 3), (33, 40), (64, 65), (515, 100)])
+def test_entries_of_a_mask_go_to_a_matrix_and_come_back(k: int, d2: int, threads: int, dtype: torch.dtype) -> None:
+    """Against torch's masked_scatter and masked_select."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    for density in (0.0, 0.4, 1.0):
+        support = random_support(d2, k, density)
+        mask = packing.pack_support(support)
+        offsets = packing.column_offsets(mask)
+        values = torch.randn(int(support.sum()), generator=torch.Generator().manual_seed(k)).to(dtype)
+        dense = torch.randn(k, d2, generator=torch.Generator().manual_seed(d2)).to(dtype).T
+        there, back = cpu.scatter(mask, values, offsets, k), cpu.gather(mask, dense, offsets)
+        assert torch.equal(there, packing.unpack_coefficients(mask, values, k).float())
+        assert torch.equal(back, dense[support].float())
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("shape", [(0, 20), (2, 0, 20), (20,), (2, 3, 20), (1, 1, 20)])
 def test_leading_shapes(shape: tuple[int, ...]) -> None:
     mask, values, offsets, coefficients = stored(random_support(9, 20, 0.5), 14)
@@ -276,6 +295,7 @@ def test_under_address_sanitizer(tmp_path: Path) -> None:
 
 
 DRIVER = r"""
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -290,6 +310,8 @@ int cospadi_multiply(const void*, void*, int64_t, int, const uint8_t*, const uin
                      int, int, int);
 int cospadi_unpack(void*, int, int, int, const uint8_t*, const uint8_t*, size_t, const int32_t*, int, int, int, int,
                    int);
+void cospadi_scatter(const float*, float*, const uint8_t*, const int32_t*, int, int, int);
+void cospadi_gather(const void*, int, float*, const uint8_t*, const int32_t*, int, int, int);
 int cospadi_multiply_levels(const void*, void*, int64_t, int, const uint8_t*, const int32_t*, const int32_t*,
                             const int32_t*, const float*, int, int, const float*, const float*, int, int);
 void cospadi_unpack_levels(void*, int, int, int, const uint8_t*, const int32_t*, const int32_t*, const int32_t*,
@@ -403,6 +425,16 @@ int main() {
           const size_t size = (static_cast<size_t>(offsets[d2]) * bits + 7) / 8;
           std::unique_ptr<uint8_t[]> values(new uint8_t[size]);
           for (size_t i = 0; i < size; ++i) values[i] = 0x3D;
+          std::unique_ptr<float[]> numbers(new float[offsets[d2]]), back(new float[offsets[d2]]);
+          std::unique_ptr<float[]> dense(new float[d2 * k]);
+          std::unique_ptr<uint16_t[]> halves(new uint16_t[d2 * k]);
+          for (int i = 0; i < offsets[d2]; ++i) numbers[i] = static_cast<float>(i);
+          for (int i = 0; i < d2 * k; ++i) halves[i] = 0x3F80;
+          cospadi_scatter(numbers.get(), dense.get(), support.get(), offsets.get(), d2, k, 1);
+          cospadi_gather(dense.get(), 0, back.get(), support.get(), offsets.get(), d2, k, 1);
+          if (!std::equal(numbers.get(), numbers.get() + offsets[d2], back.get())) return 10;
+          cospadi_gather(halves.get(), 1, back.get(), support.get(), offsets.get(), d2, k, 1);
+          if (!std::all_of(back.get(), back.get() + offsets[d2], [](float x) { return x == 1; })) return 11;
           for (int rows : {1, 3, 9}) {
             std::unique_ptr<float[]> z(new float[rows * k]), y(new float[rows * d2]), s(new float[d2 * k]);
             for (int i = 0; i < rows * k; ++i) z[i] = static_cast<float>(random() % 7);

@@ -10,10 +10,12 @@ which is at most KL(p || q), and is that where all tokens are kept. It is 0 for 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from cospadi.calibration.loss import pieces
 
 LEAST = 1e-9
 """Least probability of all other tokens, so that its logarithm is a number."""
@@ -32,10 +34,15 @@ class Predictions(NamedTuple):
 
 
 def likeliest(logits: Tensor, top: int) -> Predictions:
-    """Of logits (..., length, vocabulary)."""
-    logs = logits[..., :-1, :].float().log_softmax(-1)
-    found, tokens = logs.topk(min(top, logits.shape[-1]), dim=-1)
-    return Predictions(tokens.to(torch.int32), found.to(torch.float16))
+    """Of logits (rows, length, vocabulary)."""
+    rows, length, vocabulary = logits.shape
+    shape = (rows, length - 1, min(top, vocabulary))
+    tokens, logs = logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=torch.float16)
+    for place in pieces(logits):
+        part = logits[place].float()
+        found, tokens[place] = part.topk(shape[-1], dim=-1)
+        logs[place] = found - part.logsumexp(-1, keepdim=True)
+    return Predictions(tokens, logs)
 
 
 def the_text_itself(tokens: Tensor) -> Predictions:
@@ -45,15 +52,52 @@ def the_text_itself(tokens: Tensor) -> Predictions:
 
 
 def divergence(logits: Tensor, kept: Predictions) -> Tensor:
-    """In nats, (..., length - 1), of each prediction of logits (..., length, vocabulary)."""
-    logits = logits[..., :-1, :].float()
-    theirs = kept.logs.float()
-    ours = logits.gather(-1, kept.tokens.long()) - logits.logsumexp(-1, keepdim=True)
-    p, q = theirs.exp(), ours.exp()
-    found = (p * (theirs - ours)).sum(-1)
-    if p.shape[-1] == logits.shape[-1]:
+    """In nats, float32 (rows, length - 1), of each prediction of logits (rows, length, vocabulary)."""
+    found: Tensor = _Divergence.apply(logits, *kept)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Divergence(torch.autograd.Function):
+    """With the gradient written down, so that nothing in float32 is as large as the logits: of softmax q and with Q the
+    sum of the kept q_i, and P of their p_i,
+
+        d / d logit_j = q_j (P - p_rest Q / (1 - Q)) + (p_rest q_j / (1 - Q) - p_j, if j is one of the kept).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, logs: Tensor) -> Tensor:
+        found = logits.new_empty(tokens.shape[:-1], dtype=torch.float32)
+        total = torch.empty_like(found)
+        for place in pieces(logits):
+            part = logits[place].float()
+            total[place] = part.logsumexp(-1)
+            theirs = logs[place].float()
+            ours = part.gather(-1, tokens[place].long()) - total[place][:, None]
+            found[place] = (theirs.exp() * (theirs - ours)).sum(-1)
+            rest, left = _others(theirs, ours, logits.shape[-1])
+            found[place] += torch.special.xlogy(rest, rest) - rest * left.log()
+        ctx.save_for_backward(logits, tokens, logs, total)
         return found
-    rest = (1 - p.sum(-1)).clamp(min=0)
-    left = (1 - q.sum(-1)).clamp(min=LEAST)
-    others: Tensor = torch.special.xlogy(rest, rest) - rest * left.log()
-    return found + others
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, tokens, logs, total = ctx.saved_tensors
+        gradient = torch.zeros_like(logits)
+        for place in pieces(logits):
+            part = logits[place].float().sub_(total[place][:, None])
+            kept, theirs = tokens[place].long(), logs[place].float()
+            ours = part.gather(-1, kept)
+            p, q = theirs.exp(), ours.exp()
+            rest, left = _others(theirs, ours, logits.shape[-1])
+            ratio = torch.where(left > LEAST, rest / left, 0.0)
+            part.exp_().mul_((grad[place] * (p.sum(-1) - ratio * q.sum(-1)))[:, None])
+            part.scatter_add_(-1, kept, grad[place][:, None] * (ratio[:, None] * q - p))
+            gradient[place] = part
+        return gradient, None, None
+
+
+def _others(theirs: Tensor, ours: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Probability of all tokens that are not kept, by the other model and by ours: 0 and 1 where there are none."""
+    if theirs.shape[-1] == vocabulary:
+        return torch.zeros_like(theirs[:, 0]), torch.ones_like(ours[:, 0])
+    return (1 - theirs.exp().sum(-1)).clamp(min=0), (1 - ours.exp().sum(-1)).clamp(min=LEAST)

@@ -13,6 +13,9 @@ LOGITS = 2**24
 """Logits that are in float32 at a time, or those of one token: a batch of all takes gigabytes where the vocabulary is
 large."""
 
+CACHED = 2**20
+"""The same on a CPU, in whose cache they stay."""
+
 
 def total_loss(logits: Tensor, tokens: Tensor) -> float:
     """Negative log-likelihood of every token but the first of each row, in nats, all added up.
@@ -24,21 +27,22 @@ def total_loss(logits: Tensor, tokens: Tensor) -> float:
     """
     following = tokens[:, 1:]
     losses = logits.new_empty(following.shape, dtype=torch.float32)
-    for row, some in _pieces(logits.shape):
+    for row, some in pieces(logits):
         losses[row, some] = nn.functional.cross_entropy(
             logits[row, some].float(), following[row, some], reduction="none"
         )
     return float(losses.double().sum())
 
 
-def _pieces(shape: torch.Size) -> Iterator[tuple[int, slice]]:
-    """Rows and some of their predictions at a time, all but the last of each row, of logits of this shape.
+def pieces(logits: Tensor) -> Iterator[tuple[int, slice]]:
+    """Rows of logits (rows, length, vocabulary) and some of their predictions at a time, all but the last of each row.
 
     What comes of a piece is to be written to a place that was there before: small tensors that outlive large ones
     leave holes in glibc's heap.
     """
-    rows, length, vocabulary = shape
-    parts = max(1, -(-(length - 1) * vocabulary // LOGITS))
+    rows, length, vocabulary = logits.shape
+    most = CACHED if logits.device.type == "cpu" else LOGITS
+    parts = max(1, -(-(length - 1) * vocabulary // most))
     step = max(1, -(-(length - 1) // parts))
     for row in range(rows):
         for first in range(0, length - 1, step):
@@ -124,7 +128,7 @@ def compared(
     for start in range(0, len(windows), batch_size):
         batch = windows[start : start + batch_size].to(device)
         found = [one(input_ids=batch, use_cache=False).logits for one in (model, reference)]
-        for row, some in _pieces(found[0].shape):
+        for row, some in pieces(found[0]):
             p, q = (logits[row, some].float().log_softmax(-1) for logits in found)
             place, following = (start + row, some), batch[row, 1:][some, None]
             divergences[place] = (q.exp() * (q - p)).sum(-1).cpu()

@@ -135,6 +135,37 @@ def unpack(
     return out.to(dtype)
 
 
+def has_entries(support: Tensor | None, numbers: Tensor) -> bool:
+    """Whether `scatter` and `gather` take a mask and these numbers."""
+    return (
+        AVAILABLE
+        and support is not None
+        and support.is_cpu
+        and numbers.is_cpu
+        and numbers.dtype in (torch.float32, torch.bfloat16)
+        and support.is_contiguous()
+    )
+
+
+def scatter(support: Tensor, values: Tensor, offsets: Tensor, k: int) -> Tensor:
+    """S transposed as a dense (d2, k) matrix, float32, of plain values, float (nnz,); `offsets` are those of the
+    mask."""
+    values, d2 = values.float().contiguous(), support.shape[0]
+    dense = torch.empty(d2, k)
+    given = support.data_ptr(), offsets.data_ptr(), d2, k, torch.get_num_threads()
+    _library().cospadi_scatter(values.data_ptr(), dense.data_ptr(), *given)
+    return dense
+
+
+def gather(support: Tensor, dense: Tensor, offsets: Tensor) -> Tensor:
+    """The entries of a dense (d2, k) matrix, float32 or bf16, that the mask has: float32 (nnz,)."""
+    dense, (d2, k) = dense.contiguous(), dense.shape
+    values = torch.empty(int(offsets[-1]))
+    given = support.data_ptr(), offsets.data_ptr(), d2, k, torch.get_num_threads()
+    _library().cospadi_gather(dense.data_ptr(), dense.dtype == torch.bfloat16, values.data_ptr(), *given)
+    return values
+
+
 def _through_tiles(
     z: Tensor, support: Tensor, values: Tensor, offsets: Tensor, k: int, value_bits: int, level: int | None
 ) -> Tensor:

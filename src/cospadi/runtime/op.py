@@ -133,7 +133,7 @@ def _multiply(
             return y
         except KernelError as error:
             _warn(str(error))
-    return torch.nn.functional.linear(z, reference.coefficients(support, values, d2, k, kind, codec, z.dtype))
+    return torch.nn.functional.linear(z, coefficients(support, values, offsets, d2, k, kind, codec, z.dtype))
 
 
 def _kernels(z: Tensor) -> ModuleType:
@@ -176,18 +176,31 @@ def coefficients(
     dtype: torch.dtype,
 ) -> Tensor:
     """S transposed as a dense (d2, k) matrix, exact in float32 and bf16; arguments as for `sparse_matmul`."""
-    bits = kernel_bits(kind, codec)
-    if support is not None and cpu.can_multiply(support.new_empty(0, dtype=torch.float32), support, values, bits):
+    if support is not None and support.is_cpu and SUPPORTS[kind].kernel:
         offsets = SUPPORTS[kind].offsets(support) if offsets is None else offsets
         assert offsets is not None
-        return cpu.unpack(support, values, offsets, k, bits, dtype)
+        bits = kernel_bits(kind, codec)
+        if cpu.can_multiply(support.new_empty(0, dtype=torch.float32), support, values, bits):
+            return cpu.unpack(support, values, offsets, k, bits, dtype)
+        if codec is None and cpu.has_entries(support, values):
+            return cpu.scatter(support, values, offsets, k).to(dtype)
     return reference.coefficients(support, values, d2, k, kind, codec, dtype)
+
+
+def entries(support: Tensor | None, dense: Tensor, offsets: Tensor | None, kind: str) -> Tensor:
+    """The entries of a dense (d2, k) matrix that are stored, in the shape of the values; float."""
+    if support is not None and SUPPORTS[kind].kernel and cpu.has_entries(support, dense):
+        offsets = SUPPORTS[kind].offsets(support) if offsets is None else offsets
+        assert offsets is not None
+        return cpu.gather(support, dense, offsets)
+    return SUPPORTS[kind].gather(SUPPORTS[kind].unpack(support, dense.shape[1]), dense)
 
 
 @torch.library.custom_op("cospadi::value_gradient", mutates_args=())
 def _value_gradient(z: Tensor, grad: Tensor, support: Tensor | None, values: Tensor, k: int, kind: str) -> Tensor:
     """Gradient of float values, an op of its own because its cost depends on data the compiler cannot see."""
-    return reference.value_gradient(z, grad, support, k, kind).to(values.dtype)
+    full = grad.flatten(0, -2).T @ z.flatten(0, -2)
+    return entries(support, full, None, kind).to(values.dtype)
 
 
 @_value_gradient.register_fake
@@ -205,7 +218,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_z = grad_values = None
     if ctx.needs_input_grad[0]:
         if dense is None:
-            dense = reference.coefficients(support, values, ctx.d2, ctx.k, ctx.kind, ctx.codec, grad.dtype)
+            of = ctx.d2, ctx.k, ctx.kind, ctx.codec, grad.dtype
+            watched = _is_watched(grad, values)
+            dense = (
+                reference.coefficients(support, values, *of) if watched else coefficients(support, values, None, *of)
+            )
         grad_z = grad @ dense
     if ctx.needs_input_grad[2]:
         grad_values = _value_gradient(z, grad, support, values, ctx.k, ctx.kind)

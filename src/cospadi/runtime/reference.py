@@ -16,9 +16,3 @@ def coefficients(
     if codec is not None:
         values = CODECS[codec].decode(values, SUPPORTS[kind].values_shape(d2, k, CODECS[codec].room(values)))
     return SUPPORTS[kind].scatter(support, values.to(dtype), d2, k)
-
-
-def value_gradient(z: Tensor, grad: Tensor, support: Tensor | None, k: int, kind: str) -> Tensor:
-    """Gradient of the stored values: entries of grad^T z on the support, in column order, float."""
-    full = grad.flatten(0, -2).T @ z.flatten(0, -2)
-    return SUPPORTS[kind].gather(SUPPORTS[kind].unpack(support, k), full)

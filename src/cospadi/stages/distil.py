@@ -135,17 +135,14 @@ def _gradients(student: Student, targets: Targets, chosen: list[int], ranks: Ran
     model = student.model
     mine = chosen[ranks.rank :: ranks.count]
     rows = _rows(model, targets)
-    for master in student.masters.values():
-        master.leaf.grad = None
     for start in range(0, len(mine), rows):
         tokens, kept = targets[mine[start : start + rows]]
         tokens, kept = tokens.to(model.device), type(kept)(*(part.to(model.device) for part in kept))
         logits = model(input_ids=tokens, use_cache=False).logits
         found = divergence(logits, kept)
         (found.mean(-1).sum() / len(chosen)).backward()  # type: ignore[no-untyped-call]
-    for master in student.masters.values():
-        grad = torch.zeros_like(master.leaf) if master.leaf.grad is None else master.leaf.grad
-        master.numbers.grad = ranks.summed(grad.float()) * master.unit
+    for master, grad in student.gradients():
+        master.numbers.grad = ranks.summed(grad).mul_(master.unit)
 
 
 def _sequences(count: int, step: int, size: int, seed: int) -> list[int]:

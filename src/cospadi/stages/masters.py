@@ -6,7 +6,7 @@ on the way is what will be written, and steps smaller than a rounding add up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,41 +19,78 @@ from cospadi.format import safetensors
 from cospadi.format.kinds import Tuned, narrowed, root_mean_square
 from cospadi.format.schema import StoredProjection
 from cospadi.recipe import Trained
+from cospadi.runtime import op
 from cospadi.runtime.swap import quantizer_of
 
 
 class TunedLinear(nn.Module):
-    """A compressed layer whose weight is made of numbers that are parameters, rounded as they are stored.
+    """A compressed layer whose weight is made, once a step, of numbers that are parameters, rounded as they are stored.
 
     Attributes:
         leaves: the numbers of `Tuned`, by name.
         atoms: D transposed, (k, d1), one parameter for the layers of a group; None for I.
+        support: its tensor, or None.
+        weight: W (d2, d1) in the model's dtype, as `put` has made it of them.
     """
 
     def __init__(
-        self, entry: StoredProjection, tuned: Tuned, chosen: Tensor | None, atoms: nn.Parameter | None, bias: Any
+        self,
+        entry: StoredProjection,
+        tuned: Tuned,
+        support: Tensor | None,
+        atoms: nn.Parameter | None,
+        bias: Any,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.entry, self.tuned = entry, tuned
         self.leaves = nn.ParameterDict({name: nn.Parameter(one.clone()) for name, one in tuned.numbers.items()})
         self.atoms, self.bias = atoms, bias
-        self.register_buffer("chosen", chosen, persistent=False)
+        self.register_buffer("support", support, persistent=False)
+        self.register_buffer("offsets", entry.form.support_kind.offsets(support), persistent=False)
+        device = next(iter(self.leaves.values())).device
+        self.weight = nn.Parameter(torch.empty(entry.d2, entry.d1, dtype=dtype, device=device))
 
-    chosen: Tensor | None
-
-    def weight(self) -> Tensor:
-        """W (d2, d1), float32."""
-        values = self.tuned.values(dict(self.leaves.items()))
-        if self.chosen is None:
-            codes = values.view(self.entry.d2, self.entry.k)
-        else:
-            codes = values.new_zeros(self.chosen.shape).masked_scatter(self.chosen, values)
-        return codes if self.atoms is None else codes @ self.atoms
+    support: Tensor | None
+    offsets: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d1) -> (..., d2), in x's dtype."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.linear(x, self.weight().to(x.dtype), bias)
+        return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+
+    @torch.no_grad()
+    def put(self) -> None:
+        """Make the weight of the numbers as they are now."""
+        self.weight.copy_(self._made())
+
+    def carry(self) -> None:
+        """Add the weight's gradient to those of the numbers that it is made of, and drop it."""
+        if self.weight.grad is not None:
+            self._made().backward(self.weight.grad.float())  # type: ignore[no-untyped-call]
+        self.weight.grad = None
+
+    def _made(self) -> Tensor:
+        """W (d2, d1), float32."""
+        values = self.tuned.values(dict(self.leaves.items()))
+        codes: Tensor = _Coefficients.apply(values, self.support, self.offsets, self.entry)  # type: ignore[no-untyped-call]
+        return codes if self.atoms is None else codes @ self.atoms
+
+
+class _Coefficients(torch.autograd.Function):
+    """Values in their shape -> S transposed, a dense (d2, k) matrix."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, support: Tensor | None, offsets: Tensor | None, entry: StoredProjection
+    ) -> Tensor:
+        ctx.of, ctx.shape = (support, offsets, entry.form.support), values.shape
+        return op.coefficients(support, values, offsets, entry.d2, entry.k, entry.form.support, None, values.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        support, offsets, kind = ctx.of
+        return op.entries(support, grad, offsets, kind).view(ctx.shape), None, None, None
 
 
 @dataclass
@@ -100,6 +137,17 @@ class Student:
         for name, master in self.masters.items():
             now = master.numbers if numbers is None else numbers[name]
             master.leaf.copy_(master.rounded(now * master.unit))
+        for layer in self.layers.values():
+            layer.put()
+
+    def gradients(self) -> Iterator[tuple[Master, Tensor]]:
+        """Every master and the gradient of the numbers that the model runs on, float32, which is then dropped."""
+        for layer in self.layers.values():
+            layer.carry()
+        for master in self.masters.values():
+            grad = torch.zeros_like(master.leaf) if master.leaf.grad is None else master.leaf.grad
+            master.leaf.grad = None
+            yield master, grad.float()
 
     def numbers(self) -> dict[str, Tensor]:
         """The masters' numbers, copied."""
@@ -138,7 +186,6 @@ def student_of(model: Any, folder: Path, trained: Trained) -> Student:
     for name, entry in entries.items():
         form, shared = entry.form, entry.dictionary_tensor
         support = read(f"{name}.{form.names.support}") if f"{name}.{form.names.support}" in where else None
-        chosen = form.support_kind.unpack(support, entry.k)
         if shared in where and shared not in atoms:
             dtype = form.dictionary_kind.dtype
             atoms[shared] = nn.Parameter(read(shared).float())
@@ -147,7 +194,7 @@ def student_of(model: Any, folder: Path, trained: Trained) -> Student:
             masters[shared] = Master.of(atoms[shared], unit, partial(_cast, dtype))
             plain[shared] = (shared, dtype)
         tuned = form.codec.tuned(read(f"{name}.{form.names.values}"), entry.values_shape, entry.k)
-        layer = TunedLinear(entry, tuned, chosen, atoms.get(shared), model.get_submodule(name).bias)
+        layer = TunedLinear(entry, tuned, support, atoms.get(shared), model.get_submodule(name).bias, model.dtype)
         layers[name] = layer
         model.set_submodule(name, layer)
         for part, size in tuned.units.items():

@@ -30,7 +30,7 @@ HELD_OUT = 8
 MOST_HELD = 2**14
 """Tokens that are set aside at most, or one sequence."""
 
-LOGITS = 2**26
+LOGITS = 2**27
 """Logits that are in memory at a time, or those of one sequence."""
 
 
