@@ -41,7 +41,7 @@ from cospadi.stages.teacher import Targets, check_teacher, split, teach
 log = logging.getLogger("cospadi")
 
 TEACHER = 1 / 6
-"""Part of the time that the dense model may take: a sequence costs it a quarter or a fifth of what training on it does."""
+"""Part of the time that the dense model may take: a step of training costs four or five times what it does there."""
 
 LENGTH = 256
 """Tokens of a sequence, unless told otherwise."""

@@ -157,7 +157,8 @@ def spell(projections: Mapping[str, StoredProjection]) -> tuple[int, dict[str, d
 
 def _fields(entry: StoredProjection) -> dict[str, Any]:
     """As version 2 has it in config.json, without what only other codecs tell."""
-    return entry.model_dump(exclude=None if entry.nbytes else {"nbytes"})
+    told = {field: getattr(entry, field) for field in StoredProjection.model_fields}  # of plain kinds, all of them
+    return {field: value for field, value in told.items() if field != "nbytes" or value}
 
 
 def first_problem(error: ValidationError) -> str:

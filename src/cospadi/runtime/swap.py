@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ def swap_in_layers(
     compat.tie_weights(model, tied)
     for members in _siblings(projections):
         reuse_products(_parent(model, members), [layers[name] for name in members], _in_block(members[0])[1])
-    compat.ignore_when_loading(model, (rf"^{re.escape(name)}\.{SENTINEL}$" for name in projections))
+    compat.ignore_when_loading(model, _sentinels(projections))
     return layers
 
 
@@ -85,6 +85,18 @@ def _siblings(projections: Mapping[str, StoredProjection]) -> list[list[str]]:
     for name, entry in projections.items():
         siblings.setdefault((entry.owner, _in_block(name)[0]), []).append(name)
     return [members for members in siblings.values() if len(members) > 1]
+
+
+def _sentinels(projections: Iterable[str]) -> list[str]:
+    """Expressions for their empty tensors, one for the same projection of all blocks: compiling takes its time."""
+    blocks: dict[tuple[str, str], list[str]] = {}
+    for name in projections:
+        before, number, after = re.fullmatch(r"(?:(.*?\.)(\d+))?(.*)", name).groups("")  # type: ignore[union-attr]
+        blocks.setdefault((before, after), []).append(number)
+    return [
+        rf"^{re.escape(before)}(?:{'|'.join(numbers)}){re.escape(after)}\.{SENTINEL}$"
+        for (before, after), numbers in blocks.items()
+    ]
 
 
 def _in_block(name: str) -> tuple[str, str]:
