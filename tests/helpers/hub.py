@@ -51,6 +51,8 @@ class Hub:
     Attributes:
         blobs: large files by their sha256, committed or not.
         refuse: asked before each request, by method and path: a status to answer in its place, 0 to drop the line.
+        cut: name of a file -> bytes of it after which the line breaks, once.
+        ranges: what was asked for by `Range`, in its words.
         requests: method and path of all there were.
         user: who has the tokens.
     """
@@ -59,6 +61,8 @@ class Hub:
     repositories: dict[str, Repository] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
     refuse: Callable[[str, str], int | None] = lambda method, path: None
+    cut: dict[str, int] = field(default_factory=dict)
+    ranges: list[str] = field(default_factory=list)
     requests: list[tuple[str, str]] = field(default_factory=list)
     user: str = "alice"
 
@@ -226,6 +230,7 @@ class _Handler(BaseHTTPRequestHandler):
         digest = hashlib.sha256(body).hexdigest() if file.endswith(LARGE) else hashlib.sha1(body).hexdigest()
         headers = {"X-Repo-Commit": oid, "ETag": f'"{digest}"', "Accept-Ranges": "bytes"}
         if asked := self.headers.get("Range"):
+            self.hub.ranges.append(asked)
             start = int(asked.removeprefix("bytes=").partition("-")[0])
             headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
             self.send(206, body[start:], headers)
@@ -272,7 +277,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            most = self.hub.cut.pop(self.path.rpartition("/")[2], None)
+            self.wfile.write(body[:most])
+            if most is not None:
+                self.close_connection = True
+                self.connection.shutdown(2)
 
 
 @contextmanager

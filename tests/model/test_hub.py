@@ -277,6 +277,26 @@ def test_a_download_goes_on_where_it_broke_off(hub: Hub, pushed: dict[str, Any],
     assert hub.count("GET", "/config.json") == 1  # what was there is not asked for again
 
 
+def test_a_file_goes_on_where_the_line_broke(
+    hub: Hub,
+    pushed: dict[str, Any],
+    compressed_folder: Path,
+    run: Callable[..., Answer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = (compressed_folder / "model.safetensors").read_bytes()
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    hub.cut["model.safetensors"] = len(whole) // 2
+    answer = run("verify", "alice/small")
+    assert answer.code == 0, answer.err
+    assert not hub.cut
+    assert hub.count("GET", "model.safetensors") == 2
+    [asked] = hub.ranges
+    assert 0 < int(asked.removeprefix("bytes=").partition("-")[0]) <= len(whole) // 2
+    [fetched] = Path(constants.HF_HUB_CACHE).glob("models--alice--small/snapshots/*/model.safetensors")
+    assert fetched.read_bytes() == whole
+
+
 def test_a_model_that_was_compressed_in_memory_keeps_its_card(dense_folder: Path, tmp_path: Path) -> None:
     result = compress(dense_folder, {"metric": "weights", "iterations": 1, "ratio": 0.3})
     model: Any = result.model
