@@ -40,13 +40,9 @@ from cospadi.jobs.progress import Stages
 from cospadi.model import load
 from cospadi.recipe import CACHE_BYTES, Recipe
 from cospadi.solvers import SOLVERS, Problem, SolverOptions
-from cospadi.solvers.mod_htp import (
-    BLOCK_ENTRIES,
-    EXACT_FRACTION,
-    _scheduled,
-)
+from cospadi.solvers.mod_htp import EXACT_FRACTION, _scheduled
 from cospadi.solvers.products import bf16_is_fast, float32_products, self_product
-from cospadi.solvers.support import row_blocks
+from cospadi.solvers.support import CACHED_ENTRIES, row_blocks
 from cospadi.stages.measure import measured_groups
 from cospadi.stages.open import opened
 from cospadi.stages.solve import pack, solve
@@ -203,7 +199,7 @@ def bare_products(target: Tensor, k: int, repeats: int = 3) -> float:
     codes = torch.randn(d2, k, generator=generator, device=device)
     low = torch.bfloat16 if bf16_is_fast(device) else torch.float32
     codes_low, coherence = codes.to(low), torch.randn(k, k, generator=generator, device=device).to(low)
-    blocks = row_blocks(slice(0, d2), max(1, BLOCK_ENTRIES[device.type] // max(k, d1)))
+    blocks = row_blocks(slice(0, d2), max(1, CACHED_ENTRIES[device.type] // max(k, d1)))
     atoms_t = atoms.T.contiguous()
     best = float("inf")
     for _ in range(repeats + 1):

@@ -27,6 +27,7 @@ import cospadi
 from cospadi.commands import evaluate, report
 from cospadi.format import card, safetensors, schema, verify
 from cospadi.heal import Healed, heal
+from cospadi.jobs.ranks import Ranks
 from cospadi.model import load
 from cospadi.recipe import Healing
 from cospadi.stages import distil, rewrite, teacher
@@ -109,6 +110,84 @@ def test_it_comes_nearer_in_as_many_bytes(
     assert told["settings"]["steps"] == 12
     assert str(tmp_path) not in json.dumps(manifest)
     assert not {"relative_error"} & {key for entry in manifest["projections"].values() for key in entry}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "no bf16 products"])
+def test_a_model_that_does_not_multiply_in_bf16_is_trained_in_float32(
+    dtype: str,
+    start: Callable[[str], Path],
+    dense_folder: Path,
+    quick: dict[str, Any],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dense, folder = dense_folder, start("default")
+    if dtype == "float16":
+        dense, folder = tmp_path / "dense", tmp_path / "in"
+        AutoModelForCausalLM.from_pretrained(dense_folder, dtype=torch.float16).save_pretrained(dense)
+        load.load_tokenizer(dense_folder).save_pretrained(dense)
+        cospadi.compress(dense, quick, folder)
+    module = sys.modules["cospadi.heal"]  # the package's name of it is the function
+    monkeypatch.setattr(module, "cpu_multiplies_bf16", lambda: dtype == "float16")
+    dtypes = set()
+
+    def begun(student: Any, *rest: Any) -> Any:
+        dtypes.add(student.model.dtype)
+        return distil.distil(student, *rest)
+
+    monkeypatch.setattr(module, "distil", begun)
+    result = heal(folder, text_file, tmp_path / "out", Healing(**FEW, learning_rate=0.002), teacher=dense)
+    assert dtypes == {torch.float32}
+    assert result.better
+    verify.verify(tmp_path / "out")
+
+
+def test_everything_that_is_stored_can_be_trained(
+    start: Callable[[str], Path], dense_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    folder, output = start("default"), tmp_path / "out"
+    how = Healing(**FEW, learning_rate=0.002, trained="all")
+    assert heal(folder, text_file, output, how, teacher=dense_folder).better
+    verify.verify(output)
+    old, new = (load_file(one / "model.safetensors") for one in (folder, output))
+    assert {name: tensor.shape for name, tensor in old.items()} == {name: one.shape for name, one in new.items()}
+    assert not torch.equal(old["model.embed_tokens.weight"], new["model.embed_tokens.weight"])
+
+
+def test_of_the_text_alone_no_divergence_is_told(
+    start: Callable[[str], Path], dense_folder: Path, text_file: Path, tmp_path: Path, run: Callable[..., Answer]
+) -> None:
+    words = ["--text", text_file, "-o", tmp_path / "out", "--teacher", dense_folder, "--length", 32, "--steps", 12]
+    words += ["--batch", 256, "--learning-rate", 0.002]
+    answer = run("heal", start("default"), *words, "--top", 0)
+    assert answer.code == 0, answer.err
+    assert "nats a token less" in answer.out
+    assert "divergence" not in answer.out
+    (told,) = (value for name, value in report.gather(tmp_path / "out").facts if name == "healed")
+    assert ": loss on " in told
+    answer = run("heal", start("default"), *words, "--top", 8, "--overwrite")
+    assert "KL divergence from dense, its 8 likeliest" in answer.out
+    assert "of the divergence is gone" in answer.out
+
+
+def test_a_process_without_a_sequence_waits_for_the_others(dense_folder: Path, text_file: Path) -> None:
+    """Nine sequences on eight processes: two each, and none for three of them."""
+    model = load.load_model(dense_folder, torch.device("cpu"))
+    windows = evaluate.text_windows(load.load_tokenizer(dense_folder), evaluate.file_documents(text_file, None), 16)[:9]
+    parts: list[Any] = []
+
+    class Eight(Ranks):
+        def gathered(self, values: list[Any]) -> list[Any]:
+            parts.extend(values)
+            return parts
+
+    with torch.inference_mode():
+        for rank in range(8):
+            record, tensors = teacher._predicted(model, windows, 4, Eight(rank, 8))
+        alone, wanted = teacher._predicted(model, windows, 4, Ranks(0, 1))
+    assert record == {"sequences": 9, "loss": pytest.approx(alone["loss"])}
+    assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
 
 
 def test_where_nothing_is_better_the_start_is_kept(
@@ -315,6 +394,8 @@ def test_mistakes_are_told_in_a_sentence(
     check_mistake(run("heal", folder, *words), "--minutes or --steps")
     check_mistake(run("heal", folder, *words, "--steps", 1, "--minutes", 1), "--minutes or --steps")
     check_mistake(run("heal", folder, *words, "--minutes", 0), "minutes")
+    check_mistake(run("heal", folder, *words, "--minutes", "inf"), "minutes")
+    check_mistake(run("heal", folder, *words, "--steps", 1, "--learning-rate", "inf"), "learning_rate")
     check_mistake(run("heal", dense_folder, *words, "--steps", 1), "not a CoSpaDi checkpoint")
     check_mistake(run("heal", folder, *words[:4], "--teacher", folder, "--steps", 1), "is compressed itself")
     check_mistake(run("heal", folder, "--text", short, *words[2:], "--steps", 1, "--length", 16), "one to set aside")

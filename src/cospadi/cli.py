@@ -72,6 +72,10 @@ NOT_OURS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EL
 """What a system says of a file that the user named and that nobody could read or write."""
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="folder, hub name, NAME@REVISION, or 'demo'")]
+TextField = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="the rows' text field  [default: text, content, messages, conversations]"),
+]
 Folder = Annotated[
     str, typer.Argument(metavar="DIR", help="folder that `cospadi compress` wrote, or where it is on the hub")
 ]
@@ -358,9 +362,7 @@ def compare(
         str | None,
         typer.Option(metavar="NAMES", help="of `cospadi methods`; METHOD+FIELD=VALUE is one changed  [default: all]"),
     ] = None,
-    text_field: Annotated[
-        str | None, typer.Option(metavar="NAME", help="the text's field, of rows  [default: text, content, messages]")
-    ] = None,
+    text_field: TextField = None,
     tasks: Annotated[
         str | None, typer.Option(metavar="NAMES", help="lm-eval's tasks, with commas between; 'paper': the paper's")
     ] = None,
@@ -416,9 +418,7 @@ def heal(
     teacher: Annotated[
         str | None, typer.Option(metavar="MODEL", help="the dense model  [default: the one that the folder names]")
     ] = None,
-    text_field: Annotated[
-        str | None, typer.Option(metavar="NAME", help="the rows' text field  [default: text, content, messages]")
-    ] = None,
+    text_field: TextField = None,
     *,
     flags: dict[str, Any],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is in the output folder")] = False,
@@ -449,9 +449,7 @@ def evaluate(
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="text, or rows (.jsonl, .json, .parquet), for perplexity")
     ] = None,
-    text_field: Annotated[
-        str | None, typer.Option(metavar="NAME", help="the rows' text field  [default: text, content, messages]")
-    ] = None,
+    text_field: TextField = None,
     tasks: Annotated[
         str | None, typer.Option(metavar="NAMES", help="lm-eval's tasks, with commas between; 'paper': the paper's")
     ] = None,
@@ -580,9 +578,7 @@ def report(
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="held-out text, or rows, on which both are compared")
     ] = None,
-    text_field: Annotated[
-        str | None, typer.Option(metavar="NAME", help="the rows' text field  [default: text, content, messages]")
-    ] = None,
+    text_field: TextField = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="page to write  [default: DIR/report.html]")
     ] = None,

@@ -246,7 +246,7 @@ def file_digest(path: Path) -> str:
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file beside its name, then rename it: it is there whole or not at all."""
-    staging = path.with_name(f".{path.name[:200]}.new")
+    staging = path.with_name(f".{os.fsdecode(os.fsencode(path.name)[:200])}.new")
     try:
         with staging.open("wb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)

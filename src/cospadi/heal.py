@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from cospadi import __about__
@@ -26,7 +25,6 @@ from cospadi.format.manifest import MANIFEST, weights_digest
 from cospadi.format.schema import is_compressed
 from cospadi.format.verify import read_checkpoint
 from cospadi.jobs.ledger import JobDirectory, Ledger
-from cospadi.jobs.pool import device_model
 from cospadi.jobs.progress import Stages, hours
 from cospadi.jobs.ranks import Ranks, ranks
 from cospadi.model import hub, load
@@ -34,7 +32,7 @@ from cospadi.recipe import Healing
 from cospadi.stages.clock import Clock
 from cospadi.stages.distil import Distilled, Quality, distil, judge
 from cospadi.stages.masters import student_of
-from cospadi.stages.open import open_ledger, was_written
+from cospadi.stages.open import open_ledger, place_of, was_written
 from cospadi.stages.rewrite import rewrite
 from cospadi.stages.teacher import Targets, check_teacher, split, teach
 
@@ -69,7 +67,7 @@ def heal(
 
     Args:
         folder: what `compress` wrote, or where it is on the hub.
-        text: a file of text, or of rows; its last eighth is set aside.
+        text: a file of text, or of rows; its last eighth is set aside, of long ones 16,384 tokens.
         output: folder to write to.
         teacher: the dense model; None is the one that the folder names.
         text_field: of a file of rows, the one that is text or a chat; None looks for it.
@@ -113,7 +111,7 @@ def heal(
 
             # Its numbers in float32, trained on what is stored of them.
             if model.dtype == torch.float16 or (where.type == "cpu" and not cpu_multiplies_bf16()):
-                model.float()
+                model.to(torch.float32)
             student = student_of(model, source, how.trained)
             with (
                 stages.stage("heal", 1) as progress,
@@ -127,7 +125,7 @@ def heal(
             if world.first:
                 record = _record(how, origin, text, windows, targets, held, found)
                 result = {"before": list(before), "dense_loss": loss, "best": found.best, **record["text"]}
-                result |= {"steps": found.steps}
+                result |= {"steps": found.steps, "top": how.top}
                 tensors = student.stored(found.numbers) if found.best else {}
                 del student, model
                 with stages.stage("write", 1):
@@ -150,6 +148,8 @@ class Healed:
         dense_loss: of the dense model there, nats a token.
         steps: taken. best: the one whose numbers were kept; 0 for those that it began with.
         sequences, length, held_out: sequences to train on, their tokens, and those that were set aside.
+        top: of the dense model's predictions, as many for a token as were learned, over which divergences are taken;
+            0 where the text itself was, whose loss they are then.
         folder: where it was written. seconds: stage -> seconds, of this run.
     """
 
@@ -161,6 +161,7 @@ class Healed:
     sequences: int
     length: int
     held_out: int
+    top: int
     folder: Path
     seconds: dict[str, float]
 
@@ -170,7 +171,7 @@ class Healed:
 
 
 def _healed(result: dict[str, Any], output: Path, stages: Stages) -> Healed:
-    fields = {name: result[name] for name in ("dense_loss", "steps", "best", "sequences", "length", "held_out")}
+    fields = {name: result[name] for name in ("dense_loss", "steps", "best", "sequences", "length", "held_out", "top")}
     before, after = Quality(*result["before"]), Quality(*result["after"])
     return Healed(before, after, **fields, folder=output, seconds=stages.seconds)
 
@@ -236,13 +237,7 @@ def _begin(
         "weights": weights_digest(source),
         "teacher": origin["weights_sha256"],
         "text": _digest(windows),
-        "version": {
-            "cospadi": __about__.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "threads": torch.get_num_threads(),
-        "device": device_model(device),
+        **place_of(device),
     }
     if ledger.begin(identity, {}):
         log.info("resuming the unfinished job in %s", ledger.folder)
@@ -291,11 +286,11 @@ def _taught(
         most = TEACHER * clock.limit
         log.info("the dense model reads up to %d sequences, for %s at most", len(aside) + len(training), hours(most))
 
-    def goes_on(_rows: int) -> bool:
+    def goes_on() -> bool:
         return clock.steps is not None or clock.done(0) < TEACHER
 
     with stages.stage("teacher", len(aside) + len(training)) as progress:
-        held = teach(opened, aside, "held", how.top, ledger, world, clock, lambda _: True, progress.advance)
+        held = teach(opened, aside, "held", how.top, ledger, world, clock, lambda: True, progress.advance)
         targets = teach(opened, training, "teacher", how.top, ledger, world, clock, goes_on, progress.advance)
     log.info("the teacher has read %d sequences of %d tokens", len(targets) + len(held), training.shape[1])
     loss = sum(piece.record["loss"] for piece in held.pieces)

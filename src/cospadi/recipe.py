@@ -372,7 +372,9 @@ class Healing(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    minutes: float | None = Field(None, gt=0, description="that all of it may take (default: none, with steps)")
+    minutes: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="that all of it may take (default: none, with steps)"
+    )
     steps: int | None = Field(
         None,
         ge=1,
@@ -382,6 +384,7 @@ class Healing(BaseModel):
     learning_rate: float = Field(
         0.012,
         gt=0,
+        allow_inf_nan=False,
         description="largest step, in root mean squares of the tensor it moves",
     )
     trained: Trained = Field(

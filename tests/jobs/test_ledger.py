@@ -256,6 +256,26 @@ def test_a_full_disk_leaves_the_ledger_as_it_was(tmp_path: Path, monkeypatch: py
     assert begun(tmp_path / "work").get("more") is None
 
 
+@pytest.mark.parametrize("what", ["save_file", "fsync"])
+def test_a_full_disk_keeps_the_piece_that_was_to_be_replaced(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = begun(tmp_path / "work")
+    job.put("state", {"steps": 1}, TENSORS)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os if what == "fsync" else ledger, what, full)
+        with pytest.raises(OSError, match="No space"):
+            job.put("state", {"steps": 2}, TENSORS)
+    job.close()
+    kept = begun(tmp_path / "work").get("state")
+    assert kept is not None
+    assert kept.record == {"steps": 1}
+
+
 def test_clocks_mean_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     filled(tmp_path / "work")
     for path in (tmp_path / "work").rglob("*"):

@@ -81,6 +81,10 @@ def test_entries_of_a_mask_go_to_a_matrix_and_come_back(k: int, d2: int, threads
         there, back = cpu.scatter(mask, values, offsets, k), cpu.gather(mask, dense, offsets)
         assert torch.equal(there, packing.unpack_coefficients(mask, values, k).float())
         assert torch.equal(back, dense[support].float())
+        with pytest.raises(ValueError, match="support mask has"):
+            cpu.scatter(mask, values[:-1] if len(values) else values.new_ones(1), offsets, k)
+        with pytest.raises(ValueError, match="the matrix is"):
+            cpu.gather(mask, dense[:-1], offsets)
     torch.set_num_threads(before)
 
 

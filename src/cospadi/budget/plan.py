@@ -18,7 +18,7 @@ from cospadi import compat
 from cospadi.budget import accounting
 from cospadi.errors import SizeError, UserError
 from cospadi.experts import parameter_of
-from cospadi.files import check_name
+from cospadi.files import check_name, write_whole
 from cospadi.format.codecs import codec_of_bits
 from cospadi.format.form import DENSE_BITS, Form, Parts, dense_bytes, find_form
 from cospadi.model import load
@@ -287,24 +287,15 @@ def write_plan(plan: Plan, recipe: Recipe, path: Path) -> None:
         for group in plan.groups
     ]
     content = {"cospadi_plan": 1, "recipe": recipe.model_dump(mode="json"), "bytes": plan.bytes, "groups": groups}
-    staging = _staging(path)
     try:
-        staging.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        staging.replace(path)
+        write_whole(path, json.dumps(content, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"plan {path} cannot be written: {error.strerror}") from None
-    finally:
-        staging.unlink(missing_ok=True)
-
-
-def _staging(path: Path) -> Path:
-    """Where a plan is written before it gets its name."""
-    return path.with_name(f"{path.name}.tmp")
 
 
 def check_plan_file(path: Path) -> None:
     """Refuse a name that no plan can be written to, before anything is computed."""
-    check_name(_staging(path) if path.name else path, "plan")
+    check_name(path, "plan")
     if path.is_dir():
         raise UserError(f"plan {path} is a folder. Name a file")
     if path.exists() and not path.is_file():

@@ -146,7 +146,7 @@ def gradient_grams_by_blocks(
     """
     step = len(sequences) / (2 * len(blocks))
     inputs = [embed(blocks, sequences, 1, spill)]
-    for index, block in walk(blocks, calls, range(len(blocks))):
+    for index, block in walk(blocks, range(len(blocks))):
         inputs.append(inputs[-1].copy())
         advance(block, index, calls, inputs[-1], {})
         if on_sequence:
@@ -164,7 +164,7 @@ def gradient_grams_by_blocks(
             summed_loss(blocks.model, logits(blocks, calls, hidden, tokens), tokens).backward()  # type: ignore[no-untyped-call]
             assert hidden.grad is not None
             gradients[batch] = hidden.grad
-    for index, block in walk(blocks, calls, reversed(range(len(blocks)))):
+    for index, block in walk(blocks, reversed(range(len(blocks)))):
         before = inputs.pop()
         of_block = [p for p in projections if p.block == index]
         name, width = blocks.name_of(index), before[0].shape[-1]

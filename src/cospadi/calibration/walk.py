@@ -117,7 +117,7 @@ class Stream:
         self.block = index + 1
 
 
-def walk(blocks: Blocks, calls: Calls, indices: Iterable[int]) -> Iterator[tuple[int, nn.Module]]:
+def walk(blocks: Blocks, indices: Iterable[int]) -> Iterator[tuple[int, nn.Module]]:
     """The loop over the decoder blocks, of which one at a time is in memory.
 
     Args:
@@ -173,7 +173,7 @@ def learn_calls(blocks: Blocks, texts: Sequence[tuple[Tensor, int]], spill: Spil
 def _walks_as_it_runs(blocks: Blocks, calls: Calls, batch: Tensor, spill: Spill) -> bool:
     """Whether one batch gives the same logits block by block as in the model's own forward pass, to rounding."""
     flow = embed(blocks, batch, len(batch), spill)
-    for index, block in walk(blocks, calls, range(len(blocks))):
+    for index, block in walk(blocks, range(len(blocks))):
         advance(block, index, calls, flow, {})
     found = logits(blocks, calls, flow[0], batch)
     flow.close()

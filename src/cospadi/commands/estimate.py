@@ -212,10 +212,7 @@ def shape_of(model: Any, owner: Mapping[str, str], selected: Set[str]) -> Shape:
 
 @dataclass(frozen=True)
 class Text:
-    """Text that a job runs: `sequences` of `length` tokens in batches, `checked` of them for gradients.
-
-    Attributes:
-    """
+    """Text that a job runs: `sequences` of `length` tokens in batches, `checked` of them for gradients."""
 
     sequences: int
     length: int

@@ -16,7 +16,8 @@ def healed_json(result: Healed) -> dict[str, Any]:
     """The closing report for machines."""
     report = asdict(result) | {"folder": str(result.folder), "better": result.better}
     for name, quality in (("before", result.before), ("after", result.after)):
-        report[name] = {"perplexity": perplexity_of(quality.loss), "kl_divergence": quality.divergence}
+        divergence = quality.divergence if result.top else None
+        report[name] = {"perplexity": perplexity_of(quality.loss), "kl_divergence": divergence}
     report["dense"] = {"perplexity": perplexity_of(report.pop("dense_loss"))}
     report["seconds"] = {stage: round(seconds, 3) for stage, seconds in result.seconds.items()}
     return report
@@ -28,7 +29,9 @@ def healed_table(result: Healed) -> Table:
     losses = (result.before.loss, result.after.loss, result.dense_loss)
     table.add_row("perplexity", *(f"{perplexity_of(loss):.4f}" for loss in losses))
     table.add_row("ln(ppl / dense)", *(f"{loss - result.dense_loss:.4f}" for loss in losses[:2]), "")
-    table.add_row("KL divergence from dense", *(f"{one.divergence:.5f}" for one in (result.before, result.after)), "")
+    if result.top:
+        name = f"KL divergence from dense, its {result.top:,} likeliest"
+        table.add_row(name, *(f"{one.divergence:.5f}" for one in (result.before, result.after)), "")
     return table
 
 
@@ -37,13 +40,15 @@ def healed_lines(result: Healed) -> list[str]:
     if not result.steps:
         teacher, judge = (tables.duration(result.seconds.get(stage, 0.0)) for stage in ("teacher", "judge"))
         return [
-            f"The time was over before the first step: the dense model's predictions took {teacher}, judging the "
-            f"folder {judge}, which is done once more at the end. {result.folder} is a copy of the folder. Give more "
-            "--minutes or a smaller --length."
+            f"The time was over before the first step: the dense model's predictions took {teacher} of this run, "
+            f"judging the folder {judge}, which is done once more at the end. {result.folder} is a copy of the folder. "
+            "Give more --minutes or a smaller --length."
         ]
     read = f"{result.sequences:,} sequences of {result.length} tokens"
     if not result.better:
         return [f"None of {result.steps:,} steps on {read} was better: {result.folder} is a copy of the folder."]
     taken = f"{result.steps:,} steps" if result.best == result.steps else f"step {result.best:,} of {result.steps:,}"
-    gone = 1 - result.after.divergence / result.before.divergence
-    return [f"After {taken} on {read} {gone:.0%} of the divergence is gone; the bytes are the same."]
+    gone = f"{1 - result.after.divergence / result.before.divergence:.0%} of the divergence is gone"
+    if not result.top:
+        gone = f"the loss is {result.before.loss - result.after.loss:.4f} nats a token less"
+    return [f"After {taken} on {read} {gone}; the bytes are the same."]

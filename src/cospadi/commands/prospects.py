@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from rich.table import Table
 
@@ -18,6 +16,7 @@ from cospadi.commands.bench import memory_of_loading
 from cospadi.commands.estimate import estimate
 from cospadi.format import safetensors, schema, verify
 from cospadi.format.form import DENSE_BITS
+from cospadi.jobs.progress import free_memory
 from cospadi.model import load
 from cospadi.recipe import Recipe
 
@@ -126,19 +125,6 @@ def _too_large(found: Prospects, what: str, needed: int, room: int, where: torch
         "free: it needs a larger machine."
     )
     return True
-
-
-def free_memory() -> int:
-    """Bytes that this process may still allocate: what the system has, and what its control group is allowed."""
-    free = int(psutil.virtual_memory().available)
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        with suppress(OSError, ValueError):  # "max" is no number
-            root = Path("/sys/fs/cgroup")
-            free = min(free, int((root / limit).read_text()) - int((root / used).read_text()))
-    return max(0, free)
 
 
 def prospects_table(found: Prospects) -> Table:

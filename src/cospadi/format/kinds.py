@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from cospadi.format import packing
+
 
 @dataclass(frozen=True)
 class Dictionary(ABC):
@@ -215,9 +217,9 @@ class Numbers(Codec):
     def encode(self, values: Tensor) -> Tensor:
         """float values, rounded once from float32, saturating -> what is stored."""
 
-    @abstractmethod
     def rounded(self, values: Tensor) -> Tensor:
         """float32 values of any shape as they come back once they were stored."""
+        return packing.from_codes(packing.to_codes(values, self.bits), self.bits)
 
     def tuned(self, stored: Tensor, values: list[int], inputs: int) -> Tuned:
         numbers = self.decode(stored, values)

@@ -3,8 +3,8 @@
 A job is a sequence of pieces, each computed from the ones before it and from what identifies the job. A piece is a
 record (JSON) and, mostly, tensors: one safetensors file, with the record, the piece's key and a digest of all that and
 of the job in its metadata. It is written beside its name, synced and renamed, so it is whole or not there; one that was
-damaged later is noticed, said, and computed again. The job itself is such a file too, written before any other. No
-times are stored or compared.
+damaged later is noticed, said, and computed again. The job itself is such a file too, written before any other. Times
+are neither stored nor compared, but for what a job has spent that may take only so long.
 """
 
 from __future__ import annotations
@@ -56,6 +56,14 @@ class Piece:
         if self.path is None:
             return {name: held for name, held in (self.held or {}).items() if names is None or name in names}
         return {name: tensor.clone() for name, tensor in _stored(self.path, names)}
+
+    def row(self, name: str, index: int) -> Tensor:
+        """One row of one of its tensors, on the CPU; no more is read."""
+        if self.path is None:
+            return (self.held or {})[name][index]
+        with safe_open(self.path, framework="pt") as file:
+            row: Tensor = file.get_slice(name)[index].clone()
+        return row
 
 
 class Ledger:
@@ -268,10 +276,11 @@ def _write(
         with staging.open("rb") as stream:
             os.fsync(stream.fileno())
         staging.replace(path)
-        sync_folder(path.parent)
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
+        try:
+            sync_folder(path.parent)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
     finally:
         staging.unlink(missing_ok=True)
     return dict(json.loads(text))

@@ -7,11 +7,13 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console, RenderableType
 from rich.filesize import decimal
 from rich.logging import RichHandler
@@ -219,6 +221,19 @@ def peak_memory() -> int | None:
 
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
+
+
+def free_memory() -> int:
+    """Bytes that this process may still allocate: what the system has, and what its control group is allowed."""
+    free = int(psutil.virtual_memory().available)
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError):  # "max" is no number
+            root = Path("/sys/fs/cgroup")
+            free = min(free, int((root / limit).read_text()) - int((root / used).read_text()))
+    return max(0, free)
 
 
 def memory_told(nbytes: int | None) -> list[str]:

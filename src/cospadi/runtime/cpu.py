@@ -148,9 +148,17 @@ def has_entries(support: Tensor | None, numbers: Tensor) -> bool:
 
 
 def scatter(support: Tensor, values: Tensor, offsets: Tensor, k: int) -> Tensor:
-    """S transposed as a dense (d2, k) matrix, float32, of plain values, float (nnz,); `offsets` are those of the
-    mask."""
+    """S transposed as a dense (d2, k) matrix, float32, of plain values, float (nnz,).
+
+    Args:
+        offsets: those of the mask.
+
+    Raises:
+        ValueError: there are more or fewer values than the mask has bits.
+    """
     values, d2 = values.float().contiguous(), support.shape[0]
+    if values.numel() != int(offsets[-1]):
+        raise ValueError(f"there are {values.numel()} values, and the support mask has {int(offsets[-1])} bits")
     dense = torch.empty(d2, k)
     given = support.data_ptr(), offsets.data_ptr(), d2, k, torch.get_num_threads()
     _library().cospadi_scatter(values.data_ptr(), dense.data_ptr(), *given)
@@ -158,8 +166,14 @@ def scatter(support: Tensor, values: Tensor, offsets: Tensor, k: int) -> Tensor:
 
 
 def gather(support: Tensor, dense: Tensor, offsets: Tensor) -> Tensor:
-    """The entries of a dense (d2, k) matrix, float32 or bf16, that the mask has: float32 (nnz,)."""
+    """The entries of a dense (d2, k) matrix, float32 or bf16, that the mask has: float32 (nnz,).
+
+    Raises:
+        ValueError: the mask is of another shape.
+    """
     dense, (d2, k) = dense.contiguous(), dense.shape
+    if support.shape != (d2, (k + 7) // 8):
+        raise ValueError(f"the matrix is {d2} x {k}, and the support mask {list(support.shape)}")
     values = torch.empty(int(offsets[-1]))
     given = support.data_ptr(), offsets.data_ptr(), d2, k, torch.get_num_threads()
     _library().cospadi_gather(dense.data_ptr(), dense.dtype == torch.bfloat16, values.data_ptr(), *given)

@@ -197,14 +197,14 @@ def entries(support: Tensor | None, dense: Tensor, offsets: Tensor | None, kind:
 
 
 @torch.library.custom_op("cospadi::value_gradient", mutates_args=())
-def _value_gradient(z: Tensor, grad: Tensor, support: Tensor | None, values: Tensor, k: int, kind: str) -> Tensor:
+def _value_gradient(z: Tensor, grad: Tensor, support: Tensor | None, values: Tensor, kind: str) -> Tensor:
     """Gradient of float values, an op of its own because its cost depends on data the compiler cannot see."""
     full = grad.flatten(0, -2).T @ z.flatten(0, -2)
     return entries(support, full, None, kind).to(values.dtype)
 
 
 @_value_gradient.register_fake
-def _(z: Tensor, grad: Tensor, support: Tensor | None, values: Tensor, k: int, kind: str) -> Tensor:
+def _(z: Tensor, grad: Tensor, support: Tensor | None, values: Tensor, kind: str) -> Tensor:
     return torch.empty_like(values)
 
 
@@ -225,7 +225,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             )
         grad_z = grad @ dense
     if ctx.needs_input_grad[2]:
-        grad_values = _value_gradient(z, grad, support, values, ctx.k, ctx.kind)
+        grad_values = _value_gradient(z, grad, support, values, ctx.kind)
     return grad_z, None, grad_values, None, None, None, None, None, None
 
 

@@ -89,13 +89,16 @@ def _siblings(projections: Mapping[str, StoredProjection]) -> list[list[str]]:
 
 def _sentinels(projections: Iterable[str]) -> list[str]:
     """Expressions for their empty tensors, one for the same projection of all blocks: compiling takes its time."""
-    blocks: dict[tuple[str, str], list[str]] = {}
+    numbers: dict[tuple[str, str], list[str]] = {}
     for name in projections:
-        before, number, after = re.fullmatch(r"(?:(.*?\.)(\d+))?(.*)", name).groups("")  # type: ignore[union-attr]
-        blocks.setdefault((before, after), []).append(number)
+        block, inside = _in_block(name)
+        before, _, number = block.removesuffix(".").rpartition(".")
+        numbers.setdefault((before, inside), []).append(number)
     return [
-        rf"^{re.escape(before)}(?:{'|'.join(numbers)}){re.escape(after)}\.{SENTINEL}$"
-        for (before, after), numbers in blocks.items()
+        rf"^{re.escape(before)}\.(?:{'|'.join(found)})\.{re.escape(inside)}\.{SENTINEL}$"
+        if before
+        else rf"^{re.escape(inside)}\.{SENTINEL}$"
+        for (before, inside), found in numbers.items()
     ]
 
 

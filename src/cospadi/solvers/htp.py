@@ -19,8 +19,15 @@ from torch import Tensor
 
 from cospadi.solvers.flops import Flops
 from cospadi.solvers.problem import Factorization, MetricProblem, SolverOptions
-from cospadi.solvers.products import bf16_is_fast, float32_products
-from cospadi.solvers.support import fill_support, keep_largest_entries, member_portions, member_spans, row_blocks
+from cospadi.solvers.products import SMALLEST_QUICK, bf16_is_fast, float32_products
+from cospadi.solvers.support import (
+    CACHED_ENTRIES,
+    fill_support,
+    keep_largest_entries,
+    member_portions,
+    member_spans,
+    row_blocks,
+)
 
 DESCENT = 0.8
 """Fraction of the iterations over which the number of nonzeros falls to the target."""
@@ -34,8 +41,6 @@ TIED_STEPS = 2
 """Where Gamma ties columns: steps in an iteration along what STEPS of the columns alone lead to."""
 LAST_TIED_STEPS = 4
 """The same after the last iteration."""
-SMALLEST_QUICK = 32
-"""Smaller side of W from which bf16 products are taken: below, they gain nothing."""
 LEADING = 8
 """Directions of G and Gamma that stay in float32: what all tokens share can be most of G, and rounding it to bf16 would
 drown the rest."""
@@ -45,8 +50,6 @@ COLUMNS = 2048
 """Columns that are taken at once where Gamma is diagonal."""
 FLAT = 1e-6
 """Curvature, in that of one entry alone, which is not told from none: a singular G has directions without an error."""
-BLOCK_ENTRIES = {"cpu": 2**20, "cuda": 2**27}
-"""Entries of S whose threshold is looked for at once; on a CPU few enough to stay in cache."""
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -68,7 +71,7 @@ def htp(problem: MetricProblem, nonzeros: int, options: SolverOptions) -> Factor
     scale = target.abs().max().clamp(min=TINY)
     target = (target / scale).contiguous()
     d2, d1 = target.shape
-    rows = max(1, BLOCK_ENTRIES[target.device.type] // d1)
+    rows = max(1, CACHED_ENTRIES[target.device.type] // d1)
     blocks, members = row_blocks(slice(0, d2), rows), problem.members or (d2,)
     codes, residual = target.clone(), torch.zeros_like(target)  # the residual is minus half the gradient: H(W - S)
     norm = torch.zeros((), dtype=torch.float64, device=target.device)

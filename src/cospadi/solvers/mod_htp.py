@@ -21,8 +21,22 @@ from torch import Tensor
 from cospadi.solvers.flops import Flops, cholesky, triangular
 from cospadi.solvers.orthogonal import directions_flops, leading_directions
 from cospadi.solvers.problem import Factorization, Problem, SolverOptions, relative_error
-from cospadi.solvers.products import bf16_is_fast, float32_products, rough_products, self_product, self_product_flops
-from cospadi.solvers.support import fill_support, keep_largest_entries, member_portions, member_spans, row_blocks
+from cospadi.solvers.products import (
+    SMALLEST_QUICK,
+    bf16_is_fast,
+    float32_products,
+    rough_products,
+    self_product,
+    self_product_flops,
+)
+from cospadi.solvers.support import (
+    CACHED_ENTRIES,
+    fill_support,
+    keep_largest_entries,
+    member_portions,
+    member_spans,
+    row_blocks,
+)
 
 DESCENT = 0.6
 """Fraction of the iterations over which the number of nonzeros falls to the target."""
@@ -38,10 +52,6 @@ UNUSED = 1e-7
 """Norm of a row of S, in the largest one, up to which its atom stays as it is."""
 EXACT_FRACTION = 0.05
 """Fraction of the iterations, the last ones, whose products are all in full float32."""
-SMALLEST_QUICK = 32
-"""Smaller side of A from which bf16 products are taken: below, they gain nothing."""
-BLOCK_ENTRIES = {"cpu": 2**20, "cuda": 2**27}
-"""Entries of S worked on at once; on a CPU few enough to stay in cache."""
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -73,7 +83,7 @@ def mod_htp(problem: Problem, k: int, s: float, options: SolverOptions) -> Facto
     else:
         atoms, codes = _given(options.start, basis, scale)
     dense = d2 * min(k, d1) if options.start is None else max(nonzeros, int(codes.count_nonzero()))
-    rows = max(1, BLOCK_ENTRIES[columns.device.type] // max(k, d1))
+    rows = max(1, CACHED_ENTRIES[columns.device.type] // max(k, d1))
     blocks = row_blocks(slice(0, d2), rows)
     members = problem.members or (d2,)
     portions: list[int] | None = None  # each member's nonzeros, fixed once the schedule has come down

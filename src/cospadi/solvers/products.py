@@ -11,6 +11,8 @@ from torch import Tensor
 
 from cospadi import compat
 
+SMALLEST_QUICK = 32
+"""Smaller side of a matrix from which bf16 products are taken: below, they gain nothing."""
 HALVED = 512
 """Columns from which the halves of a symmetric product are worth the calls."""
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+CACHED_ENTRIES = {"cpu": 2**20, "cuda": 2**27}
+"""Entries of S that iterations work on at once; on a CPU few enough to stay in cache."""
 BLOCK_ENTRIES = 2**22
 """Entries of a matrix that are sorted or compared at once."""
 

@@ -189,9 +189,10 @@ def _healed(record: Mapping[str, Any]) -> str:
     """What `heal` has done once."""
     teacher, text = record["teacher"].get("model") or "the dense model", record["text"]
     before, after = record["divergence"]
+    what = "KL divergence" if record["settings"]["top"] else "loss"
     return (
         f"{record['best_step']:,} steps towards {teacher} on {text['name']}, {text['sequences']:,} sequences of "
-        f"{text['length']} tokens: KL divergence on {text['held_out']:,} others {before:.5f} before, {after:.5f} after"
+        f"{text['length']} tokens: {what} on {text['held_out']:,} others {before:.5f} before, {after:.5f} after"
     )
 
 

@@ -7,14 +7,13 @@ import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from torch import Tensor
 
 from cospadi.calibration.distance import divergence
 from cospadi.calibration.loss import total_loss
 from cospadi.jobs.ledger import Ledger
-from cospadi.jobs.progress import Stage, hours, memory_told, peak_memory
+from cospadi.jobs.progress import Stage, free_memory, hours, memory_told, peak_memory
 from cospadi.jobs.ranks import Ranks
 from cospadi.recipe import Healing
 from cospadi.stages.clock import Clock
@@ -216,9 +215,7 @@ def _save_memory(model: Any, tokens: int) -> None:
     much of the free memory."""
     short, longer = 8, 24
     per_token = max(0.0, (_saved_bytes(model, longer) - _saved_bytes(model, short)) / (longer - short))
-    free = (
-        torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else psutil.virtual_memory().available
-    )
+    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else free_memory()
     if per_token * tokens > ROOM * free and model.supports_gradient_checkpointing:
         log.info("activations of a step would take %.1f GB: gradient checkpointing", per_token * tokens / 1e9)
         model.gradient_checkpointing_enable({"use_reentrant": False})

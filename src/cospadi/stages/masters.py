@@ -49,7 +49,7 @@ class TunedLinear(nn.Module):
         self.register_buffer("support", support, persistent=False)
         self.register_buffer("offsets", entry.form.support_kind.offsets(support), persistent=False)
         device = next(iter(self.leaves.values())).device
-        self.weight = nn.Parameter(torch.empty(entry.d2, entry.d1, dtype=dtype, device=device))
+        self.weight = torch.empty(entry.d2, entry.d1, dtype=dtype, device=device).requires_grad_()  # no parameter
 
     support: Tensor | None
     offsets: Tensor | None

@@ -187,7 +187,7 @@ def blocks_to_solve(job: Job, groups: Sequence[Group], missing: Sequence[Group])
     compressed = Stream(dense.flow.copy(None if job.refines else paired))
     count = max(group.members[0].block for group in missing) + 1
     log.info("calibrating block by block on %d sequences of %d tokens", *text.shape)
-    for index, module in walk.walk(job.blocks, job.calls, range(count)):
+    for index, module in walk.walk(job.blocks, range(count)):
         sets = _sets(job, groups, index)
         if not job.compensates:  # one pass measures all of them
             sets = [[group for groups in sets for group in groups]]
@@ -286,7 +286,7 @@ def _walked_grams(job: Job, readers: Sequence[Sequence[str]]) -> Iterator[tuple[
     assert job.calls is not None
     flow = walk.embed(job.blocks, job.sequences, job.recipe.batch_size, job.spill)
     count = len(job.sequences)
-    for index, block in walk.walk(job.blocks, job.calls, range(len(readers))):
+    for index, block in walk.walk(job.blocks, range(len(readers))):
         with job.stages.stage("calibrate", len(readers) * count) as progress:
             progress.reach(index * count, f"block {index + 1} of {len(readers)}")
             modules = {name: job.blocks.model.get_submodule(name) for name in readers[index]}

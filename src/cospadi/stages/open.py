@@ -261,16 +261,7 @@ def begin(job: Job, plan: Plan | None) -> None:
     if job.hub_revision is not None:
         job.origin["revision"] = job.hub_revision
     asked = job.asked.model_dump(mode="json")
-    of_all = {
-        "weights": digest,
-        "version": {
-            "cospadi": __about__.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "threads": torch.get_num_threads(),
-        "device": device_model(job.blocks.device),
-    }
+    of_all = {"weights": digest} | place_of(job.blocks.device)
     notes, but = {"weights": [stamps, digest]}, ["device"] if job.pool.allow_mixed else []
     if job.shared is not None:
         if folder is None:
@@ -284,6 +275,19 @@ def begin(job: Job, plan: Plan | None) -> None:
         }
         if ledger.begin(identity, notes, but):
             log.info("resuming the unfinished job in %s", ledger.folder)
+
+
+def place_of(device: torch.device) -> dict[str, Any]:
+    """What a job's bytes follow from beside what is asked: versions, threads, the device's model."""
+    return {
+        "version": {
+            "cospadi": __about__.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "threads": torch.get_num_threads(),
+        "device": device_model(device),
+    }
 
 
 def job_directory(output: Path) -> Path:

@@ -161,15 +161,11 @@ def told(solver: Solver, form: Form, nonzeros: int, nbytes: int) -> tuple[Any, .
 
 def integer_coder(codec: Integers) -> IntegerCoder:
     """How integers are stored, for solvers."""
-    largest = torch.finfo(torch.bfloat16).max / 2**codec.bits
 
     def encode(levels: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         return codec.encode_levels(levels.T, scales.T, zeros.T)
 
-    def scale(scales: Tensor) -> Tensor:
-        return scales.clamp(torch.finfo(torch.bfloat16).tiny, largest).to(torch.bfloat16).float()
-
-    return IntegerCoder(2**codec.bits - 1, codec.group, scale, encode)
+    return IntegerCoder(2**codec.bits - 1, codec.group, codec.scale, encode)
 
 
 def coder() -> Coder:

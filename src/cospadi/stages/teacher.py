@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -95,7 +95,6 @@ class Targets:
 
     pieces: Sequence[Piece]
     rows: int
-    _open: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return sum(piece.record["sequences"] for piece in self.pieces)
@@ -107,12 +106,8 @@ class Targets:
         return tokens.long(), Predictions(likely, logs)
 
     def _row(self, piece: int, row: int) -> tuple[Tensor, Tensor, Tensor]:
-        if piece not in self._open:
-            if len(self._open) >= 8:  # pieces in memory
-                self._open.pop(next(iter(self._open)))
-            self._open[piece] = self.pieces[piece].tensors()
-        held = self._open[piece]
-        return held["tokens"][row], held["likely"][row], held["logs"][row]
+        tokens, likely, logs = (self.pieces[piece].row(name, row) for name in ("tokens", "likely", "logs"))
+        return tokens, likely, logs
 
     def batches(self, rows: int) -> Iterator[tuple[Tensor, Predictions]]:
         """All sequences in their order."""
@@ -129,7 +124,7 @@ def teach(
     ledger: Ledger,
     ranks: Ranks,
     clock: Clock,
-    goes_on: Callable[[int], bool],
+    goes_on: Callable[[], bool],
     on_rows: Callable[[int], None],
 ) -> Targets:
     """Have the dense model predict sequences, int64 (n, length), as many as it has time for; what an earlier run of the
@@ -139,7 +134,7 @@ def teach(
         teacher: gives the model; called where something is missing.
         key: of the pieces in the ledger.
         top: likeliest tokens that are kept; 0 takes the text itself in their place.
-        goes_on: whether to go on after so many sequences.
+        goes_on: whether there is time for more.
         on_rows: called with the number of sequences just done.
     """
     length = sequences.shape[1]
@@ -150,7 +145,7 @@ def teach(
         piece = ledger.get(name) if ranks.first else None
         there = ranks.agreed(piece is not None)
         if not there:
-            if not ranks.agreed(start == 0 or goes_on(start)):
+            if not ranks.agreed(start == 0 or goes_on()):
                 break
             part = sequences[start : start + rows]
             record, tensors = _predicted(teacher(), part, top, ranks)
@@ -169,7 +164,8 @@ def _predicted(model: Any, tokens: Tensor, top: int, ranks: Ranks) -> tuple[dict
     at_once = rows_at_once(tokens.shape[1], model.config.get_text_config(decoder=True).vocab_size)
     share = -(-len(tokens) // ranks.count)
     loss, found = 0.0, []
-    for batch in tokens[ranks.rank * share : (ranks.rank + 1) * share].split(at_once):  # type: ignore[no-untyped-call]
+    mine = tokens[ranks.rank * share : (ranks.rank + 1) * share]
+    for batch in mine.split(at_once) if len(mine) else ():  # type: ignore[no-untyped-call]
         logits = model(input_ids=batch.to(model.device), use_cache=False).logits
         loss += total_loss(logits, batch.to(model.device))
         kept = likeliest(logits, top) if top else the_text_itself(batch)

@@ -23,8 +23,5 @@ class Bf16(Numbers):
     def decode(self, stored: Tensor, values: list[int]) -> Tensor:
         return stored.flatten()[: math.prod(values)].float().view(values)
 
-    def rounded(self, values: Tensor) -> Tensor:
-        return packing.from_codes(packing.to_codes(values, self.bits), self.bits)
-
 
 BF16 = Bf16("bf16", 16, torch.bfloat16, plain=True, kernel_bits=16)

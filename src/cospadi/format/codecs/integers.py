@@ -43,6 +43,11 @@ class Integers(Codec):
     def shape(self, values: list[int], nbytes: int = 0) -> list[int]:
         return [sum(self._parts(*values))]
 
+    def scale(self, scales: Tensor) -> Tensor:
+        """Scales as they are stored, float32: such that every value is a finite number."""
+        largest = torch.finfo(torch.bfloat16).max / 2**self.bits
+        return scales.clamp(torch.finfo(torch.bfloat16).tiny, largest).to(torch.bfloat16).float()
+
     def encode_levels(self, levels: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         """What is stored of S transposed.
 
@@ -110,8 +115,7 @@ class TunedIntegers(Tuned):
         most = 2**self.codec.bits - 1
         if name == "levels":
             return numbers.round().clamp(0, most)
-        largest = torch.finfo(torch.bfloat16).max / (most + 1)
-        return numbers.clamp(torch.finfo(torch.bfloat16).tiny, largest).to(torch.bfloat16).float()
+        return self.codec.scale(numbers)
 
     def values(self, numbers: Mapping[str, Tensor]) -> Tensor:
         group = self.codec.group_of(numbers["levels"])

@@ -28,9 +28,6 @@ class Stream(Numbers):
         spare = packing.unused_value_bits_set(tensor[-1:], math.prod(values), self.bits)
         return "has bits set past its last value" if spare else None
 
-    def rounded(self, values: Tensor) -> Tensor:
-        return packing.from_codes(packing.to_codes(values, self.bits), self.bits)
-
 
 def stream(name: str, bits: int) -> Stream:
     """The codec of the top `bits` bits of a bf16, an even number that kernels read: 10, 12 or 14."""

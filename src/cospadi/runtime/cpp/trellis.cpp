@@ -8,14 +8,13 @@
 #include <vector>
 
 #include "parallel.h"
+#include "rans.h"
 
 namespace cospadi {
 namespace {
 
 constexpr int STATES = 8;
 constexpr float NEVER = std::numeric_limits<float>::infinity();
-// State and parity of the symbol -> next state; the quantizer of a state is its lowest bit (src/cospadi/format/rans.py).
-constexpr uint8_t NEXT[STATES][2] = {{0, 2}, {5, 7}, {1, 3}, {6, 4}, {2, 0}, {4, 6}, {3, 1}, {7, 5}};
 
 struct Run {
   float* target;          // (inputs, d2): what is to be told; feedback inside the run changes it
@@ -78,7 +77,7 @@ void quantize_block(const Run& run, int begin, int end) {
       for (int state = 0; state < STATES; ++state) {
         for (int parity = 0; parity < 2; ++parity) {
           const float cost = total[state] + found.cost[(state & 1) * 2 + parity];
-          const int to = NEXT[state][parity];
+          const int to = NEXT_STATE[2 * state + parity];
           if (cost < next[to]) {
             next[to] = cost;
             origin[to] = static_cast<uint8_t>(state * 2 + parity);
