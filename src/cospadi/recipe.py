@@ -385,7 +385,7 @@ class Healing(BaseModel):
         0.012,
         gt=0,
         allow_inf_nan=False,
-        description="largest step, in root mean squares of the tensor it moves",
+        description="largest step, in root mean squares of the tensor it moves, of matrices times 64 / their inputs",
     )
     trained: Trained = Field(
         "norms",

@@ -145,9 +145,9 @@ NARROW = 64
 
 
 def narrowed(inputs: int) -> float:
-    """What a step of a matrix is to be multiplied by. Its entries move together, and an output, which sums over the
-    inputs, by as many times more than they as the root of these: the wider, the smaller the step."""
-    return math.sqrt(NARROW / inputs)
+    """What a step of a matrix is to be multiplied by: 1 / inputs, as of Adam at any width [G. Yang et al., Tensor
+    Programs V, 2022], since an output sums over the inputs, whose weights move together."""
+    return NARROW / inputs
 
 
 @dataclass(frozen=True)
