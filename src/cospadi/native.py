@@ -142,7 +142,7 @@ def gram(x: Tensor) -> Tensor:
     """X^T X, float32 (d, d), of X in bf16 (rows, d), where `takes_grams`: half of the products, at the rate of bf16."""
     found, d = library(), x.shape[1]
     assert found is not None, "callers ask `takes_grams` first"
-    sums = torch.zeros(d, d)
+    sums = torch.zeros(d, d, dtype=torch.float32)
     for start in range(0, len(x), GRAM_TOKENS):
         part = x[start : start + GRAM_TOKENS]
         turned = part.T.contiguous()
@@ -178,7 +178,7 @@ def quantize(
     assert found is not None, "callers ask first"
     inputs, d2 = target.shape
     work = target.contiguous().clone()
-    levels, errors = torch.empty(inputs, d2, dtype=torch.int16), torch.empty(inputs, d2)
+    levels, errors = torch.empty(inputs, d2, dtype=torch.int16), torch.empty(inputs, d2, dtype=torch.float32)
     given = [tensor.contiguous() for tensor in (feedback, steps, scales, cols, rows, prices)]
     status = found.cospadi_quantize(
         work.data_ptr(), *(tensor.data_ptr() for tensor in given), prices.shape[0], prices.shape[2],

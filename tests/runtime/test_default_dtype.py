@@ -9,6 +9,8 @@ import torch
 from codes import random_code
 from forms import entry_of, random_part
 
+from cospadi import native
+from cospadi.format import packing
 from cospadi.format.form import FORMS, Form
 from cospadi.runtime import op
 from cospadi.runtime.levels import Levels, read_levels
@@ -30,6 +32,27 @@ def test_coefficients(form: Form, narrow: None) -> None:
     sizes = entry.d2, entry.k
     found = op.coefficients(support, values, None, *sizes, form.support, form.values, torch.float32)
     assert torch.equal(found.double(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_entries_of_a_mask(dtype: torch.dtype, narrow: None) -> None:
+    """On their way to a matrix and back, as training takes them."""
+    generator = torch.Generator().manual_seed(0)
+    chosen, matrix = torch.rand(300, 200, generator=generator) < 0.5, torch.randn(300, 200, generator=generator)
+    mask, values = packing.pack_support(chosen), matrix[chosen]
+    torch.set_default_dtype(dtype)
+    found = op.coefficients(mask, values, None, 300, 200, "mask", None, torch.float32)
+    assert torch.equal(found, matrix * chosen)
+    assert torch.equal(op.entries(mask, matrix, None, "mask"), values)
+
+
+@pytest.mark.skipif(not native.takes_grams(), reason="there are no products of bf16 here")
+def test_grams(narrow: None) -> None:
+    x = torch.randn(50, 70, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    torch.set_default_dtype(torch.bfloat16)
+    found = native.gram(x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), x.double().T @ x.double(), rtol=1e-5, atol=1e-4)
 
 
 def test_levels(narrow: None) -> None:

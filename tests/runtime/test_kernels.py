@@ -85,6 +85,8 @@ def test_entries_of_a_mask_go_to_a_matrix_and_come_back(k: int, d2: int, threads
             cpu.scatter(mask, values[:-1] if len(values) else values.new_ones(1), offsets, k)
         with pytest.raises(ValueError, match="the matrix is"):
             cpu.gather(mask, dense[:-1], offsets)
+        with pytest.raises(ValueError, match="the matrix is"):
+            cpu.scatter(mask, values, offsets, k + 8)
     torch.set_num_threads(before)
 
 

@@ -13,7 +13,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console, RenderableType
 from rich.filesize import decimal
 from rich.logging import RichHandler
@@ -225,6 +224,8 @@ def peak_memory() -> int | None:
 
 def free_memory() -> int:
     """Bytes that this process may still allocate: what the system has, and what its control group is allowed."""
+    import psutil
+
     free = int(psutil.virtual_memory().available)
     for limit, used in (
         ("memory.max", "memory.current"),

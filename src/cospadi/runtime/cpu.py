@@ -154,12 +154,13 @@ def scatter(support: Tensor, values: Tensor, offsets: Tensor, k: int) -> Tensor:
         offsets: those of the mask.
 
     Raises:
-        ValueError: there are more or fewer values than the mask has bits.
+        ValueError: the mask is of another shape, or has more or fewer bits than there are values.
     """
     values, d2 = values.float().contiguous(), support.shape[0]
+    _check_mask(support, d2, k)
     if values.numel() != int(offsets[-1]):
         raise ValueError(f"there are {values.numel()} values, and the support mask has {int(offsets[-1])} bits")
-    dense = torch.empty(d2, k)
+    dense = torch.empty(d2, k, dtype=torch.float32, device="cpu")
     given = support.data_ptr(), offsets.data_ptr(), d2, k, torch.get_num_threads()
     _library().cospadi_scatter(values.data_ptr(), dense.data_ptr(), *given)
     return dense
@@ -172,12 +173,16 @@ def gather(support: Tensor, dense: Tensor, offsets: Tensor) -> Tensor:
         ValueError: the mask is of another shape.
     """
     dense, (d2, k) = dense.contiguous(), dense.shape
-    if support.shape != (d2, (k + 7) // 8):
-        raise ValueError(f"the matrix is {d2} x {k}, and the support mask {list(support.shape)}")
-    values = torch.empty(int(offsets[-1]))
+    _check_mask(support, d2, k)
+    values = torch.empty(int(offsets[-1]), dtype=torch.float32, device="cpu")
     given = support.data_ptr(), offsets.data_ptr(), d2, k, torch.get_num_threads()
     _library().cospadi_gather(dense.data_ptr(), dense.dtype == torch.bfloat16, values.data_ptr(), *given)
     return values
+
+
+def _check_mask(support: Tensor, d2: int, k: int) -> None:
+    if support.shape != (d2, (k + 7) // 8):
+        raise ValueError(f"the matrix is {d2} x {k}, and the support mask {list(support.shape)}")
 
 
 def _through_tiles(

@@ -176,13 +176,14 @@ def coefficients(
     dtype: torch.dtype,
 ) -> Tensor:
     """S transposed as a dense (d2, k) matrix, exact in float32 and bf16; arguments as for `sparse_matmul`."""
-    if support is not None and support.is_cpu and SUPPORTS[kind].kernel:
-        offsets = SUPPORTS[kind].offsets(support) if offsets is None else offsets
-        assert offsets is not None
+    if support is not None and SUPPORTS[kind].kernel:
         bits = kernel_bits(kind, codec)
-        if cpu.can_multiply(support.new_empty(0, dtype=torch.float32), support, values, bits):
-            return cpu.unpack(support, values, offsets, k, bits, dtype)
-        if codec is None and cpu.has_entries(support, values):
+        packed = cpu.can_multiply(support.new_empty(0, dtype=torch.float32), support, values, bits)
+        if packed or (codec is None and cpu.has_entries(support, values)):
+            offsets = SUPPORTS[kind].offsets(support) if offsets is None else offsets
+            assert offsets is not None
+            if packed:
+                return cpu.unpack(support, values, offsets, k, bits, dtype)
             return cpu.scatter(support, values, offsets, k).to(dtype)
     return reference.coefficients(support, values, d2, k, kind, codec, dtype)
 

@@ -106,8 +106,8 @@ class Targets:
         return tokens.long(), Predictions(likely, logs)
 
     def _row(self, piece: int, row: int) -> tuple[Tensor, Tensor, Tensor]:
-        tokens, likely, logs = (self.pieces[piece].row(name, row) for name in ("tokens", "likely", "logs"))
-        return tokens, likely, logs
+        held = self.pieces[piece]
+        return held.row("tokens", row), held.row("likely", row), held.row("logs", row)
 
     def batches(self, rows: int) -> Iterator[tuple[Tensor, Predictions]]:
         """All sequences in their order."""
